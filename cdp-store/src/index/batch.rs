@@ -1,0 +1,130 @@
+//! What one index write puts into the time index.
+
+use std::collections::HashMap;
+
+use cdp_types::{BranchId, Ordinal, Seq, VolumeId};
+
+use super::codec::{self, States, Watermark};
+use super::error::{IndexError, IndexErrorKind, IndexResult};
+use super::keys::{self, RowKind};
+use super::kv::{Family, WriteBatch};
+use super::leaf::{Change, LEVELS, NodeKey};
+
+/// What a time stands for: every request acknowledged at or before `time_ns` has a `Seq` up to `seq`, and every
+/// later one a greater `Seq`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeEntry {
+    /// The store clock's time, in nanoseconds since 1970.
+    pub time_ns: u64,
+    /// The last `Seq` of the branch at that time.
+    pub seq: Seq,
+    /// The batch that holds it, where a reader of the log can begin to refine the answer.
+    pub ordinal: Ordinal,
+}
+
+/// The first and the last `Seq` among a batch's changes of one branch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    pub(super) first: Seq,
+    pub(super) last: Seq,
+}
+
+/// The rows of one index write: taken all or none by [`TimeIndex::write`](super::TimeIndex::write).
+///
+/// One batch holds, for each branch, *all* changes of a stretch of its log: everything after what was written
+/// before and up to the watermark it carries. In particular no `Seq` may be split between two batches. Rows are
+/// written fastest when nodes come in ascending order.
+#[derive(Clone, Debug, Default)]
+pub struct IndexBatch {
+    pub(super) rows: WriteBatch,
+    pub(super) spans: HashMap<BranchId, Span>,
+}
+
+impl IndexBatch {
+    /// An empty batch.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds all changes of one node in the order of the log. To be called at most once per node.
+    ///
+    /// Changes with one `Seq` are one request's: on the same node they apply in the order given here, on nodes of
+    /// different levels they must not concern the same block.
+    ///
+    /// # Errors
+    /// `Invalid` if they do not ascend in `Seq` (equal ones may follow each other), if a change does not suit
+    /// its node ([`Change::is_valid`]), or if `Seq` 0, which is before every change, is among them.
+    pub fn changes(&mut self, node: NodeKey, changes: &[Change]) -> IndexResult<()> {
+        let (Some(first), Some(last)) = (changes.first(), changes.last()) else { return Ok(()) };
+        let sound = node.level < LEVELS
+            && first.seq > Seq::ZERO
+            && changes.is_sorted_by_key(|change| change.seq)
+            && changes.iter().all(|change| change.is_valid(node.level));
+        if !sound {
+            return Err(IndexError::new(IndexErrorKind::Invalid, "add changes", format!("{node:?}")));
+        }
+        let span = self.spans.entry(node.branch).or_insert(Span { first: first.seq, last: last.seq });
+        span.first = span.first.min(first.seq);
+        span.last = span.last.max(last.seq);
+        let key = keys::map(node, first.seq, RowKind::Delta);
+        self.rows.put_with(Family::Map, &key, |out| codec::encode_delta(&key, changes, out));
+        Ok(())
+    }
+
+    /// Adds a whole leaf as of `seq`: what every change of this branch up to and including it made of the leaf,
+    /// on all levels. A read at or after `seq` looks no further back.
+    ///
+    /// States taken over from a parent branch may be in it, if `seq` is at or after the fork.
+    pub fn image(&mut self, branch: BranchId, leaf: u64, seq: Seq, states: &States) {
+        let key = keys::map(NodeKey { branch, level: 0, node: leaf }, seq, RowKind::Image);
+        self.rows.put_with(Family::Map, &key, |out| codec::encode_image(&key, states, out));
+    }
+
+    /// Adds a point of a branch's time. Time and `Seq` both grow from entry to entry.
+    ///
+    /// One entry per millisecond or so is meant, not one per request: a reader finds the floor here and goes
+    /// through the log from `ordinal` on for the exact answer.
+    pub fn time(&mut self, branch: BranchId, entry: TimeEntry) {
+        let TimeEntry { time_ns, seq, ordinal } = entry;
+        let key = keys::by_time(branch, time_ns, seq);
+        self.rows.put_with(Family::Time, &key, |out| codec::encode_time(&key, &[ordinal.0], out));
+        let key = keys::by_seq(branch, seq);
+        self.rows.put_with(Family::Time, &key, |out| codec::encode_time(&key, &[time_ns, ordinal.0], out));
+    }
+
+    /// Removes a point of a branch's time, to thin out old ones.
+    pub fn forget_time(&mut self, branch: BranchId, entry: &TimeEntry) {
+        self.rows.delete(Family::Time, &keys::by_time(branch, entry.time_ns, entry.seq));
+        self.rows.delete(Family::Time, &keys::by_seq(branch, entry.seq));
+    }
+
+    /// Sets how far a volume's log is indexed once this batch is written.
+    pub fn watermark(&mut self, volume: VolumeId, mark: &Watermark) {
+        let key = keys::watermark(volume);
+        self.rows.put_with(Family::Watermark, &key, |out| codec::encode_watermark(&key, mark, out));
+    }
+
+    /// Removes the watermark of a volume that is gone.
+    pub fn forget_watermark(&mut self, volume: VolumeId) {
+        self.rows.delete(Family::Watermark, &keys::watermark(volume));
+    }
+
+    /// Bytes of its rows.
+    #[must_use]
+    pub fn size_bytes(&self) -> usize {
+        self.rows.size_bytes()
+    }
+
+    /// Whether it has no row.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Makes it empty, for reuse.
+    pub fn clear(&mut self) {
+        self.rows.clear();
+        self.spans.clear();
+    }
+}

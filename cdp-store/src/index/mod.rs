@@ -1,0 +1,252 @@
+//! The time index: which place in the log held a block at which instant.
+//!
+//! It is derived from the volumes' logs and can be rebuilt from them. A branch's map is a tree of nodes
+//! ([`NodeKey`]) of which only what happened to them is stored, as rows under (branch, level, node, newest
+//! first): a *delta* has all changes of a node in one stretch of the log, an *image* a whole leaf as of a
+//! `Seq`. A leaf at any instant is the newest image at or before it, and the deltas since, of the leaf and of
+//! the three nodes above it. Beside the map the index has each branch's times and each volume's watermark.
+//!
+//! Rules for whoever writes:
+//! - rows only of batches that are durable in the log: RocksDB may make rows durable at any moment after `write`;
+//! - rows and the watermark that covers them in one [`IndexBatch`], in the order of the log;
+//! - only what was written before a `flush` that has returned counts as indexed.
+//!
+//! Here there are no logs, no branches' parents (a block that is [`BlockState::Unsaid`] is the caller's to look
+//! up at the fork) and no policy but [`image_due`]. The same seam ([`Kv`]) carries the catalogue's database.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cdp_types::{BranchId, Ordinal, Seq, VolumeId};
+
+mod batch;
+mod codec;
+mod error;
+mod keys;
+mod kv;
+mod leaf;
+mod place;
+mod read;
+mod rocks;
+mod rocks_tuning;
+mod sim;
+
+#[cfg(test)]
+mod model_tests;
+
+pub use batch::{IndexBatch, TimeEntry};
+pub use codec::Watermark;
+pub use error::{IndexError, IndexErrorKind, IndexResult};
+pub use kv::{Family, Kv, KvStats, Visit, WriteBatch, WriteOp};
+pub use leaf::{
+    Change, ChangeState, FANOUT, IMAGE_AFTER_CHANGES, IMAGE_AFTER_DELTAS, LEVELS, LeafAt, NodeKey, NodeRun,
+    child_of, decompose, image_due, unsaid,
+};
+pub use place::{BlockState, LogPos, Place};
+pub use rocks::{RocksKv, RocksOptions};
+pub use sim::SimKv;
+
+use codec::DecodeError;
+
+/// The time index over its database. All methods block and can be called from any thread.
+pub struct TimeIndex {
+    kv: Arc<dyn Kv>,
+    /// The newest `Seq` written of each branch since this was opened.
+    newest: Mutex<HashMap<BranchId, Seq>>,
+}
+
+impl TimeIndex {
+    /// The index in this database, which has [`Family::TIME_INDEX`].
+    #[must_use]
+    pub fn new(kv: Arc<dyn Kv>) -> Self {
+        Self { kv, newest: Mutex::default() }
+    }
+
+    fn newest(&self) -> MutexGuard<'_, HashMap<BranchId, Seq>> {
+        // The map holds no invariant that a panic elsewhere could break half-way.
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a batch, all or none. Readers see it once this returns.
+    ///
+    /// # Durability
+    /// As of [`Kv::write`]: none before [`Self::flush`], but possible at once. So whatever the batch and its
+    /// watermarks speak of must be durable in the logs already.
+    ///
+    /// # Errors
+    /// `Invalid` if it holds changes of a branch at or before one that was written earlier: they would hide or
+    /// be hidden. Otherwise as [`Kv`]; nothing was written then, and the same batch can be tried again.
+    pub fn write(&self, batch: &IndexBatch) -> IndexResult<()> {
+        let mut newest = self.newest();
+        for (branch, span) in &batch.spans {
+            if newest.get(branch).is_some_and(|newest| span.first <= *newest) {
+                let what = format!("branch {branch}, Seq {} of {}", span.first, self.kv.place());
+                return Err(IndexError::new(IndexErrorKind::Invalid, "write again what is indexed", what));
+            }
+        }
+        self.kv.write(&batch.rows)?;
+        newest.extend(batch.spans.iter().map(|(branch, span)| (*branch, span.last)));
+        Ok(())
+    }
+
+    /// The index flush: makes everything written before durable.
+    ///
+    /// # Durability
+    /// On return, of every batch whose `write` had returned when this was called.
+    ///
+    /// # Errors
+    /// As [`Kv`]. What was written may or may not survive; it stays readable.
+    pub fn flush(&self) -> IndexResult<()> {
+        self.kv.flush()
+    }
+
+    /// What a branch says about a leaf's 512 blocks at an instant: after every change up to and including `at`.
+    ///
+    /// It costs four short scans; how long the first is, [`image_due`] bounds.
+    ///
+    /// # Errors
+    /// `Corrupt` if a row is damaged; otherwise as [`Kv`].
+    pub fn leaf_at(&self, branch: BranchId, leaf: u64, at: Seq) -> IndexResult<LeafAt> {
+        read::leaf_at(&*self.kv, branch, leaf, at)
+    }
+
+    /// The first leaf at or after `from` of which the branch has rows of its own, to skip what was never written.
+    /// Leaves that were only ever zeroed as a whole are not found: they differ from nothing only where a parent
+    /// branch has data.
+    ///
+    /// # Errors
+    /// As [`Kv`].
+    pub fn next_leaf(&self, branch: BranchId, from: u64) -> IndexResult<Option<u64>> {
+        let first = keys::map(NodeKey { branch, level: 0, node: from }, Seq::MAX, keys::RowKind::Image);
+        let end = keys::map_end(NodeKey { branch, level: 0, node: u64::MAX });
+        let mut found = None;
+        self.kv.scan(Family::Map, &first, &end, &mut |key, _| {
+            found = keys::parse_node(key);
+            false
+        })?;
+        Ok(found)
+    }
+
+    /// The newest entry of a branch at or before a time; `None` if the branch has none so old.
+    ///
+    /// Requests between that entry and the time asked for are in the log after [`TimeEntry::ordinal`].
+    ///
+    /// # Errors
+    /// `Corrupt` if the row is damaged; otherwise as [`Kv`].
+    pub fn floor_time(&self, branch: BranchId, time_ns: u64) -> IndexResult<Option<TimeEntry>> {
+        let from = keys::by_time(branch, time_ns, Seq::MAX);
+        self.first(Family::Time, &from, &keys::by_time_end(branch), |key, value| {
+            let (time_ns, seq) = keys::parse_by_time(key).ok_or(DecodeError("malformed key"))?;
+            let [ordinal] = codec::decode_time(key, value)?;
+            Ok(TimeEntry { time_ns, seq, ordinal: Ordinal(ordinal) })
+        })
+    }
+
+    /// The newest entry of a branch at or before a `Seq`; `None` if the branch has none so old.
+    ///
+    /// # Errors
+    /// As [`Self::floor_time`].
+    pub fn time_of(&self, branch: BranchId, seq: Seq) -> IndexResult<Option<TimeEntry>> {
+        let from = keys::by_seq(branch, seq);
+        self.first(Family::Time, &from, &keys::by_seq_end(branch), |key, value| {
+            let seq = keys::parse_by_seq(key).ok_or(DecodeError("malformed key"))?;
+            let [time_ns, ordinal] = codec::decode_time(key, value)?;
+            Ok(TimeEntry { time_ns, seq, ordinal: Ordinal(ordinal) })
+        })
+    }
+
+    /// The first row of a range, decoded.
+    fn first<T>(
+        &self,
+        family: Family,
+        from: &[u8],
+        to: &[u8],
+        decode: impl Fn(&[u8], &[u8]) -> Result<T, DecodeError>,
+    ) -> IndexResult<Option<T>> {
+        let mut found = None;
+        self.kv.scan(family, from, to, &mut |key, value| {
+            found = Some(decode(key, value).map_err(|error| read::corrupt(&*self.kv, (family, key), error)));
+            false
+        })?;
+        found.transpose()
+    }
+
+    /// How far a volume's log is indexed, as written; durable only if a flush has returned since. Right after
+    /// opening, whatever is found is durable.
+    ///
+    /// # Errors
+    /// `Corrupt` if the row is damaged; otherwise as [`Kv`].
+    pub fn watermark(&self, volume: VolumeId) -> IndexResult<Option<Watermark>> {
+        let key = keys::watermark(volume);
+        let Some(value) = self.kv.get(Family::Watermark, &key)? else { return Ok(None) };
+        let mark = codec::decode_watermark(&key, &value);
+        mark.map(Some).map_err(|error| read::corrupt(&*self.kv, volume, error))
+    }
+
+    /// The watermarks of all volumes, by volume.
+    ///
+    /// # Errors
+    /// As [`Self::watermark`].
+    pub fn watermarks(&self) -> IndexResult<Vec<(VolumeId, Watermark)>> {
+        let mut marks = Vec::new();
+        let mut failed = Ok(());
+        self.kv.scan(Family::Watermark, &[], &keys::WATERMARK_END, &mut |key, value| {
+            let volume = keys::parse_watermark(key).ok_or(DecodeError("malformed key"));
+            match volume.and_then(|volume| Ok((volume, codec::decode_watermark(key, value)?))) {
+                Ok(mark) => marks.push(mark),
+                Err(error) => failed = Err(read::corrupt(&*self.kv, (Family::Watermark, key), error)),
+            }
+            failed.is_ok()
+        })?;
+        failed.map(|()| marks)
+    }
+
+    /// Removes all that the index has of a branch nobody reads any more, and gives the space back. Takes as long
+    /// as rewriting what lies around it: for background threads.
+    ///
+    /// # Durability
+    /// On return. A crash meanwhile leaves some part of the branch: repeat the call.
+    ///
+    /// # Errors
+    /// As [`Kv`].
+    pub fn drop_branch(&self, branch: BranchId) -> IndexResult<()> {
+        let (from, to) = (keys::branch_start(branch), keys::branch_end(branch));
+        let mut batch = WriteBatch::new();
+        batch.delete_range(Family::Map, &from, &to);
+        batch.delete_range(Family::Time, &from, &to);
+        self.kv.write(&batch)?;
+        self.newest().remove(&branch);
+        self.kv.flush()?;
+        self.kv.reclaim(Family::Map, &from, &to)?;
+        self.kv.reclaim(Family::Time, &from, &to)
+    }
+
+    /// Removes everything, for a rebuild from the logs.
+    ///
+    /// # Durability
+    /// On return. A power cut meanwhile leaves either the old rows or none.
+    ///
+    /// # Errors
+    /// As [`Kv`].
+    pub fn clear(&self) -> IndexResult<()> {
+        let mut newest = self.newest();
+        self.kv.clear()?;
+        newest.clear();
+        Ok(())
+    }
+
+    /// Figures for metrics.
+    ///
+    /// # Errors
+    /// As [`Kv`].
+    pub fn stats(&self) -> IndexResult<KvStats> {
+        self.kv.stats()
+    }
+}
+
+impl fmt::Debug for TimeIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TimeIndex({})", self.kv.place())
+    }
+}

@@ -1,0 +1,214 @@
+//! A database in memory for tests, which loses in a crash what RocksDB could lose.
+//!
+//! Faults that it has: a crash loses what was not flushed, down to a random point between two batches (RocksDB
+//! may flush by itself after any of them); writes and flushes fail from a chosen one on until they are healed,
+//! as RocksDB's do after a failed flush. Faults that it does not have: torn batches, families that flush
+//! apart, rot. RocksDB excludes the first two by atomic flushes, and detects the third.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rand::Rng;
+
+use super::error::{IndexError, IndexErrorKind, IndexResult};
+use super::kv::{Family, Kv, KvStats, Visit, WriteBatch, WriteOp};
+
+type Rows = BTreeMap<(Family, Vec<u8>), Vec<u8>>;
+
+#[derive(Debug, Default)]
+struct State {
+    /// What a reader sees.
+    rows: Rows,
+    /// What has survived for certain.
+    durable: Rows,
+    /// Written since: each may have survived if those before it have.
+    unflushed: Vec<WriteBatch>,
+    /// Writes and flushes that still succeed; no limit if `None`.
+    until_failure: Option<u64>,
+}
+
+/// A simulated database; clones share its rows, so that they outlive whoever has it open.
+#[derive(Clone)]
+pub struct SimKv {
+    synced: bool,
+    state: Arc<Mutex<State>>,
+}
+
+fn apply(rows: &mut Rows, batch: &WriteBatch) {
+    for (family, op) in batch.steps() {
+        match op {
+            WriteOp::Put { key, value } => {
+                rows.insert((family, key.to_vec()), value.to_vec());
+            }
+            WriteOp::Delete { key } => {
+                rows.remove(&(family, key.to_vec()));
+            }
+            WriteOp::DeleteRange { from, to } if from < to => {
+                let range = (family, from.to_vec())..(family, to.to_vec());
+                let keys: Vec<_> = rows.range(range).map(|(key, _)| key.clone()).collect();
+                keys.iter().for_each(|key| drop(rows.remove(key)));
+            }
+            WriteOp::DeleteRange { .. } => {}
+        }
+    }
+}
+
+impl State {
+    /// Counts one write or flush down.
+    fn fails(&mut self) -> bool {
+        match &mut self.until_failure {
+            None => false,
+            Some(0) => true,
+            Some(left) => {
+                *left -= 1;
+                false
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        for batch in self.unflushed.drain(..) {
+            apply(&mut self.durable, &batch);
+        }
+    }
+}
+
+impl SimKv {
+    /// An empty time index: durable once flushed.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { synced: false, state: Arc::default() }
+    }
+
+    /// An empty catalogue: durable once written.
+    #[must_use]
+    pub fn synced() -> Self {
+        Self { synced: true, state: Arc::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A test that panicked elsewhere says so itself.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Kills the process that has it open, or cuts its power: of the batches that are not durable a random number
+    /// of the first ones survives. Heals failures. Returns how many batches were lost.
+    pub fn crash(&self, rng: &mut impl Rng) -> usize {
+        let mut state = self.state();
+        let survive = rng.random_range(0..=state.unflushed.len());
+        let lost = state.unflushed.len() - survive;
+        state.unflushed.truncate(survive);
+        state.settle();
+        state.rows = state.durable.clone();
+        state.until_failure = None;
+        lost
+    }
+
+    /// Lets so many more writes and flushes succeed and all after them fail, until [`Self::heal`] or
+    /// [`Self::crash`].
+    pub fn fail_after(&self, operations: u64) {
+        self.state().until_failure = Some(operations);
+    }
+
+    /// Ends the failing. What a synced database failed to write then counts as never written.
+    pub fn heal(&self) {
+        let mut state = self.state();
+        state.until_failure = None;
+        if self.synced {
+            state.unflushed.clear();
+        }
+    }
+
+    fn injected(operation: &'static str) -> IndexError {
+        IndexError::new(IndexErrorKind::Io, operation, "simulated database").because("injected failure")
+    }
+}
+
+impl Default for SimKv {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Kv for SimKv {
+    fn place(&self) -> &str {
+        "simulated database"
+    }
+
+    fn write(&self, batch: &WriteBatch) -> IndexResult<()> {
+        let mut state = self.state();
+        if state.fails() {
+            if self.synced {
+                // It is in the write-ahead log, perhaps: nobody sees it, but the next opening may find it.
+                state.unflushed.push(batch.clone());
+            }
+            return Err(Self::injected("write rows"));
+        }
+        apply(&mut state.rows, batch);
+        state.unflushed.push(batch.clone());
+        if self.synced {
+            state.settle();
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> IndexResult<()> {
+        let mut state = self.state();
+        if state.fails() {
+            return Err(Self::injected("flush"));
+        }
+        if !self.synced {
+            state.settle();
+        }
+        Ok(())
+    }
+
+    fn get(&self, family: Family, key: &[u8]) -> IndexResult<Option<Vec<u8>>> {
+        Ok(self.state().rows.get(&(family, key.to_vec())).cloned())
+    }
+
+    fn scan(&self, family: Family, from: &[u8], to: &[u8], visit: &mut Visit<'_>) -> IndexResult<()> {
+        if from < to {
+            let state = self.state();
+            let range = (family, from.to_vec())..(family, to.to_vec());
+            for ((_, key), value) in state.rows.range(range) {
+                if !visit(key, value) {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn reclaim(&self, _family: Family, _from: &[u8], _to: &[u8]) -> IndexResult<()> {
+        Ok(())
+    }
+
+    fn clear(&self) -> IndexResult<()> {
+        let mut state = self.state();
+        if state.fails() {
+            return Err(Self::injected("delete all rows"));
+        }
+        state.unflushed.clear();
+        state.rows.clear();
+        state.durable.clear();
+        Ok(())
+    }
+
+    fn stats(&self) -> IndexResult<KvStats> {
+        let state = self.state();
+        let bytes = |rows: &Rows| rows.iter().map(|((_, key), value)| (key.len() + value.len()) as u64).sum();
+        Ok(KvStats {
+            disk_bytes: bytes(&state.durable),
+            memtable_bytes: state.unflushed.iter().map(|batch| batch.size_bytes() as u64).sum(),
+            ..KvStats::default()
+        })
+    }
+}
+
+impl fmt::Debug for SimKv {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SimKv({})", if self.synced { "synced" } else { "flushed" })
+    }
+}

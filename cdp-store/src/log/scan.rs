@@ -1,0 +1,265 @@
+//! Reading a log back: batch by batch along the chain, across segments.
+
+use std::sync::Arc;
+
+use cdp_types::Ordinal;
+
+use crate::error::{Error, Result};
+use crate::format::{BatchHeader, BatchPlace, FormatError, data_start};
+use crate::segments::Segment;
+use crate::storage::{AlignedBuf, File};
+
+/// Bytes read at a time while headers are walked: many small batches come with one read.
+const WINDOW: usize = 256 << 10;
+
+/// A batch found in a segment.
+#[derive(Debug)]
+pub struct BatchAt {
+    /// Its header.
+    pub header: BatchHeader,
+    /// The header's checksum.
+    pub crc: u32,
+    /// Where its payload starts, in bytes from the start of the file.
+    pub payload_at: u64,
+    /// The segment.
+    pub segment: Arc<Segment>,
+}
+
+impl BatchAt {
+    /// Where the next batch of this segment starts.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        let unit = u64::from(self.segment.header.physical_block);
+        (self.payload_at + self.header.payload_len()).next_multiple_of(unit)
+    }
+
+    /// Whether every block of the payload matches its checksum.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn payload_is_whole(&self) -> Result<bool> {
+        Ok(self.first_bad_block()?.is_none())
+    }
+
+    /// The first block of the payload that does not match its checksum.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn first_bad_block(&self) -> Result<Option<usize>> {
+        const CHUNK_BLOCKS: usize = 256;
+        let block = cdp_types::BLOCK_SIZE as usize;
+        for (index, crcs) in self.header.block_crcs.chunks(CHUNK_BLOCKS).enumerate() {
+            let mut bytes = AlignedBuf::zeroed(crcs.len() * block);
+            let at = self.payload_at + (index * CHUNK_BLOCKS * block) as u64;
+            read(&self.segment.file, at, &mut bytes)?;
+            let bad = |(b, &crc): (&[u8], &u32)| crate::format::block_crc(b) != crc;
+            if let Some(found) = bytes.chunks_exact(block).zip(crcs).position(bad) {
+                return Ok(Some(index * CHUNK_BLOCKS + found));
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn read(file: &Arc<dyn File>, offset: u64, into: &mut AlignedBuf) -> Result<()> {
+    file.read_at(offset, into).map_err(|e| Error::io(format!("reading {}, byte {offset}", file.name()), e))
+}
+
+/// Which of a volume's segments make up its log, in order. They come sorted by incarnation; one that was opened later
+/// at the same or an earlier ordinal supersedes the ones before it, because only a cut goes back.
+#[must_use]
+pub fn live_chain(segments: impl IntoIterator<Item = Arc<Segment>>) -> Vec<Arc<Segment>> {
+    let mut chain: Vec<Arc<Segment>> = Vec::new();
+    for segment in segments {
+        let first = segment.header.first_ordinal;
+        while chain.last().is_some_and(|s| s.header.first_ordinal >= first) {
+            chain.pop();
+        }
+        chain.push(segment);
+    }
+    chain
+}
+
+/// Walks the batches of a log.
+#[derive(Debug)]
+pub struct ChainReader<'a> {
+    chain: &'a [Arc<Segment>],
+    at: usize,
+    offset: u64,
+    last: Option<(Ordinal, u32)>,
+    window: AlignedBuf,
+    window_at: Option<(usize, u64)>,
+}
+
+impl<'a> ChainReader<'a> {
+    /// A reader that starts with the chain's first batch.
+    #[must_use]
+    pub fn new(chain: &'a [Arc<Segment>]) -> Self {
+        let offset = chain.first().map_or(0, |s| data_start(s.header.physical_block));
+        let window = AlignedBuf::zeroed(WINDOW);
+        Self { chain, at: 0, offset, last: None, window, window_at: None }
+    }
+
+    /// A reader that starts with the batch at `place`, if that segment is on the chain.
+    #[must_use]
+    pub fn starting_at(chain: &'a [Arc<Segment>], place: BatchPlace) -> Option<Self> {
+        let at = chain.iter().position(|s| s.header.incarnation == place.incarnation)?;
+        Some(Self { at, offset: place.offset, ..Self::new(chain) })
+    }
+
+    /// A reader that starts with the first batch of the segment in which `ordinal` lies, or with the chain's first.
+    #[must_use]
+    pub fn near(chain: &'a [Arc<Segment>], ordinal: Ordinal) -> Self {
+        let at = chain.partition_point(|s| s.header.first_ordinal <= ordinal).saturating_sub(1);
+        let offset = chain.get(at).map_or(0, |s| data_start(s.header.physical_block));
+        Self { at, offset, ..Self::new(chain) }
+    }
+
+    /// Where the batch that `next` looked for last would be: segment and byte.
+    #[must_use]
+    pub fn position(&self) -> Option<(&Arc<Segment>, u64)> {
+        self.chain.get(self.at).map(|segment| (segment, self.offset))
+    }
+
+    /// The next batch of the chain; `None` where none follows that is whole and fits the chain.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or a batch is of a newer format.
+    #[expect(clippy::should_implement_trait, reason = "it fails, and lends its position")]
+    pub fn next(&mut self) -> Result<Option<BatchAt>> {
+        // Where the next segment takes over, whatever else lies in this one was cut off: a write of a dead process
+        // may have landed there, whole and well chained, long after the cut was made.
+        if let (Some(next), Some((last, _))) = (self.chain.get(self.at + 1), self.last)
+            && next.header.first_ordinal == last.next()
+        {
+            (self.at, self.offset) = (self.at + 1, data_start(next.header.physical_block));
+        }
+        let batch = self.read_here()?;
+        Ok(batch.map(|batch| {
+            self.last = Some((batch.header.ordinal, batch.crc));
+            self.offset = batch.end();
+            batch
+        }))
+    }
+
+    fn read_here(&mut self) -> Result<Option<BatchAt>> {
+        let Some(segment) = self.chain.get(self.at) else { return Ok(None) };
+        let segment = Arc::clone(segment);
+        let Some(batch) = self.read_batch(&segment, self.offset)? else { return Ok(None) };
+        let found = (batch.header.ordinal, batch.header.previous_crc);
+        let opening = (segment.header.first_ordinal, segment.header.previous_crc);
+        let is_first = self.offset == data_start(segment.header.physical_block);
+        let fits = batch.header.volume == segment.header.volume
+            && (!is_first || found == opening)
+            // The first batch of a walk is taken at its word.
+            && self.last.is_none_or(|(last, crc)| found == (last.next(), crc));
+        Ok(fits.then_some(batch))
+    }
+
+    /// The batch at this byte of a segment, if there is a valid one.
+    fn read_batch(&mut self, segment: &Arc<Segment>, offset: u64) -> Result<Option<BatchAt>> {
+        let unit = u64::from(segment.header.physical_block);
+        if offset + unit > segment.header.capacity {
+            return Ok(None);
+        }
+        let in_window = |w: Option<(usize, u64)>, at, len: usize| {
+            w.is_some_and(|(s, from)| s == at && from <= offset && offset - from + len as u64 <= WINDOW as u64)
+        };
+        if !in_window(self.window_at, self.at, unit as usize) {
+            self.fill_window(segment, offset)?;
+        }
+        let mut from = (offset - self.window_at.map_or(offset, |(_, at)| at)) as usize;
+        let Ok(len) = BatchHeader::peek_len(&self.window[from..]) else { return Ok(None) };
+        let decoded = if len > WINDOW {
+            let mut bytes = AlignedBuf::zeroed(len.next_multiple_of(unit as usize));
+            read(&segment.file, offset, &mut bytes)?;
+            decode(&bytes[..len], segment, offset)?
+        } else {
+            if !in_window(self.window_at, self.at, len) {
+                self.fill_window(segment, offset)?;
+                from = 0;
+            }
+            decode(&self.window[from..from + len], segment, offset)?
+        };
+        Ok(decoded.map(|(header, crc)| BatchAt {
+            header,
+            crc,
+            payload_at: offset + len as u64,
+            segment: Arc::clone(segment),
+        }))
+    }
+
+    fn fill_window(&mut self, segment: &Arc<Segment>, offset: u64) -> Result<()> {
+        self.window_at = None;
+        read(&segment.file, offset, &mut self.window)?;
+        self.window_at = Some((self.at, offset));
+        Ok(())
+    }
+
+    /// The highest "durable" claim of any batch behind the place where the chain ended: in the rest of that segment,
+    /// and in the segments after it. Only headers count whose checksum is seeded with their segment's secret.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn claims_beyond(&self) -> Result<Ordinal> {
+        let mut highest = Ordinal(0);
+        if let Some(segment) = self.chain.get(self.at) {
+            highest = highest.max(claims_in(segment, self.offset)?);
+        }
+        for index in self.at + 1..self.chain.len() {
+            let mut reader = ChainReader::new(&self.chain[index..=index]);
+            while let Some(batch) = reader.next()? {
+                highest = highest.max(batch.header.durable);
+            }
+        }
+        Ok(highest)
+    }
+}
+
+fn decode(bytes: &[u8], segment: &Segment, offset: u64) -> Result<Option<(BatchHeader, u32)>> {
+    let place = BatchPlace { incarnation: segment.header.incarnation, offset };
+    match BatchHeader::decode(bytes, segment.header.secret, place) {
+        Ok((header, _)) if header.store != segment.header.store => Ok(None),
+        Ok(decoded) => Ok(Some(decoded)),
+        Err(error @ FormatError::Newer { .. }) => {
+            Err(Error::format(format!("{}, byte {offset}", segment.file.name()), error))
+        }
+        Err(_) => Ok(None),
+    }
+}
+
+/// How far behind a damaged header the next one is looked for: the largest batch, and then some.
+const SEARCH_BYTES: u64 = 40 << 20;
+/// The search ends early after so many zero bytes: nothing was ever written there.
+const SEARCH_ZERO_BYTES: usize = 2 << 20;
+
+fn claims_in(segment: &Arc<Segment>, from: u64) -> Result<Ordinal> {
+    const CHUNK: usize = 1 << 20;
+    let unit = segment.header.physical_block as usize;
+    let name = segment.file.name();
+    let len = segment.file.len().map_err(|e| Error::io(format!("asking the length of {name}"), e))?;
+    let end = len.min(segment.header.capacity).min(from.saturating_add(SEARCH_BYTES));
+    let mut highest = Ordinal(0);
+    let (mut at, mut zeroes) = (from, 0);
+    let mut chunk = AlignedBuf::zeroed(CHUNK);
+    while at < end && zeroes < SEARCH_ZERO_BYTES {
+        read(&segment.file, at, &mut chunk)?;
+        if chunk.iter().all(|&b| b == 0) {
+            zeroes += CHUNK;
+            at += CHUNK as u64;
+            continue;
+        }
+        zeroes = 0;
+        for start in (0..CHUNK).step_by(unit) {
+            let Ok(len) = BatchHeader::peek_len(&chunk[start..]) else { continue };
+            let offset = at + start as u64;
+            let mut bytes = AlignedBuf::zeroed(len.next_multiple_of(unit));
+            read(&segment.file, offset, &mut bytes)?;
+            if let Some((header, _)) = decode(&bytes[..len], segment, offset)? {
+                highest = highest.max(header.durable);
+            }
+        }
+        at += CHUNK as u64;
+    }
+    Ok(highest)
+}

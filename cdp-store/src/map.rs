@@ -1,0 +1,364 @@
+//! The head map: what the log has said of a volume's blocks since the index was last written, and a bounded
+//! cache of whole leaves as they are at the head.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use cdp_types::{BlockRange, BranchId, Ordinal, Seq};
+
+use crate::format::{BatchHeader, BatchPlace, RecordKind};
+use crate::index::{
+    BlockState, Change, ChangeState, FANOUT, LEVELS, LogPos, NodeKey, Place, TimeEntry, child_of, decompose,
+};
+
+/// The states of a leaf's blocks.
+pub type Leaf = Box<[BlockState; FANOUT]>;
+
+/// A stretch of a log that the index does not have yet: every change, by node, oldest first.
+#[derive(Debug, Default)]
+pub struct Chunk {
+    /// All versions of every node that changed.
+    pub nodes: HashMap<NodeKey, Vec<Change>>,
+    /// When each batch came.
+    pub times: Vec<(BranchId, TimeEntry)>,
+    /// The last batch in it.
+    pub end: Option<ChunkEnd>,
+    changes: usize,
+}
+
+/// The batch with which a chunk ends.
+#[derive(Clone, Copy, Debug)]
+pub struct ChunkEnd {
+    /// Its ordinal.
+    pub ordinal: Ordinal,
+    /// Its last `Seq`, or that of the last request before it.
+    pub seq: Seq,
+    /// Its header's checksum.
+    pub crc: u32,
+    /// Where it lies.
+    pub place: BatchPlace,
+    /// Its time.
+    pub time_ns: u64,
+}
+
+/// A chunk is closed once it has this many changes, so that one index write stays small.
+const CHUNK_CHANGES: usize = 64 << 10;
+/// Flushes remembered for `flush:-N`.
+const FLUSHES_KEPT: usize = 4096;
+
+/// The map of a volume's head.
+#[derive(Debug)]
+pub struct HeadMap {
+    closed: VecDeque<Arc<Chunk>>,
+    current: Chunk,
+    /// Everything up to here has been applied.
+    applied: Seq,
+    /// Everything up to here is in the index and no longer here.
+    indexed: Seq,
+    cache: BTreeMap<u64, Cached>,
+    hand: u64,
+    budget_leaves: usize,
+    flushes: VecDeque<(Seq, u64)>,
+}
+
+#[derive(Debug)]
+struct Cached {
+    states: Leaf,
+    used: bool,
+}
+
+/// One change of one leaf, as a run of its blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct LeafChange {
+    seq: Seq,
+    first: u16,
+    count: u16,
+    state: BlockState,
+}
+
+/// Applies changes, oldest first, to a leaf.
+pub fn apply_changes(states: &mut Leaf, changes: &[LeafChange]) {
+    for change in changes {
+        let first = usize::from(change.first);
+        states[first..first + usize::from(change.count)].fill(change.state);
+    }
+}
+
+impl HeadMap {
+    /// The map of a volume whose index goes up to `indexed`; it caches at most `budget_bytes` of leaves.
+    #[must_use]
+    pub fn new(indexed: Seq, budget_bytes: usize) -> Self {
+        let leaf_bytes = size_of::<[BlockState; FANOUT]>() + 128;
+        Self {
+            closed: VecDeque::new(),
+            current: Chunk::default(),
+            applied: indexed,
+            indexed,
+            cache: BTreeMap::new(),
+            hand: 0,
+            budget_leaves: (budget_bytes / leaf_bytes).max(16),
+            flushes: VecDeque::new(),
+        }
+    }
+
+    /// Takes in an acknowledged batch. Batches come in the order of the log.
+    pub fn apply(&mut self, header: &BatchHeader, crc: u32, payload_at: u64) {
+        let mut seq = header.first_seq;
+        let mut payload_at = payload_at;
+        let mut crcs = header.block_crcs.iter();
+        for record in &header.records {
+            let blocks = BlockRange::new(record.first, record.count);
+            match record.kind {
+                RecordKind::Write => {
+                    for (block, &crc) in (blocks.first..blocks.end()).zip(crcs.by_ref()) {
+                        // A place that cannot be packed would lie in no segment that this store can have.
+                        if let Some(pos) = LogPos::new(header.place.incarnation, payload_at) {
+                            self.map_block(header.branch, block, seq, Place { pos, crc });
+                        }
+                        payload_at += cdp_types::BLOCK_SIZE;
+                    }
+                }
+                RecordKind::Zero | RecordKind::Discard => self.clear(header.branch, blocks, seq),
+                RecordKind::Flush => self.remember_flush(Seq(record.aux), header.time_ns),
+                RecordKind::Relocate
+                | RecordKind::Epoch
+                | RecordKind::Cut
+                | RecordKind::Durable
+                | RecordKind::Store
+                | RecordKind::Expire => {}
+            }
+            if !record.flags.more() {
+                self.applied = self.applied.max(seq);
+                seq = seq.plus(1);
+            }
+        }
+        let entry = TimeEntry { time_ns: header.time_ns, seq: self.applied, ordinal: header.ordinal };
+        let repeats = |(branch, last): &(BranchId, TimeEntry)| *branch == header.branch && last.seq == entry.seq;
+        if entry.seq > Seq::ZERO && !self.current.times.last().is_some_and(repeats) {
+            self.current.times.push((header.branch, entry));
+        }
+        self.current.end = Some(ChunkEnd {
+            ordinal: header.ordinal,
+            seq: self.applied,
+            crc,
+            place: header.place,
+            time_ns: header.time_ns,
+        });
+        if self.current.changes >= CHUNK_CHANGES {
+            self.close_chunk();
+        }
+    }
+
+    fn map_block(&mut self, branch: BranchId, block: u64, seq: Seq, place: Place) {
+        let key = NodeKey::leaf_of(branch, block);
+        let first = child_of(block);
+        let change = Change { seq, first, count: 1, state: ChangeState::Mapped(place) };
+        self.current.nodes.entry(key).or_default().push(change);
+        self.current.changes += 1;
+        if let Some(cached) = self.cache.get_mut(&key.node) {
+            cached.states[usize::from(first)] = BlockState::Mapped(place);
+        }
+    }
+
+    fn clear(&mut self, branch: BranchId, blocks: BlockRange, seq: Seq) {
+        for run in decompose(blocks) {
+            let key = NodeKey { branch, level: run.level, node: run.node };
+            let change = Change { seq, first: run.first, count: run.count, state: ChangeState::Zero };
+            self.current.nodes.entry(key).or_default().push(change);
+            self.current.changes += 1;
+        }
+        if blocks.is_empty() {
+            return;
+        }
+        let fanout = FANOUT as u64;
+        for (&leaf, cached) in self.cache.range_mut(blocks.first / fanout..=(blocks.end() - 1) / fanout) {
+            let from = blocks.first.saturating_sub(leaf * fanout).min(fanout) as usize;
+            let to = (blocks.end() - leaf * fanout).min(fanout) as usize;
+            cached.states[from..to].fill(BlockState::Zero);
+        }
+    }
+
+    fn remember_flush(&mut self, seq: Seq, time_ns: u64) {
+        if self.flushes.back().is_some_and(|&(last, _)| last >= seq) {
+            return;
+        }
+        if self.flushes.len() == FLUSHES_KEPT {
+            self.flushes.pop_front();
+        }
+        self.flushes.push_back((seq, time_ns));
+    }
+
+    /// The flush that is `back` before the newest (1 is the newest itself), if it is remembered.
+    #[must_use]
+    pub fn flush_back(&self, back: u64) -> Option<Seq> {
+        let index = self.flushes.len().checked_sub(usize::try_from(back).ok()?)?;
+        self.flushes.get(index).map(|&(seq, _)| seq)
+    }
+
+    /// Notes a flush that has completed and is in no batch yet.
+    pub fn note_flush(&mut self, seq: Seq, time_ns: u64) {
+        self.remember_flush(seq, time_ns);
+    }
+
+    /// Everything up to here has been applied.
+    #[must_use]
+    pub fn applied(&self) -> Seq {
+        self.applied
+    }
+
+    /// Everything up to here is in the index, and only there.
+    #[must_use]
+    pub fn indexed(&self) -> Seq {
+        self.indexed
+    }
+
+    /// A block's state, if its leaf is cached.
+    pub fn cached(&mut self, block: u64) -> Option<BlockState> {
+        let cached = self.cache.get_mut(&(block / FANOUT as u64))?;
+        cached.used = true;
+        Some(cached.states[usize::from(child_of(block))])
+    }
+
+    /// Copies the states of consecutive blocks into `out`, as far as their leaf is cached; returns how many.
+    pub fn cached_run(&mut self, blocks: BlockRange, out: &mut smallvec::SmallVec<[BlockState; 32]>) -> u64 {
+        let mut done = 0;
+        while done < blocks.count {
+            let block = blocks.first + done;
+            let Some(cached) = self.cache.get_mut(&(block / FANOUT as u64)) else { break };
+            cached.used = true;
+            let from = usize::from(child_of(block));
+            let count = ((blocks.count - done) as usize).min(FANOUT - from);
+            out.extend_from_slice(&cached.states[from..from + count]);
+            done += count as u64;
+        }
+        done
+    }
+
+    /// What is not in the index yet of a branch's leaf, with `after < seq <= until`, oldest first.
+    #[must_use]
+    pub fn pending(&self, branch: BranchId, leaf: u64, after: Seq, until: Seq) -> Vec<LeafChange> {
+        let mut found = Vec::new();
+        for chunk in self.closed.iter().map(|c| &**c).chain([&self.current]) {
+            collect(chunk, branch, leaf, &mut found);
+        }
+        found.retain(|c| c.seq > after && c.seq <= until);
+        // Several levels of one chunk are collected one after the other; a stable sort puts them in log order.
+        found.sort_by_key(|c| c.seq);
+        found
+    }
+
+    /// The first leaf at or after `from` of which something is not in the index yet.
+    #[must_use]
+    pub fn next_leaf(&self, from: u64) -> Option<u64> {
+        let chunks = self.closed.iter().map(|c| &**c).chain([&self.current]);
+        let leaves = chunks.flat_map(|c| c.nodes.keys()).filter(|k| k.level == 0 && k.node >= from);
+        leaves.map(|k| k.node).min()
+    }
+
+    /// Puts a leaf into the cache; it must be up to date with `applied`.
+    pub fn insert(&mut self, leaf: u64, states: Leaf) {
+        while self.cache.len() >= self.budget_leaves {
+            self.evict();
+        }
+        self.cache.insert(leaf, Cached { states, used: true });
+    }
+
+    /// CLOCK: the first leaf from the hand on that was not used since the hand last passed it.
+    fn evict(&mut self) {
+        while !self.cache.is_empty() {
+            match self.cache.range_mut(self.hand..).next() {
+                None => self.hand = 0,
+                Some((&leaf, cached)) => {
+                    self.hand = leaf + 1;
+                    if !std::mem::take(&mut cached.used) {
+                        self.cache.remove(&leaf);
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Forgets all cached leaves.
+    pub fn drop_cache(&mut self) {
+        self.cache.clear();
+    }
+
+    /// Leaves in the cache.
+    #[must_use]
+    pub fn cached_leaves(&self) -> usize {
+        self.cache.len()
+    }
+
+    /// Closes the present chunk, so that it can be indexed once it is durable.
+    pub fn close_chunk(&mut self) {
+        if self.current.end.is_some() {
+            self.closed.push_back(Arc::new(std::mem::take(&mut self.current)));
+        }
+    }
+
+    /// The oldest closed chunk.
+    #[must_use]
+    pub fn oldest_closed(&self) -> Option<Arc<Chunk>> {
+        self.closed.front().cloned()
+    }
+
+    /// Drops the oldest closed chunk, whose changes are in the index now.
+    pub fn drop_oldest(&mut self) {
+        if let Some(end) = self.closed.pop_front().and_then(|chunk| chunk.end) {
+            self.indexed = self.indexed.max(end.seq);
+        }
+    }
+
+    /// Changes not in the index yet.
+    #[must_use]
+    pub fn pending_changes(&self) -> usize {
+        self.closed.iter().map(|c| c.changes).sum::<usize>() + self.current.changes
+    }
+
+    /// The newest batch at or before a time, of those that are not in the index yet.
+    #[must_use]
+    pub fn floor_time(&self, branch: BranchId, time_ns: u64) -> Option<TimeEntry> {
+        self.times(branch).filter(|t| t.time_ns <= time_ns).last()
+    }
+
+    /// The newest batch at or before a `Seq`, of those that are not in the index yet.
+    #[must_use]
+    pub fn time_of(&self, branch: BranchId, seq: Seq) -> Option<TimeEntry> {
+        self.times(branch).filter(|t| t.seq <= seq).last()
+    }
+
+    fn times(&self, branch: BranchId) -> impl Iterator<Item = TimeEntry> {
+        let chunks = self.closed.iter().map(|c| &**c).chain([&self.current]);
+        chunks.flat_map(|c| &c.times).filter(move |(b, _)| *b == branch).map(|&(_, entry)| entry)
+    }
+}
+
+fn collect(chunk: &Chunk, branch: BranchId, leaf: u64, out: &mut Vec<LeafChange>) {
+    if let Some(changes) = chunk.nodes.get(&NodeKey { branch, level: 0, node: leaf }) {
+        out.extend(changes.iter().map(|c| LeafChange {
+            seq: c.seq,
+            first: c.first,
+            count: c.count,
+            state: match c.state {
+                ChangeState::Zero => BlockState::Zero,
+                ChangeState::Mapped(place) => BlockState::Mapped(place),
+            },
+        }));
+    }
+    // A node above concerns the leaf if the run covers the child through which the leaf hangs below it.
+    let mut child = leaf;
+    for level in 1..LEVELS {
+        let (node, index) = (child / FANOUT as u64, (child % FANOUT as u64) as u16);
+        if let Some(changes) = chunk.nodes.get(&NodeKey { branch, level, node }) {
+            let covers = |c: &&Change| c.first <= index && index - c.first < c.count;
+            out.extend(changes.iter().filter(covers).map(|c| LeafChange {
+                seq: c.seq,
+                first: 0,
+                count: FANOUT as u16,
+                state: BlockState::Zero,
+            }));
+        }
+        child = node;
+    }
+}

@@ -1,0 +1,269 @@
+//! A queue of a volume's head.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering as Memory;
+use std::time::Duration;
+
+use cdp_types::{
+    ByteRange, DeviceQueue, Event, IoBuf, IoError, IoErrorKind, Op, Ordinal, Ranges, RequestId, Wait,
+};
+use slab::Slab;
+
+use super::flush::Flushes;
+use super::inbox::{Inbox, Mail};
+use super::partial::PartialWrite;
+use super::read::{READ_TOKEN, Reader};
+use crate::log::{Draft, Pending};
+use crate::storage::{AlignedBuf, Done, Lane, Token};
+use crate::volume::Volume;
+
+/// What one lane operation of a queue, other than a request's read, was for.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// A batch's write.
+    Batch(Ordinal),
+    /// One file of a sync.
+    Sync,
+    /// The old content of a block that is written in part.
+    Base(usize),
+}
+
+/// One queue of a volume's head. Passive between calls; everything happens on the caller's thread.
+pub struct HeadQueue {
+    pub(super) volume: Arc<Volume>,
+    pub(super) lane: Box<dyn Lane>,
+    pub(super) inbox: Arc<Inbox>,
+    pub(super) jobs: Slab<Job>,
+    pub(super) events: Vec<Event>,
+    /// Requests that change whole blocks, in order of arrival, not in a draft yet.
+    pub(super) waiting: VecDeque<Pending>,
+    /// A draft for which the log had no place.
+    pub(super) blocked: Option<Draft>,
+    /// Requests that change parts of blocks, in order of arrival; one is worked on at a time.
+    pub(super) partial_waiting: VecDeque<Pending>,
+    pub(super) partial: Option<PartialWrite>,
+    pub(super) batches_in_flight: usize,
+    pub(super) spare: Vec<AlignedBuf>,
+    pub(super) flushes: Flushes,
+    reader: Reader,
+    /// Batches whose completions were returned by the last `poll`.
+    pub(super) handed_over: Vec<Ordinal>,
+    mail: Vec<Mail>,
+    done: Vec<Done>,
+    in_flight: usize,
+}
+
+impl HeadQueue {
+    /// A new queue of this volume.
+    ///
+    /// # Errors
+    /// If the operating system gives no lane.
+    pub fn new(volume: Arc<Volume>) -> io::Result<Self> {
+        let lane = volume.shared().storage.lane()?;
+        let inbox = Inbox::new(lane.waker());
+        let alignment = volume.shared().log.segments.alignment();
+        Ok(Self {
+            volume,
+            lane,
+            inbox,
+            jobs: Slab::new(),
+            events: Vec::new(),
+            waiting: VecDeque::new(),
+            blocked: None,
+            partial_waiting: VecDeque::new(),
+            partial: None,
+            batches_in_flight: 0,
+            spare: Vec::new(),
+            flushes: Flushes::default(),
+            reader: Reader::new(alignment),
+            handed_over: Vec::new(),
+            mail: Vec::new(),
+            done: Vec::new(),
+            in_flight: 0,
+        })
+    }
+
+    /// Ends a request.
+    pub(super) fn finish(&mut self, id: RequestId, result: Result<(), IoError>) {
+        if let Err(error) = &result {
+            self.volume.counters().errors.fetch_add(1, Memory::Relaxed);
+            tracing::debug!(volume = %self.volume.id(), "request failed: {error}");
+        }
+        self.events.push(Event::Completed { id, result });
+    }
+
+    fn check(&self, range: ByteRange) -> Result<(), IoError> {
+        let row = self.volume.row();
+        range.check(row.size_bytes, u64::from(row.logical_block_size)).map_err(IoError::from)
+    }
+
+    fn check_change(&self, ranges: &[ByteRange], has_data: bool) -> Result<(), IoError> {
+        for range in ranges {
+            self.check(*range)?;
+            let limit = self.volume.shared().tuning.max_request_bytes;
+            if has_data && range.len > limit {
+                let text = format!("{range} is longer than the {limit} bytes that one request may have");
+                return Err(IoError::new(IoErrorKind::Invalid, text));
+            }
+        }
+        self.may_change()
+    }
+
+    fn may_change(&self) -> Result<(), IoError> {
+        if self.volume.shared().is_closing() {
+            return Err(IoError::new(IoErrorKind::Gone, "the store is being closed"));
+        }
+        match self.volume.refusal() {
+            Some((kind, why)) => Err(IoError::new(kind, why)),
+            None => Ok(()),
+        }
+    }
+
+    fn start_read(&mut self, id: RequestId, offset: u64, into: &IoBuf) -> Result<(), IoError> {
+        let range = ByteRange::new(offset, into.len() as u64);
+        self.check(range)?;
+        let states = self.volume.states(range.touched_blocks()).map_err(|e| {
+            tracing::error!(volume = %self.volume.id(), "{e}");
+            e.to_io()
+        })?;
+        let counters = self.volume.counters();
+        counters.reads.fetch_add(1, Memory::Relaxed);
+        counters.read_bytes.fetch_add(range.len, Memory::Relaxed);
+        let segments = &self.volume.shared().log.segments;
+        self.reader.start(&mut *self.lane, segments, id, offset, into, &states, &mut self.events);
+        Ok(())
+    }
+
+    fn start_change(&mut self, id: RequestId, op: Op) -> Result<(), IoError> {
+        let (ranges, has_data) = changed_ranges(&op);
+        self.check_change(&ranges, has_data)?;
+        let partial = !matches!(op, Op::Discard { .. }) && ranges.iter().any(|r| r.check(u64::MAX, 4096).is_err());
+        let pending = Pending { id, op };
+        if partial {
+            self.partial_waiting.push_back(pending);
+        } else {
+            self.waiting.push_back(pending);
+        }
+        Ok(())
+    }
+
+    fn take_mail(&mut self) {
+        let mut mail = std::mem::take(&mut self.mail);
+        self.inbox.take(&mut mail);
+        for message in mail.drain(..) {
+            match message {
+                Mail::Acked { ordinal, requests } => self.acknowledged(ordinal, requests),
+                Mail::Failed { error, requests } => self.batch_failed(error, requests),
+                Mail::Retry => {}
+            }
+        }
+        self.mail = mail;
+    }
+
+    fn take_done(&mut self) {
+        let mut done = std::mem::take(&mut self.done);
+        for one in done.drain(..) {
+            match one {
+                Done::Ready { tag } => self.events.push(Event::Ready { tag }),
+                Done::Io { token, result, buffer: _ } if token & READ_TOKEN != 0 => {
+                    self.reader.done(&mut *self.lane, token, result, &mut self.events);
+                }
+                Done::Io { token, result, buffer } => self.job_done(token, result, buffer),
+            }
+        }
+        self.done = done;
+    }
+
+    fn job_done(&mut self, token: Token, result: io::Result<()>, buffer: Option<AlignedBuf>) {
+        match self.jobs.try_remove(token as usize) {
+            Some(Job::Batch(ordinal)) => self.batch_written(ordinal, result, buffer),
+            Some(Job::Sync) => self.file_synced(result),
+            Some(Job::Base(edge)) => self.base_read(edge, result),
+            None => {}
+        }
+    }
+
+    /// Does everything that can be done without waiting.
+    fn pump(&mut self) {
+        self.take_mail();
+        self.pump_partial();
+        self.pump_writes();
+        self.pump_flushes();
+        self.take_mail();
+    }
+
+    /// How long this queue may sleep: requests that wait for space have a deadline.
+    fn limit(&self, wait: Wait) -> Wait {
+        let stalled = self.blocked.is_some() || (self.partial.is_some() && self.batches_in_flight == 0);
+        let step = Duration::from_millis(100);
+        match wait {
+            Wait::Forever if stalled => Wait::For(step),
+            Wait::For(limit) if stalled => Wait::For(limit.min(step)),
+            other => other,
+        }
+    }
+}
+
+/// The ranges that a request changes, and whether it brings data for them.
+fn changed_ranges(op: &Op) -> (Ranges, bool) {
+    match op {
+        Op::Write { offset, from, .. } => {
+            (Ranges::from_slice(&[ByteRange::new(*offset, from.len() as u64)]), true)
+        }
+        Op::WriteZeroes { ranges, .. } | Op::Discard { ranges, .. } => (ranges.clone(), false),
+        Op::Read { .. } | Op::Flush => (Ranges::new(), false),
+    }
+}
+
+impl DeviceQueue for HeadQueue {
+    fn submit(&mut self, id: RequestId, op: Op) {
+        self.in_flight += 1;
+        let result = match op {
+            Op::Read { offset, into } => self.start_read(id, offset, &into),
+            Op::Flush => {
+                self.start_flush(id);
+                Ok(())
+            }
+            change => self.start_change(id, change),
+        };
+        if let Err(error) = result {
+            self.finish(id, Err(error));
+        }
+    }
+
+    fn watch(&mut self, eventfd: Arc<OwnedFd>, tag: u64) -> io::Result<()> {
+        self.lane.watch(eventfd, tag)
+    }
+
+    fn unwatch(&mut self, tag: u64) {
+        self.lane.unwatch(tag);
+        self.events.retain(|e| !matches!(e, Event::Ready { tag: t } if *t == tag));
+    }
+
+    fn poll(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
+        if !self.handed_over.is_empty() {
+            self.deliver();
+        }
+        self.pump();
+        // What is ready goes out at once, but the kernel is asked all the same: that starts what was pumped.
+        let wait = if self.events.is_empty() { self.limit(wait) } else { Wait::No };
+        self.lane.poll(wait, &mut self.done)?;
+        if !self.done.is_empty() {
+            self.take_done();
+        }
+        self.pump();
+        self.lane.poll(Wait::No, &mut self.done)?;
+        let completed = self.events.iter().filter(|e| matches!(e, Event::Completed { .. })).count();
+        self.in_flight -= completed;
+        events.append(&mut self.events);
+        self.note_handed_over();
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+}

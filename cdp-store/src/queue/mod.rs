@@ -1,0 +1,13 @@
+//! Queues: one thread's requests on their way between a front end, the log and the kernel.
+
+mod flush;
+mod head;
+mod inbox;
+mod partial;
+mod past;
+mod read;
+mod write;
+
+pub use head::HeadQueue;
+pub use inbox::{Inbox, Mail};
+pub use past::PastQueue;

@@ -1,0 +1,361 @@
+//! The store's segment files: which incarnation lies in which, and a pool of blank ones.
+//!
+//! A file is a *slot*. Full-sized slots are zero-filled ahead of their use, because appending to blocks that were
+//! written before costs the file system nothing but the data (`docs/architecture.md`, "Segments"). A young
+//! log gets small slots that grow as they are written: a thousand little volumes must not take a thousand full ones.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use cdp_types::{Generation, VolumeId};
+
+use crate::error::{Error, Result};
+use crate::format::{SegmentHeader, header_stride};
+use crate::storage::{AlignedBuf, Alignment, File, Storage};
+
+/// Where segment files lie, relative to the store.
+pub const DIRECTORY: &str = "segments";
+/// Bits of an incarnation that count within one generation.
+const INCARNATION_COUNTER_BITS: u32 = 20;
+/// Capacity of a log's first segment, in bytes; each further one is twice as large, up to the full size.
+const FIRST_CAPACITY: u64 = 4 << 20;
+/// How much is zero-filled by one step, in bytes.
+const PREFILL_STEP: u64 = 1 << 20;
+
+/// A segment that holds a log's batches.
+#[derive(Debug)]
+pub struct Segment {
+    /// Its file.
+    pub file: Arc<dyn File>,
+    /// Whose it is.
+    pub header: SegmentHeader,
+}
+
+/// A file that no log uses yet.
+#[derive(Debug)]
+pub struct Blank {
+    slot: u64,
+    /// The file.
+    pub file: Arc<dyn File>,
+    /// How far it may be written, in bytes.
+    pub capacity: u64,
+}
+
+/// A slot found when the store was opened.
+#[derive(Debug)]
+pub struct Found {
+    /// Its number.
+    pub slot: u64,
+    /// What it holds, if either header copy is valid.
+    pub segment: Option<Arc<Segment>>,
+}
+
+#[derive(Debug, Default)]
+struct Pool {
+    ready: Vec<Blank>,
+    /// The slot being zero-filled, and how far that has come.
+    filling: Option<(Blank, u64)>,
+    wanted: VecDeque<(VolumeId, u64)>,
+    next_slot: u64,
+}
+
+/// What one step of the pool's background work did.
+#[derive(Debug)]
+pub enum PoolStep {
+    /// A log's blank segment is there.
+    Supplied(VolumeId, Blank),
+    /// Part of a slot was zero-filled; there is more to do.
+    Filled,
+    /// Nothing to do.
+    Idle,
+    /// A log waits, and the file system has no space for it.
+    Full(VolumeId),
+}
+
+/// All segments of a store.
+#[derive(Debug)]
+pub struct Segments {
+    storage: Arc<dyn Storage>,
+    alignment: Alignment,
+    full_capacity: u64,
+    pool_target: usize,
+    reserve_bytes: u64,
+    by_incarnation: RwLock<HashMap<u64, (u64, Arc<Segment>)>>,
+    pool: Mutex<Pool>,
+    next_incarnation: AtomicU64,
+}
+
+fn slot_name(slot: u64) -> String {
+    format!("{DIRECTORY}/{slot:08}")
+}
+
+impl Segments {
+    /// The segments of a store whose generation is `generation`.
+    #[must_use]
+    pub fn new(
+        storage: Arc<dyn Storage>,
+        full_capacity: u64,
+        pool_target: usize,
+        reserve_bytes: u64,
+        generation: Generation,
+    ) -> Self {
+        Self {
+            alignment: storage.alignment(),
+            storage,
+            full_capacity,
+            pool_target,
+            reserve_bytes,
+            by_incarnation: RwLock::default(),
+            pool: Mutex::default(),
+            next_incarnation: AtomicU64::new(generation.0 << INCARNATION_COUNTER_BITS | 1),
+        }
+    }
+
+    /// What I/O on segments must keep to.
+    #[must_use]
+    pub fn alignment(&self) -> Alignment {
+        self.alignment
+    }
+
+    /// Reads the headers of all slots.
+    ///
+    /// # Errors
+    /// If the directory or a file cannot be read, or a segment is of a newer format.
+    pub fn discover(&self, store: [u8; 16]) -> Result<Vec<Found>> {
+        let names =
+            self.storage.list(DIRECTORY).map_err(|e| Error::io(format!("listing {DIRECTORY}/"), e))?;
+        let mut slots: Vec<u64> = names.iter().filter_map(|name| name.parse().ok()).collect();
+        slots.sort_unstable();
+        let mut found = Vec::with_capacity(slots.len());
+        for slot in slots {
+            let name = slot_name(slot);
+            let file = self.storage.open(&name).map_err(|e| Error::io(format!("opening {name}"), e))?;
+            let segment = self.read_header(&file, store)?.map(|header| Arc::new(Segment { file, header }));
+            self.pool().next_slot = slot + 1;
+            found.push(Found { slot, segment });
+        }
+        Ok(found)
+    }
+
+    fn read_header(&self, file: &Arc<dyn File>, store: [u8; 16]) -> Result<Option<SegmentHeader>> {
+        let stride = header_stride(self.alignment.physical_block);
+        let mut copies = AlignedBuf::zeroed(2 * stride as usize);
+        file.read_at(0, &mut copies).map_err(|e| Error::io(format!("reading {}", file.name()), e))?;
+        let mut newest: Option<SegmentHeader> = None;
+        for at in [0, stride as usize] {
+            match SegmentHeader::decode(&copies[at..at + SegmentHeader::LEN]) {
+                Ok(header) if header.store == store => {
+                    // A recycled slot whose new header was torn shows the old one in its other copy: the newer counts.
+                    if newest.is_none_or(|n| n.incarnation < header.incarnation) {
+                        newest = Some(header);
+                    }
+                }
+                Err(error @ crate::format::FormatError::Newer { .. }) => {
+                    return Err(Error::format(format!("{}, byte {at}", file.name()), error));
+                }
+                // Another store's segment holds nothing of ours; torn and blank headers neither.
+                Ok(_) | Err(_) => {}
+            }
+        }
+        Ok(newest)
+    }
+
+    /// Takes a discovered segment into use.
+    pub fn adopt(&self, slot: u64, segment: Arc<Segment>) {
+        let incarnation = segment.header.incarnation;
+        let mut map = self.by_incarnation.write().unwrap_or_else(PoisonError::into_inner);
+        map.insert(incarnation, (slot, segment));
+    }
+
+    /// Gives up a slot for good: whoever wrote to it last may still have a write under way, so its file is
+    /// unlinked, never used again.
+    ///
+    /// # Errors
+    /// If it cannot be removed.
+    pub fn discard_slot(&self, slot: u64) -> Result<()> {
+        let name = slot_name(slot);
+        self.storage.remove(&name).map_err(|e| Error::io(format!("removing {name}"), e))
+    }
+
+    /// Forgets the segments that `belongs` names. Full-sized ones that nobody reads go back to the pool, since their
+    /// blocks have been written already; the others are unlinked, and who reads one can go on.
+    ///
+    /// # Errors
+    /// If a file cannot be removed; the others are.
+    pub fn release(&self, belongs: impl Fn(&SegmentHeader) -> bool) -> Result<()> {
+        let mut gone = Vec::new();
+        {
+            let mut map = self.by_incarnation.write().unwrap_or_else(PoisonError::into_inner);
+            let matching: Vec<u64> =
+                map.iter().filter(|(_, (_, s))| belongs(&s.header)).map(|(&i, _)| i).collect();
+            gone.extend(matching.iter().filter_map(|incarnation| map.remove(incarnation)));
+        }
+        let mut result = Ok(());
+        for (slot, segment) in gone {
+            let mut pool = self.pool();
+            let room = pool.ready.len() < 2 * self.pool_target;
+            match Arc::try_unwrap(segment) {
+                Ok(segment) if room && segment.header.capacity == self.full_capacity => {
+                    pool.ready.push(Blank { slot, file: segment.file, capacity: self.full_capacity });
+                }
+                _ => {
+                    drop(pool);
+                    result = result.and(self.discard_slot(slot));
+                }
+            }
+        }
+        result
+    }
+
+    /// The segment of an incarnation, if it is still there.
+    #[must_use]
+    pub fn get(&self, incarnation: u64) -> Option<Arc<Segment>> {
+        let map = self.by_incarnation.read().unwrap_or_else(PoisonError::into_inner);
+        map.get(&incarnation).map(|(_, segment)| Arc::clone(segment))
+    }
+
+    /// All segments in use with their slots, oldest first.
+    #[must_use]
+    pub fn all(&self) -> Vec<(u64, Arc<Segment>)> {
+        let map = self.by_incarnation.read().unwrap_or_else(PoisonError::into_inner);
+        let sorted: BTreeMap<u64, (u64, Arc<Segment>)> =
+            map.iter().map(|(&i, (slot, s))| (i, (*slot, Arc::clone(s)))).collect();
+        sorted.into_values().collect()
+    }
+
+    /// Turns a blank into a segment of a log. Its header is not written yet: it goes out with the first batch.
+    #[must_use]
+    pub fn open_segment(&self, blank: Blank, mut header: SegmentHeader) -> Arc<Segment> {
+        header.incarnation = self.next_incarnation.fetch_add(1, Ordering::Relaxed);
+        header.capacity = blank.capacity;
+        let segment = Arc::new(Segment { file: blank.file, header });
+        self.adopt(blank.slot, Arc::clone(&segment));
+        segment
+    }
+
+    /// The capacity of a log's next segment, `opened` segments after its last cut, in bytes.
+    #[must_use]
+    pub fn capacity_after(&self, opened: u32) -> u64 {
+        FIRST_CAPACITY.checked_shl(opened).unwrap_or(u64::MAX).clamp(1, self.full_capacity)
+    }
+
+    /// Orders a blank segment for a log; [`Segments::step`] will supply it.
+    pub fn order(&self, volume: VolumeId, capacity: u64) {
+        let mut pool = self.pool();
+        if !pool.wanted.iter().any(|(v, _)| *v == volume) {
+            pool.wanted.push_back((volume, capacity));
+        }
+    }
+
+    /// Whether a log waits for a segment.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        !self.pool().wanted.is_empty()
+    }
+
+    /// Blank full-sized slots at hand.
+    #[must_use]
+    pub fn ready(&self) -> usize {
+        self.pool().ready.len()
+    }
+
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does one piece of background work: supplies a log that waits, or zero-fills ahead.
+    ///
+    /// # Errors
+    /// If a file cannot be made or written for another reason than space.
+    pub fn step(&self) -> Result<PoolStep> {
+        let wanted = self.pool().wanted.front().copied();
+        if let Some((volume, capacity)) = wanted {
+            return match self.supply(capacity) {
+                Ok(blank) => {
+                    self.pool().wanted.retain(|(v, _)| *v != volume);
+                    Ok(PoolStep::Supplied(volume, blank))
+                }
+                Err(error) if error.kind() == crate::ErrorKind::NoSpace => Ok(PoolStep::Full(volume)),
+                Err(error) => Err(error),
+            };
+        }
+        match self.prefill() {
+            Err(error) if error.kind() == crate::ErrorKind::NoSpace => Ok(PoolStep::Idle),
+            other => other,
+        }
+    }
+
+    /// A blank of this capacity: from the pool if it is full-sized and one is ready, else a new file that grows.
+    fn supply(&self, capacity: u64) -> Result<Blank> {
+        if capacity == self.full_capacity
+            && let Some(blank) = self.pool().ready.pop()
+        {
+            return Ok(blank);
+        }
+        self.check_space(capacity)?;
+        self.create(capacity)
+    }
+
+    /// Makes a slot; its name is durable when this returns, so no flush has to care for it.
+    pub(crate) fn create(&self, capacity: u64) -> Result<Blank> {
+        let slot = {
+            let mut pool = self.pool();
+            pool.next_slot += 1;
+            pool.next_slot - 1
+        };
+        let name = slot_name(slot);
+        let make = || -> io::Result<Arc<dyn File>> {
+            let file = self.storage.create(&name)?;
+            self.storage.sync_directory(DIRECTORY)?;
+            Ok(file)
+        };
+        let file = make().map_err(|e| Error::io(format!("creating {name}"), e))?;
+        Ok(Blank { slot, file, capacity })
+    }
+
+    fn check_space(&self, capacity: u64) -> Result<()> {
+        let free = self.storage.free_bytes().map_err(|e| Error::io("asking for free space", e))?;
+        if free < self.reserve_bytes.saturating_add(capacity) {
+            let text = format!("{free} bytes are free; {} are kept back", self.reserve_bytes);
+            return Err(Error::new(crate::ErrorKind::NoSpace, text));
+        }
+        Ok(())
+    }
+
+    fn prefill(&self) -> Result<PoolStep> {
+        let filling = {
+            let mut pool = self.pool();
+            if pool.filling.is_none() && pool.ready.len() >= self.pool_target {
+                return Ok(PoolStep::Idle);
+            }
+            pool.filling.take()
+        };
+        let (blank, done) = match filling {
+            Some(filling) => filling,
+            None => {
+                // Zero-filling ahead must never be what fills the disk: it leaves as much again as it takes.
+                self.check_space(2 * self.full_capacity)?;
+                (self.create(self.full_capacity)?, 0)
+            }
+        };
+        let step = PREFILL_STEP.min(blank.capacity - done);
+        let zeroes = AlignedBuf::zeroed(step as usize);
+        let name = blank.file.name().to_owned();
+        let filled = blank.file.write_at(done, &zeroes).and_then(|()| {
+            if done + step == blank.capacity { blank.file.sync() } else { Ok(()) }
+        });
+        if let Err(error) = filled {
+            self.discard_slot(blank.slot)?;
+            return Err(Error::io(format!("zero-filling {name}"), error));
+        }
+        let mut pool = self.pool();
+        if done + step == blank.capacity {
+            pool.ready.push(blank);
+        } else {
+            pool.filling = Some((blank, done + step));
+        }
+        Ok(PoolStep::Filled)
+    }
+}

@@ -1,0 +1,91 @@
+//! What all volumes of an open store share.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use cdp_types::{BranchId, Seq};
+
+use crate::catalogue::BranchRow;
+use crate::clock::Clock;
+use crate::index::TimeIndex;
+use crate::log::LogContext;
+use crate::storage::Storage;
+
+/// Wakes a background thread, or tells it to stop.
+#[derive(Debug, Default)]
+pub struct Bell {
+    rung: Mutex<bool>,
+    heard: Condvar,
+}
+
+impl Bell {
+    /// Wakes whoever waits, or spares the next one its wait.
+    pub fn ring(&self) {
+        *self.rung.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.heard.notify_all();
+    }
+
+    /// Waits until it rings, at most `limit`.
+    pub fn wait(&self, limit: Duration) {
+        let rung = self.rung.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.heard.wait_timeout_while(rung, limit, |rung| !*rung);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 = false;
+    }
+}
+
+/// Limits and habits that a store is opened with.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// Bytes of leaves that one volume's head map may cache.
+    pub map_budget_bytes: usize,
+    /// How long a request waits for space before it fails.
+    pub full_wait: Duration,
+    /// Largest request, in bytes.
+    pub max_request_bytes: u64,
+    /// Bytes of blocks that one batch takes, unless a single request is larger.
+    pub batch_bytes: usize,
+    /// Batches that one queue has in flight.
+    pub batches_in_flight: usize,
+}
+
+/// The parts of a store that its volumes use.
+#[derive(Debug)]
+pub struct Shared {
+    /// What the logs need.
+    pub log: LogContext,
+    /// The files.
+    pub storage: Arc<dyn Storage>,
+    /// The time index.
+    pub index: TimeIndex,
+    /// Raw clocks, for deadlines.
+    pub clock: Arc<dyn Clock>,
+    /// Limits.
+    pub tuning: Tuning,
+    /// All branches.
+    pub branches: RwLock<HashMap<BranchId, BranchRow>>,
+    /// The next number for a request in an in-flight region.
+    pub next_origin: AtomicU64,
+    /// Wakes the thread that supplies segments.
+    pub pool_bell: Bell,
+    /// Wakes the thread that writes the index.
+    pub index_bell: Bell,
+    /// Set once when the store is closing: nothing new is taken.
+    pub closing: AtomicBool,
+}
+
+impl Shared {
+    /// The branch from which another inherits, and up to where.
+    #[must_use]
+    pub fn parent_of(&self, branch: BranchId) -> Option<(BranchId, Seq)> {
+        let branches = self.branches.read().unwrap_or_else(PoisonError::into_inner);
+        branches.get(&branch).and_then(|row| row.parent)
+    }
+
+    /// Whether the store is being closed.
+    #[must_use]
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,250 @@
+//! What a store does by itself: supplying segments, zero-filling ahead, syncing, indexing.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::{Inner, Store};
+use crate::error::{Error, ErrorKind, Result};
+use crate::segments::PoolStep;
+use crate::volume::Volume;
+
+/// Chunks written to the index between two index flushes: what a recovery replays is bounded by it.
+const CHUNKS_PER_FLUSH: u32 = 4;
+/// Nothing indexed stays unflushed for longer than this.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(5);
+/// A volume without writes for this long gets a "durable" record.
+const IDLE_AFTER: Duration = Duration::from_secs(2);
+/// How long the pool's thread sleeps when it has no space.
+const FULL_RETRY: Duration = Duration::from_millis(200);
+
+/// The background threads.
+#[derive(Debug, Default)]
+pub(super) struct Background {
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What the index thread has done and left undone.
+#[derive(Debug, Default)]
+pub(super) struct IndexHealth {
+    chunks_since_flush: u32,
+    flushed_at_ns: u64,
+    failing: bool,
+}
+
+impl Store {
+    pub(super) fn start_background(&self) -> Result<()> {
+        let mut background = self.inner.background.lock().unwrap_or_else(PoisonError::into_inner);
+        for (name, run) in [("cdp-pool", pool as fn(&Store) -> Duration), ("cdp-index", index)] {
+            let weak = Arc::downgrade(&self.inner);
+            let thread = std::thread::Builder::new()
+                .name(name.to_owned())
+                .spawn(move || forever(&weak, run))
+                .map_err(|e| Error::io(format!("starting thread {name}"), e))?;
+            background.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Does one piece of the pool's work; says whether there may be more. For stores without background threads.
+    ///
+    /// # Errors
+    /// What the file system says, other than that it is full.
+    pub fn pool_step(&self) -> Result<bool> {
+        match self.inner.shared.log.segments.step()? {
+            PoolStep::Supplied(volume, blank) => {
+                let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
+                let found = volumes.get(&volume).cloned();
+                drop(volumes);
+                if let Some(found) = found {
+                    found.supply(blank);
+                }
+                Ok(true)
+            }
+            PoolStep::Filled => Ok(true),
+            PoolStep::Full(volume) => {
+                let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
+                if let Some(found) = volumes.get(&volume) {
+                    found.starve();
+                }
+                Ok(false)
+            }
+            PoolStep::Idle => Ok(false),
+        }
+    }
+
+    /// Brings the index closer to the logs, by at most one chunk of every volume; says whether it did anything.
+    ///
+    /// # Errors
+    /// If a log cannot be synced or the index not written.
+    pub fn index_step(&self) -> Result<bool> {
+        let mut worked = false;
+        for volume in self.all_volumes() {
+            worked |= self.index_volume(&volume)?;
+        }
+        Ok(worked)
+    }
+
+    fn index_volume(&self, volume: &Arc<Volume>) -> Result<bool> {
+        let worked = volume.index_step()?;
+        if worked {
+            let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
+            health.chunks_since_flush += 1;
+        }
+        Ok(worked)
+    }
+
+    /// Writes everything acknowledged into the index, as far as it is delivered, and flushes it.
+    ///
+    /// # Durability
+    /// What was indexed is not replayed by later openings.
+    ///
+    /// # Errors
+    /// If a log cannot be synced or the index not written.
+    pub fn flush_index(&self) -> Result<()> {
+        for volume in self.all_volumes() {
+            volume.close_chunk();
+            while self.index_volume(&volume)? {}
+        }
+        self.index_flush()
+    }
+
+    fn index_flush(&self) -> Result<()> {
+        let flushed = self.inner.shared.index.flush();
+        flushed.map_err(|e| Error::new(ErrorKind::Io, "flushing the time index").with(e))?;
+        let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
+        health.chunks_since_flush = 0;
+        health.flushed_at_ns = self.inner.shared.clock.boot_ns();
+        Ok(())
+    }
+
+    /// A round of the index thread, at most every [`crate::StoreOptions::index_interval`] while little happens.
+    fn index_round(&self, quiet: bool) -> Result<()> {
+        for volume in self.all_volumes() {
+            if volume.has_unsynced() {
+                volume.sync_in_background()?;
+            }
+            if quiet {
+                volume.close_chunk();
+            }
+        }
+        while self.index_step()? {}
+        let due = {
+            let health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
+            let age = self.inner.shared.clock.boot_ns().saturating_sub(health.flushed_at_ns);
+            health.chunks_since_flush >= CHUNKS_PER_FLUSH
+                || (health.chunks_since_flush > 0 && u128::from(age) >= FLUSH_INTERVAL.as_nanos())
+        };
+        if due {
+            self.index_flush()?;
+        }
+        if quiet {
+            self.note_idle_volumes()?;
+        }
+        Ok(())
+    }
+
+    fn note_idle_volumes(&self) -> Result<()> {
+        let now = self.inner.shared.log.clock.stamp().time_ns;
+        for volume in self.all_volumes() {
+            let idle_ns = now.saturating_sub(volume.head().time_ns);
+            if u128::from(idle_ns) >= IDLE_AFTER.as_nanos() {
+                volume.note_durable()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the store in order: background work stops, every log is synced and says so, the index is flushed.
+    /// Requests that still come are refused. Idempotent.
+    ///
+    /// # Durability
+    /// Everything acknowledged.
+    ///
+    /// # Errors
+    /// If a log cannot be synced or the index not written; the next opening recovers then.
+    pub fn close(&self) -> Result<()> {
+        let shared = &self.inner.shared;
+        if shared.closing.swap(true, Ordering::SeqCst) || !self.inner.writable {
+            return Ok(());
+        }
+        shared.pool_bell.ring();
+        shared.index_bell.ring();
+        let threads = {
+            let mut background = self.inner.background.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut background.threads)
+        };
+        for thread in threads {
+            // A panic in it was reported when it happened.
+            let _ = thread.join();
+        }
+        let mut result = Ok(());
+        for volume in self.all_volumes() {
+            let closed = volume.make_durable(volume.head().seq).and_then(|()| volume.note_durable());
+            result = result.and(closed);
+        }
+        result.and(self.flush_index())
+    }
+}
+
+/// Runs a background task until its store is closed or dropped; each round says how long to wait for the bell.
+fn forever(store: &Weak<Inner>, round: fn(&Store) -> Duration) {
+    while let Some(inner) = store.upgrade() {
+        let store = Store { inner };
+        if store.inner.shared.is_closing() {
+            return;
+        }
+        let wait = round(&store);
+        let shared = Arc::clone(&store.inner.shared);
+        drop(store);
+        if !wait.is_zero() {
+            let bell = if round as usize == pool as fn(&Store) -> Duration as usize {
+                &shared.pool_bell
+            } else {
+                &shared.index_bell
+            };
+            bell.wait(wait);
+        }
+    }
+}
+
+fn pool(store: &Store) -> Duration {
+    match store.pool_step() {
+        Ok(true) => Duration::ZERO,
+        Ok(false) if store.inner.shared.log.segments.is_wanted() => FULL_RETRY,
+        Ok(false) => Duration::from_secs(3600),
+        Err(error) => {
+            tracing::error!("supplying segments: {}", chain(&error));
+            Duration::from_secs(1)
+        }
+    }
+}
+
+fn index(store: &Store) -> Duration {
+    let outcome = store.index_round(true);
+    let mut health = store.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
+    match outcome {
+        Ok(()) => {
+            if std::mem::take(&mut health.failing) {
+                tracing::info!("the time index is being written again");
+            }
+        }
+        Err(error) if !std::mem::replace(&mut health.failing, true) => {
+            // Guests do not depend on it: the log has everything, and the next round tries again.
+            tracing::error!("keeping the time index: {}", chain(&error));
+        }
+        Err(_) => {}
+    }
+    store.inner.options.index_interval
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    text
+}

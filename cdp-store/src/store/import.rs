@@ -1,0 +1,75 @@
+//! Filling a new volume before anyone sees it.
+
+use std::sync::Arc;
+
+use cdp_types::VolumeName;
+
+use super::{Store, VolumeSpec};
+use crate::catalogue::Change;
+use crate::error::Result;
+use crate::volume::Volume;
+
+/// A volume that is being filled. Nobody can open it before [`Import::commit`]; dropping it leaves nothing behind, and
+/// neither does a crash.
+#[derive(Debug)]
+pub struct Import {
+    store: Store,
+    volume: Option<Arc<Volume>>,
+}
+
+impl Store {
+    /// Begins a volume that becomes visible whole or not at all.
+    ///
+    /// # Errors
+    /// As [`Store::create_volume`].
+    pub fn begin_import(&self, name: &VolumeName, spec: VolumeSpec) -> Result<Import> {
+        let volume = self.add_volume(name, spec, true)?;
+        Ok(Import { store: self.clone(), volume: Some(volume) })
+    }
+}
+
+impl Import {
+    /// The volume, to be written through its queues.
+    ///
+    /// # Panics
+    /// Never: the volume is there until `commit` or `drop` takes the import itself.
+    #[must_use]
+    pub fn volume(&self) -> &Arc<Volume> {
+        match &self.volume {
+            Some(volume) => volume,
+            None => unreachable!("an import is consumed by what takes its volume"),
+        }
+    }
+
+    /// Makes the volume visible.
+    ///
+    /// 1. Sync its log. Crash: the import is cut short, the next opening removes it.
+    /// 2. Record it as complete. Crash: it is there, whole.
+    ///
+    /// # Durability
+    /// All its content, once this returns.
+    ///
+    /// # Errors
+    /// If its log cannot be synced or the record not written; nothing is left behind then.
+    pub fn commit(mut self) -> Result<()> {
+        let Some(volume) = self.volume.take() else { return Ok(()) };
+        let result = volume.make_durable(volume.head().seq).and_then(|()| {
+            let mut ledger = self.store.ledger();
+            self.store.change_volume(&mut ledger, &volume, Change::Import { volume: volume.id() })
+        });
+        if result.is_err() {
+            self.volume = Some(volume);
+        }
+        result
+    }
+}
+
+impl Drop for Import {
+    fn drop(&mut self) {
+        if let Some(volume) = self.volume.take()
+            && let Err(error) = self.store.remove(&volume)
+        {
+            tracing::warn!("removing an unfinished import: {error}; the next opening will do it");
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! Making and opening a store.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, RwLock};
+
+use cdp_types::{Generation, Origin, Seq, VolumeId};
+
+use super::{Inner, Store};
+use crate::catalogue::{Catalogue, Change, Ledger, STORE_LOG, VolumeRow};
+use crate::clock::{Clock, StoreClock, SystemClock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{BatchPlace, FormatError, RecordKind, SUPERBLOCK_LEN, Superblock};
+use crate::index::{IndexBatch, Kv, LogPos, RocksKv, RocksOptions, TimeIndex, Watermark, WriteBatch};
+use crate::log::{BatchAt, LogContext, LogEnd, LogState, Recovery, live_chain, recover};
+use crate::map::HeadMap;
+use crate::options::StoreOptions;
+use crate::segments::{self, Segment, Segments};
+use crate::shared::{Bell, Shared};
+use crate::storage::uring::DirectoryStorage;
+use crate::storage::{AlignedBuf, File, Storage};
+use crate::volume::{Recovered, Volume, first_origin};
+
+const SUPERBLOCK: &str = "superblock";
+/// Where the time index lies, relative to the store.
+pub(super) const INDEX_DIRECTORY: &str = "index";
+/// Where the catalogue's database lies, relative to the store.
+pub(super) const CATALOGUE_DIRECTORY: &str = "catalogue";
+
+/// What a store stands on: the real thing, or a simulation.
+#[derive(Clone, Debug)]
+pub struct Seams {
+    /// Files.
+    pub storage: Arc<dyn Storage>,
+    /// The time index's database.
+    pub index: Arc<dyn Kv>,
+    /// The catalogue's database: its writes are durable when they return.
+    pub catalogue: Arc<dyn Kv>,
+    /// Clocks.
+    pub clock: Arc<dyn Clock>,
+    /// Random segment secrets.
+    pub secrets: fn() -> u64,
+}
+
+/// Whether an opening may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Write,
+    Read,
+}
+
+fn random() -> u64 {
+    let mut bytes = [0; 8];
+    // Without entropy nothing on this machine is safe; a fixed secret only weakens the search for damage.
+    if getrandom::fill(&mut bytes).is_err() {
+        tracing::warn!("the operating system gives no random numbers; segment secrets are weak");
+    }
+    u64::from_le_bytes(bytes)
+}
+
+impl Store {
+    /// Makes an empty store in a directory that is missing or empty.
+    ///
+    /// # Durability
+    /// The store is there after a power cut once this returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] if there is something in the directory already; otherwise what the operating system says.
+    pub fn create(dir: &Path, options: &StoreOptions) -> Result<()> {
+        let at = dir.display();
+        std::fs::create_dir_all(dir).map_err(|e| Error::io(format!("making {at}"), e))?;
+        let mut entries = std::fs::read_dir(dir).map_err(|e| Error::io(format!("reading {at}"), e))?;
+        if entries.next().is_some() {
+            return Err(Error::new(ErrorKind::Exists, format!("{at} is not empty")));
+        }
+        let storage = DirectoryStorage::open(dir).map_err(|e| Error::io(format!("opening {at}"), e))?;
+        Self::create_on(&storage, &SystemClock, options)
+    }
+
+    /// The same on any storage.
+    ///
+    /// # Errors
+    /// As [`Store::create`].
+    pub fn create_on(storage: &dyn Storage, clock: &dyn Clock, options: &StoreOptions) -> Result<()> {
+        let size = options.segment_bytes;
+        if !size.is_power_of_two() || !(1 << 20..=256 << 20).contains(&size) {
+            let text = format!("segments of {size} bytes: must be a power of two from 1 MiB to 256 MiB");
+            return Err(Error::new(ErrorKind::Invalid, text));
+        }
+        let failed = |e| Error::io("making the store", e);
+        storage.create_directory(segments::DIRECTORY).map_err(failed)?;
+        let superblock = Superblock {
+            store: *uuid::Uuid::new_v4().as_bytes(),
+            generation: Generation(0),
+            segment_bytes: size,
+            created_ns: clock.wall_ns(),
+        };
+        let file = storage.create(SUPERBLOCK).map_err(failed)?;
+        for slot in 0..2 {
+            write_slot(storage, &*file, slot, &superblock)?;
+        }
+        file.sync().map_err(failed)?;
+        storage.sync_directory("").map_err(failed)
+    }
+
+    /// Opens a store for writing and recovers it: one process at a time. Background threads keep its segments and
+    /// its index in order until [`Store::close`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Locked`] if another process has it, [`ErrorKind::Foreign`] if the directory is no store,
+    /// [`ErrorKind::Newer`] if this program is too old for it, [`ErrorKind::Corrupt`] if the store's own log is damaged. A
+    /// damaged volume does not fail the opening: it is read-only and says so.
+    pub fn open(dir: &Path, options: StoreOptions) -> Result<Self> {
+        let at = dir.display();
+        if !dir.join(SUPERBLOCK).exists() {
+            return Err(Error::new(ErrorKind::Foreign, format!("{at} holds no store")));
+        }
+        let storage = DirectoryStorage::open(dir).map_err(|e| Error::io(format!("opening the store {at}"), e))?;
+        let index = open_or_rebuild(&dir.join(INDEX_DIRECTORY), |p| RocksKv::open(p, &RocksOptions::default()))?;
+        let catalogue = open_or_rebuild(&dir.join(CATALOGUE_DIRECTORY), |p| RocksKv::open_synced(p))?;
+        let clock = Arc::new(SystemClock);
+        let seams = Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random };
+        let store = Self::open_on(seams, options)?;
+        store.start_background()?;
+        Ok(store)
+    }
+
+    /// Opens a store, or a copy of one, for inspection. Nothing is written, and nothing is said to a store's daemon:
+    /// it must not be running.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_read_only(dir: &Path) -> Result<Self> {
+        let at = dir.display();
+        if !dir.join(SUPERBLOCK).exists() {
+            return Err(Error::new(ErrorKind::Foreign, format!("{at} holds no store")));
+        }
+        let storage = DirectoryStorage::open_read_only(dir)
+            .map_err(|e| Error::io(format!("opening the store {at}"), e))?;
+        let empty = || Arc::new(crate::index::SimKv::new()) as Arc<dyn Kv>;
+        // A missing or damaged database only costs time: everything is in the logs.
+        let index = RocksKv::open_read_only(dir.join(INDEX_DIRECTORY)).map_or_else(|_| empty(), |kv| Arc::new(kv));
+        let catalogue =
+            RocksKv::open_synced_read_only(dir.join(CATALOGUE_DIRECTORY)).map_or_else(|_| empty(), |kv| Arc::new(kv));
+        let clock = Arc::new(SystemClock);
+        let seams = Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random };
+        Opening::new(seams, StoreOptions::default(), Mode::Read)?.run()
+    }
+
+    /// Opens a store on any seams, without background threads: [`Store::step`] does their work.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_on(seams: Seams, options: StoreOptions) -> Result<Self> {
+        Opening::new(seams, options, Mode::Write)?.run()
+    }
+}
+
+/// Opens a database; one that is damaged is removed and made anew, since the logs have everything.
+fn open_or_rebuild(
+    path: &Path,
+    open: impl Fn(&Path) -> crate::index::IndexResult<RocksKv>,
+) -> Result<Arc<dyn Kv>> {
+    let failed = |e| Error::new(ErrorKind::Io, format!("opening {}", path.display())).with(e);
+    match open(path) {
+        Ok(kv) => Ok(Arc::new(kv)),
+        Err(error) if error.kind() == crate::index::IndexErrorKind::Corrupt => {
+            tracing::warn!("{}: {error}; it is rebuilt from the logs", path.display());
+            RocksKv::destroy(path).map_err(failed)?;
+            Ok(Arc::new(open(path).map_err(failed)?))
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn slot_at(storage: &dyn Storage, slot: u64) -> u64 {
+    slot * crate::format::header_stride(storage.alignment().physical_block)
+}
+
+fn write_slot(storage: &dyn Storage, file: &dyn File, slot: u64, superblock: &Superblock) -> Result<()> {
+    let mut bytes = AlignedBuf::zeroed(slot_at(storage, 1) as usize);
+    superblock.encode(&mut bytes[..SUPERBLOCK_LEN]);
+    file.write_at(slot_at(storage, slot), &bytes).map_err(|e| Error::io("writing superblock", e))
+}
+
+/// The newer of the two valid slots.
+fn read_superblock(storage: &dyn Storage, file: &dyn File) -> Result<Superblock> {
+    let mut newest: Option<Superblock> = None;
+    let mut why = FormatError::Absent;
+    for slot in 0..2 {
+        let mut bytes = AlignedBuf::zeroed(slot_at(storage, 1) as usize);
+        let at = slot_at(storage, slot);
+        file.read_at(at, &mut bytes).map_err(|e| Error::io(format!("reading superblock, byte {at}"), e))?;
+        match Superblock::decode(&bytes[..SUPERBLOCK_LEN]) {
+            Ok(found) if newest.is_none_or(|n| n.generation < found.generation) => newest = Some(found),
+            Ok(_) => {}
+            Err(error) => why = error,
+        }
+    }
+    newest.ok_or_else(|| Error::format("superblock: neither of its two copies is valid", why))
+}
+
+/// One opening, step by step.
+struct Opening {
+    seams: Seams,
+    options: StoreOptions,
+    mode: Mode,
+    superblock: Superblock,
+    segments: Arc<Segments>,
+    /// By volume, oldest first; not yet sorted out which of them live.
+    found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>>,
+    newest_seq: Seq,
+    newest_time_ns: u64,
+}
+
+impl Opening {
+    /// 1. Claim a new generation in the older superblock slot, and sync it. Crash: the claim is lost or it holds; no
+    ///    `Seq`, origin or incarnation of this opening was given out before.
+    /// 2. Find the segments. Blank slots are removed: whoever held them last may still write to them.
+    fn new(seams: Seams, options: StoreOptions, mode: Mode) -> Result<Self> {
+        let storage = &*seams.storage;
+        let file = storage.open(SUPERBLOCK).map_err(|e| Error::io("opening superblock", e))?;
+        let mut superblock = read_superblock(storage, &*file)?;
+        if mode == Mode::Write {
+            superblock.generation = Generation(superblock.generation.0 + 1);
+            write_slot(storage, &*file, superblock.generation.0 % 2, &superblock)?;
+            file.sync().map_err(|e| Error::io("syncing superblock", e))?;
+        }
+        let segments = Arc::new(Segments::new(
+            Arc::clone(&seams.storage),
+            superblock.segment_bytes,
+            options.pool_segments,
+            options.reserve_bytes,
+            superblock.generation,
+        ));
+        let mut found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>> = BTreeMap::new();
+        for slot in segments.discover(superblock.store)? {
+            match slot.segment {
+                Some(segment) => found.entry(segment.header.volume).or_default().push((slot.slot, segment)),
+                None if mode == Mode::Write => segments.discard_slot(slot.slot)?,
+                None => {}
+            }
+        }
+        for list in found.values_mut() {
+            list.sort_by_key(|(_, s)| s.header.incarnation);
+        }
+        let (newest_seq, newest_time_ns) = (Seq::ZERO, 0);
+        Ok(Self { seams, options, mode, superblock, segments, found, newest_seq, newest_time_ns })
+    }
+
+    /// 3. Recover the store log, and from it the catalogue.
+    /// 4. Recover every volume. What is acknowledged in a log's tail is synced before anything new can be.
+    /// 5. Finish what was being given back; record the generation in the store log, behind a cut of its tail.
+    fn run(mut self) -> Result<Store> {
+        let (catalogue, end, rows) = self.recover_catalogue()?;
+        let index = TimeIndex::new(Arc::clone(&self.seams.index));
+        let mut recovered = Vec::new();
+        for row in catalogue.volumes.values() {
+            recovered.push((row.clone(), self.recover_volume(&index, row)?));
+        }
+        let shared = self.share(index, &catalogue);
+        let state = LogState::new(STORE_LOG, cdp_types::BranchId(0), &end);
+        let mut ledger = Ledger::new(state, catalogue, Arc::clone(&self.seams.catalogue));
+        if self.mode == Mode::Write {
+            ledger.write_rows(rows);
+            let change = Change::Generation { generation: self.superblock.generation };
+            ledger.commit(&shared.log, &[change])?;
+        }
+        let volumes: BTreeMap<VolumeId, Arc<Volume>> = recovered
+            .into_iter()
+            .map(|(row, r)| (row.id, Volume::new(Arc::clone(&shared), row, r)))
+            .collect();
+        let inner = Inner {
+            ledger: Mutex::new(ledger),
+            volumes: RwLock::new(volumes),
+            superblock: self.superblock,
+            options: self.options,
+            background: Mutex::default(),
+            index_health: Mutex::default(),
+            writable: self.mode == Mode::Write,
+            shared,
+        };
+        let store = Store { inner: Arc::new(inner) };
+        if self.mode == Mode::Write {
+            store.finish_reclaiming()?;
+        }
+        Ok(store)
+    }
+
+    fn share(&self, index: TimeIndex, catalogue: &Catalogue) -> Arc<Shared> {
+        let generation = self.superblock.generation;
+        let branches: HashMap<_, _> = catalogue.branches.iter().map(|(&id, &row)| (id, row)).collect();
+        let clock = Arc::clone(&self.seams.clock);
+        Arc::new(Shared {
+            log: LogContext {
+                store: self.superblock.store,
+                generation,
+                segments: Arc::clone(&self.segments),
+                clock: StoreClock::new(Arc::clone(&clock), self.newest_time_ns),
+                next_seq: AtomicU64::new(Seq::first_of(generation).0),
+                secrets: self.seams.secrets,
+            },
+            storage: Arc::clone(&self.seams.storage),
+            index,
+            clock,
+            tuning: self.options.tuning(self.superblock.segment_bytes),
+            branches: RwLock::new(branches),
+            next_origin: AtomicU64::new(first_origin(generation)),
+            pool_bell: Bell::default(),
+            index_bell: Bell::default(),
+            closing: AtomicBool::new(false),
+        })
+    }
+
+    /// Takes a volume's live segments into use. Those that a cut has superseded are left where they are until the
+    /// chain that supersedes them has been walked.
+    fn chain_of(&mut self, volume: VolumeId) -> Vec<Arc<Segment>> {
+        let list = self.found.remove(&volume).unwrap_or_default();
+        let chain = live_chain(list.iter().map(|(_, s)| Arc::clone(s)));
+        for (slot, segment) in list {
+            self.segments.adopt(slot, segment);
+        }
+        chain
+    }
+
+    fn recover_catalogue(&mut self) -> Result<(Catalogue, LogEnd, WriteBatch)> {
+        let chain = self.chain_of(STORE_LOG);
+        let loaded = Catalogue::load(&*self.seams.catalogue)?;
+        if let Some((catalogue, position)) = loaded {
+            let place = BatchPlace { incarnation: position.incarnation, offset: position.offset };
+            let watermark = LogPos::new(place.incarnation, place.offset).map(|pos| Watermark {
+                ordinal: position.ordinal,
+                seq: position.seq,
+                pos,
+                header_crc: position.crc,
+                time_ns: position.time_ns,
+            });
+            match self.replay_store_log(&chain, catalogue, watermark.as_ref()) {
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    tracing::warn!("{error}; the catalogue is rebuilt from the store log");
+                }
+                other => return other,
+            }
+        }
+        if self.mode == Mode::Write {
+            self.seams.catalogue.clear().map_err(|e| Error::new(ErrorKind::Io, "clearing the catalogue").with(e))?;
+        }
+        self.replay_store_log(&chain, Catalogue::default(), None)
+    }
+
+    fn replay_store_log(
+        &mut self,
+        chain: &[Arc<Segment>],
+        mut catalogue: Catalogue,
+        from: Option<&Watermark>,
+    ) -> Result<(Catalogue, LogEnd, WriteBatch)> {
+        let mut rows = WriteBatch::new();
+        let recovery = recover(chain, from, &mut |batch, _| {
+            if batch.header.records.first().is_some_and(|r| r.kind == RecordKind::Store) {
+                let place = batch.header.place.offset;
+                let at = || format!("{}, byte {place}: a store record", batch.segment.file.name());
+                let changes: Vec<Change> = serde_json::from_slice(&batch.header.body)
+                    .map_err(|e| Error::new(ErrorKind::Newer, at()).with(e))?;
+                for change in &changes {
+                    catalogue.apply(change, &mut rows)?;
+                }
+            }
+            Ok(())
+        })?;
+        if let Some(damage) = recovery.damage {
+            return Err(Error::new(ErrorKind::Corrupt, format!("the store log is damaged: {damage}")));
+        }
+        self.settle(chain, &recovery)?;
+        Ok((catalogue, recovery.end, rows))
+    }
+
+    /// Makes a log's recovered tail durable: the dead process may have acknowledged it, and a flush after this opening
+    /// must cover it.
+    fn settle(&mut self, chain: &[Arc<Segment>], recovery: &Recovery) -> Result<()> {
+        self.newest_seq = self.newest_seq.max(recovery.end.seq);
+        self.newest_time_ns = self.newest_time_ns.max(recovery.end.time_ns);
+        if self.mode == Mode::Read || recovery.end.ordinal <= recovery.durable {
+            return Ok(());
+        }
+        let from = chain.partition_point(|s| s.header.first_ordinal <= recovery.durable).saturating_sub(1);
+        for segment in &chain[from..] {
+            segment.file.sync().map_err(|e| Error::io(format!("syncing {}", segment.file.name()), e))?;
+        }
+        Ok(())
+    }
+
+    fn recover_volume(&mut self, index: &TimeIndex, row: &VolumeRow) -> Result<Recovered> {
+        let chain = self.chain_of(row.id);
+        let failed = |e| Error::new(ErrorKind::Io, format!("reading the time index of volume '{}'", row.name)).with(e);
+        let watermark = index.watermark(row.id).map_err(failed)?;
+        match self.replay_volume(index, row, &chain, watermark.as_ref()) {
+            Err(error) if error.kind() == ErrorKind::Corrupt && watermark.is_some() => {
+                tracing::warn!(volume = %row.name, "{error}; its index is rebuilt from the log");
+                if self.mode == Mode::Write {
+                    self.forget_index(index, row)?;
+                    self.replay_volume(index, row, &chain, None)
+                } else {
+                    Err(error)
+                }
+            }
+            other => other,
+        }
+    }
+
+    fn forget_index(&self, index: &TimeIndex, row: &VolumeRow) -> Result<()> {
+        let failed = |e| Error::new(ErrorKind::Io, "clearing part of the time index").with(e);
+        let mut batch = IndexBatch::new();
+        batch.forget_watermark(row.id);
+        index.write(&batch).map_err(failed)?;
+        index.drop_branch(row.branch).map_err(failed)
+    }
+
+    fn replay_volume(
+        &mut self,
+        index: &TimeIndex,
+        row: &VolumeRow,
+        chain: &[Arc<Segment>],
+        watermark: Option<&Watermark>,
+    ) -> Result<Recovered> {
+        let indexed = watermark.map_or(Seq::ZERO, |w| w.seq);
+        let mut map = HeadMap::new(indexed, self.options.map_budget_bytes);
+        let mut survived: Vec<Origin> = Vec::new();
+        if let Some(batch) = watermark.map(|w| first_batch(chain, w)).transpose()?.flatten() {
+            collect_origins(&batch, &mut survived);
+        }
+        let writable = self.mode == Mode::Write;
+        let recovery = recover(chain, watermark, &mut |batch, durable| {
+            collect_origins(&batch, &mut survived);
+            map.apply(&batch.header, batch.crc, batch.payload_at);
+            // A long replay, after the index was lost, is written to it on the way: memory stays bounded.
+            while let Some(chunk) = map.oldest_closed().filter(|_| durable && writable) {
+                crate::volume::write_chunk(index, row.id, &chunk)?;
+                map.drop_oldest();
+            }
+            Ok(())
+        })?;
+        survived.sort_unstable();
+        survived.dedup();
+        self.settle(chain, &recovery)?;
+        if let Some(damage) = &recovery.damage {
+            tracing::error!(volume = %row.name, "{damage}; the volume is read-only");
+        }
+        let damaged = recovery.damage.is_some();
+        let read_only = match (self.mode, recovery.damage) {
+            (_, Some(damage)) => Some(damage),
+            (Mode::Read, None) => Some("the store was opened for inspection".to_owned()),
+            (Mode::Write, None) => None,
+        };
+        Ok(Recovered { end: recovery.end, map, survived, read_only, damaged })
+    }
+}
+
+fn first_batch(chain: &[Arc<Segment>], watermark: &Watermark) -> Result<Option<BatchAt>> {
+    let place = BatchPlace { incarnation: watermark.pos.incarnation(), offset: watermark.pos.offset_bytes() };
+    match crate::log::ChainReader::starting_at(chain, place) {
+        Some(mut reader) => reader.next(),
+        None => Ok(None),
+    }
+}
+
+fn collect_origins(batch: &BatchAt, into: &mut Vec<Origin>) {
+    into.extend(batch.header.records.iter().map(|r| r.origin).filter(|o| o.0 != 0));
+}

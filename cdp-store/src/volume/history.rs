@@ -1,0 +1,357 @@
+//! A volume's past: finding instants, opening them, and telling what is in the log and in the map.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use cdp_types::{
+    BlockDevice, BranchId, DeviceIdentity, DeviceInfo, DeviceQueue, Instant, Label, Ordinal, Origin, Seq,
+};
+
+use super::{
+    ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeState, VolumeStats,
+};
+use crate::catalogue::MarkRow;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::RecordKind;
+use crate::index::{BlockState, FANOUT, LogPos, TimeEntry};
+use crate::log::{BatchAt, ChainReader};
+use crate::queue::PastQueue;
+
+impl Volume {
+    /// Everything there is to tell of it; `marks` are the store's.
+    pub(crate) fn describe(&self, marks: Vec<MarkRow>) -> VolumeInfo {
+        use std::sync::atomic::Ordering::Relaxed;
+        let row = self.row();
+        let counters = self.counters();
+        let (cached_leaves, pending_changes) = {
+            let map = self.map();
+            (map.cached_leaves() as u64, map.pending_changes() as u64)
+        };
+        let mut marks: Vec<MarkInfo> = marks
+            .into_iter()
+            .map(|m| MarkInfo { label: m.label, seq: m.seq, time_ns: m.time_ns })
+            .collect();
+        marks.sort_by_key(|m| m.seq);
+        VolumeInfo {
+            id: row.id,
+            name: row.name,
+            size_bytes: row.size_bytes,
+            logical_block_size: row.logical_block_size,
+            branch: row.branch,
+            head: self.head(),
+            created_ns: row.created_ns,
+            serving: row.serving,
+            marks,
+            state: match self.refusal() {
+                None => VolumeState::Healthy,
+                Some((_, reason)) => VolumeState::ReadOnly { reason },
+            },
+            stats: VolumeStats {
+                reads: counters.reads.load(Relaxed),
+                read_bytes: counters.read_bytes.load(Relaxed),
+                writes: counters.writes.load(Relaxed),
+                written_bytes: counters.written_bytes.load(Relaxed),
+                clears: counters.clears.load(Relaxed),
+                flushes: counters.flushes.load(Relaxed),
+                syncs: counters.syncs.load(Relaxed),
+                batches: counters.batches.load(Relaxed),
+                errors: counters.errors.load(Relaxed),
+                leaf_loads: counters.leaf_loads.load(Relaxed),
+                cached_leaves,
+                pending_changes,
+            },
+        }
+    }
+
+    /// Its acknowledged present.
+    #[must_use]
+    pub fn head(&self) -> Head {
+        let log = self.log();
+        let (seq, time_ns) = log.head();
+        Head { seq, ordinal: log.acked(), time_ns, durable_ordinal: log.durable() }
+    }
+
+    /// Finds an instant of the head branch's history. Marks are the store's: `mark` looks them up.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such mark, flush or time; [`ErrorKind::Invalid`] for a `Seq` that the
+    /// volume has not reached.
+    pub(crate) fn find(&self, instant: &Instant, mark: impl Fn(&Label) -> Option<MarkRow>) -> Result<Resolved> {
+        let branch = self.row().branch;
+        let head = self.head();
+        let (branch, seq) = match instant {
+            Instant::Head => (branch, head.seq),
+            Instant::Seq(seq) if *seq > head.seq => {
+                let text = format!("seq:{seq} is not in the history yet; the head is seq:{}", head.seq);
+                return Err(Error::new(ErrorKind::Invalid, text));
+            }
+            Instant::Seq(seq) => (branch, *seq),
+            Instant::Time(time_ns) => (branch, self.floor_time(branch, *time_ns)?.map_or(Seq::ZERO, |t| t.seq)),
+            Instant::FlushBack(back) => (branch, self.find_flush(*back)?),
+            Instant::Mark(label) => {
+                let row = mark(label).ok_or_else(|| {
+                    Error::new(ErrorKind::NotFound, format!("the volume has no mark '{label}'"))
+                })?;
+                (row.branch, row.seq)
+            }
+            Instant::Epoch(epoch) => {
+                let text = format!("the volume has no epoch {epoch}");
+                return Err(Error::new(ErrorKind::NotFound, text));
+            }
+        };
+        Ok(Resolved { branch, seq, time_ns: self.time_of(branch, seq)?.map_or(0, |t| t.time_ns) })
+    }
+
+    fn floor_time(&self, branch: BranchId, time_ns: u64) -> Result<Option<TimeEntry>> {
+        if let Some(entry) = self.map().floor_time(branch, time_ns) {
+            return Ok(Some(entry));
+        }
+        self.from_index(branch, |b| self.shared().index.floor_time(b, time_ns))
+    }
+
+    fn time_of(&self, branch: BranchId, seq: Seq) -> Result<Option<TimeEntry>> {
+        if let Some(entry) = self.map().time_of(branch, seq) {
+            return Ok(Some(entry));
+        }
+        self.from_index(branch, |b| self.shared().index.time_of(b, seq))
+    }
+
+    /// Asks the index about a branch, then about what it inherits from.
+    fn from_index(
+        &self,
+        branch: BranchId,
+        ask: impl Fn(BranchId) -> crate::index::IndexResult<Option<TimeEntry>>,
+    ) -> Result<Option<TimeEntry>> {
+        let mut branch = branch;
+        loop {
+            let found =
+                ask(branch).map_err(|e| Error::new(ErrorKind::Io, "asking the time index for an instant").with(e))?;
+            match (found, self.shared().parent_of(branch)) {
+                (Some(entry), _) => return Ok(Some(entry)),
+                (None, Some((parent, _))) => branch = parent,
+                (None, None) => return Ok(None),
+            }
+        }
+    }
+
+    /// The flush that is `back` before the newest: from memory if it is recent, else from the log.
+    fn find_flush(&self, back: u64) -> Result<Seq> {
+        let remembered = self.map().flush_back(back);
+        if let Some(seq) = remembered {
+            return Ok(seq);
+        }
+        let keep = usize::try_from(back).unwrap_or(usize::MAX);
+        let mut last: VecDeque<Seq> = VecDeque::new();
+        self.each_batch(Ordinal(0), &mut |batch| {
+            for record in batch.header.records.iter().filter(|r| r.kind == RecordKind::Flush) {
+                let seq = Seq(record.aux);
+                if last.back().is_none_or(|l| *l < seq) {
+                    if last.len() == keep {
+                        last.pop_front();
+                    }
+                    last.push_back(seq);
+                }
+            }
+            true
+        })?;
+        let newest = self.map().flush_back(1).filter(|seq| last.back().is_none_or(|l| l < seq));
+        last.extend(newest);
+        if last.len() > keep {
+            last.pop_front();
+        }
+        last.front().filter(|_| last.len() == keep && keep > 0).copied().ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("the history has {} flushes, not {back}", last.len()))
+        })
+    }
+
+    /// Opens a found instant for reading. It never changes, whatever is written meanwhile.
+    #[must_use]
+    pub fn open_resolved(self: &Arc<Self>, at: Resolved) -> Arc<dyn BlockDevice> {
+        Arc::new(PastDevice { volume: Arc::clone(self), at })
+    }
+
+    /// Calls `visit` with the acknowledged batches of its log from the one of ordinal `from` on, until it says no.
+    pub(crate) fn each_batch(&self, from: Ordinal, visit: &mut dyn FnMut(&BatchAt) -> bool) -> Result<()> {
+        let until = self.log().acked();
+        let chain = self.chain();
+        let mut reader = ChainReader::near(&chain, from);
+        while let Some(batch) = reader.next()? {
+            let ordinal = batch.header.ordinal;
+            if ordinal > until || (ordinal >= from && !visit(&batch)) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `visit` with the records of its log whose `Seq` is in `from..=to`, oldest first, until it says no.
+    ///
+    /// # Errors
+    /// If the log cannot be read.
+    pub fn records(&self, from: Seq, to: Seq, visit: &mut dyn FnMut(RecordInfo) -> bool) -> Result<()> {
+        let branch = self.row().branch;
+        let start = match from {
+            Seq(0) => Ordinal(0),
+            _ => self.time_of(branch, from.before())?.map_or(Ordinal(0), |t| t.ordinal),
+        };
+        self.each_batch(start, &mut |batch| {
+            let header = &batch.header;
+            let mut seq = header.first_seq;
+            for record in &header.records {
+                if seq > to {
+                    return false;
+                }
+                let info = RecordInfo {
+                    time_ns: header.time_ns,
+                    wall_ns: header.wall_ns,
+                    seq,
+                    ordinal: header.ordinal,
+                    kind: format!("{:?}", record.kind).to_lowercase(),
+                    partial: record.flags.0 & crate::format::RecordFlags::PARTIAL != 0,
+                    first_block: record.first,
+                    block_count: record.count,
+                    generation: header.generation,
+                    term: header.term,
+                    segment: header.place.incarnation,
+                    offset: header.place.offset,
+                };
+                if seq >= from && !visit(info) {
+                    return false;
+                }
+                if !record.flags.more() {
+                    seq = seq.plus(1);
+                }
+            }
+            true
+        })
+    }
+
+    /// Calls `visit` with what is known of all blocks at an instant, in order, in the longest runs, until it says no.
+    ///
+    /// # Errors
+    /// If the index cannot be read.
+    pub fn extents(&self, at: Resolved, visit: &mut dyn FnMut(ExtentInfo) -> bool) -> Result<()> {
+        let blocks = self.row().size_bytes.div_ceil(cdp_types::BLOCK_SIZE);
+        let leaves = blocks.div_ceil(FANOUT as u64);
+        let mut run: Option<ExtentInfo> = None;
+        let mut leaf = 0;
+        while leaf < leaves {
+            let next = self.next_said_leaf(at.branch, leaf)?.unwrap_or(leaves).min(leaves);
+            if next > leaf {
+                let first_block = leaf * FANOUT as u64;
+                let block_count = (next * FANOUT as u64).min(blocks) - first_block;
+                let gap = ExtentInfo { first_block, block_count, state: ExtentState::Unsaid };
+                if !extend(&mut run, gap, visit) {
+                    return Ok(());
+                }
+                leaf = next;
+                continue;
+            }
+            let states = self.leaf_at(at.branch, leaf, at.seq)?;
+            for (index, state) in states.iter().enumerate() {
+                let first_block = leaf * FANOUT as u64 + index as u64;
+                if first_block >= blocks {
+                    break;
+                }
+                let one = ExtentInfo { first_block, block_count: 1, state: extent_state(*state) };
+                if !extend(&mut run, one, visit) {
+                    return Ok(());
+                }
+            }
+            leaf += 1;
+        }
+        if let Some(run) = run {
+            visit(run);
+        }
+        Ok(())
+    }
+
+    /// The next leaf of which a branch or what it inherits from has anything to say.
+    fn next_said_leaf(&self, branch: BranchId, from: u64) -> Result<Option<u64>> {
+        let mut next = self.map().next_leaf(from);
+        let mut line = Some(branch);
+        while let Some(branch) = line {
+            let found = self.shared().index.next_leaf(branch, from).map_err(|e| {
+                Error::new(ErrorKind::Io, "walking the time index").with(e)
+            })?;
+            next = match (next, found) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            };
+            line = self.shared().parent_of(branch).map(|(parent, _)| parent);
+        }
+        Ok(next)
+    }
+}
+
+fn extent_state(state: BlockState) -> ExtentState {
+    match state {
+        BlockState::Unsaid => ExtentState::Unsaid,
+        BlockState::Zero => ExtentState::Zero,
+        BlockState::Mapped(place) => mapped(place.pos),
+    }
+}
+
+fn mapped(pos: LogPos) -> ExtentState {
+    ExtentState::Mapped { segment: pos.incarnation(), offset: pos.offset_bytes() }
+}
+
+/// Joins `one` to the run if it continues it; otherwise passes the run on and starts a new one.
+fn extend(run: &mut Option<ExtentInfo>, one: ExtentInfo, visit: &mut dyn FnMut(ExtentInfo) -> bool) -> bool {
+    if let Some(last) = run {
+        let follows = match (last.state, one.state) {
+            (ExtentState::Mapped { segment: a, offset: x }, ExtentState::Mapped { segment: b, offset: y }) => {
+                a == b && y == x + last.block_count * cdp_types::BLOCK_SIZE
+            }
+            (a, b) => a == b,
+        };
+        if follows {
+            last.block_count += one.block_count;
+            return true;
+        }
+        let passed = *last;
+        *run = Some(one);
+        return visit(passed);
+    }
+    *run = Some(one);
+    true
+}
+
+/// A past instant of a volume, read-only.
+struct PastDevice {
+    volume: Arc<Volume>,
+    at: Resolved,
+}
+
+impl fmt::Debug for PastDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PastDevice({:?} at seq {})", self.volume, self.at.seq)
+    }
+}
+
+impl BlockDevice for PastDevice {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo { read_only: true, ..self.volume.info() }
+    }
+
+    fn identity(&self) -> DeviceIdentity {
+        DeviceIdentity { branch: self.at.branch, ..self.volume.identity() }
+    }
+
+    fn open_queue(&self) -> io::Result<Box<dyn DeviceQueue>> {
+        let capacity = self.info().capacity;
+        Ok(Box::new(PastQueue::new(Arc::clone(&self.volume), self.at.branch, self.at.seq, capacity)?))
+    }
+
+    fn new_origin(&self) -> Origin {
+        Origin(0)
+    }
+
+    fn survived(&self, origins: &[Origin]) -> Vec<bool> {
+        vec![false; origins.len()]
+    }
+
+    fn on_change(&self, _notify: Box<dyn Fn() + Send + Sync>) {}
+}

@@ -1,0 +1,175 @@
+//! What can be told of a volume, as plain data.
+
+use cdp_types::{BranchId, Generation, Label, Ordinal, Seq, VolumeId, VolumeName};
+use serde::{Deserialize, Serialize};
+
+/// Where a volume is served to guests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Serving {
+    /// The vhost-user socket's path.
+    pub socket: String,
+    /// How many queues guests may use.
+    pub queues: u16,
+}
+
+/// The acknowledged present of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    /// `Seq` of the last acknowledged request.
+    pub seq: Seq,
+    /// Ordinal of the last acknowledged batch.
+    pub ordinal: Ordinal,
+    /// That batch's time on the store's clock, in nanoseconds since 1970; 0 before the first write.
+    pub time_ns: u64,
+    /// Up to which ordinal a power cut takes nothing away.
+    pub durable_ordinal: Ordinal,
+}
+
+/// A named instant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MarkInfo {
+    /// Its name.
+    pub label: Label,
+    /// The last request in it.
+    pub seq: Seq,
+    /// Its time, in nanoseconds since 1970.
+    pub time_ns: u64,
+}
+
+/// Whether a volume takes writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum VolumeState {
+    /// It does.
+    Healthy,
+    /// It does not.
+    ReadOnly {
+        /// Why, with file and offset where something is damaged.
+        reason: String,
+    },
+}
+
+/// Counters since the store was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeStats {
+    /// Read requests.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Discards and write-zeroes.
+    pub clears: u64,
+    /// Flush requests.
+    pub flushes: u64,
+    /// Rounds of fdatasync that served them.
+    pub syncs: u64,
+    /// Batches appended.
+    pub batches: u64,
+    /// Requests that failed.
+    pub errors: u64,
+    /// Leaves of the map that were loaded from the index.
+    pub leaf_loads: u64,
+    /// Leaves of the map in memory now.
+    pub cached_leaves: u64,
+    /// Changes not yet in the time index.
+    pub pending_changes: u64,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeInfo {
+    /// Its number.
+    pub id: VolumeId,
+    /// Its name.
+    pub name: VolumeName,
+    /// Its size, in bytes.
+    pub size_bytes: u64,
+    /// What its guests address, in bytes.
+    pub logical_block_size: u32,
+    /// Its head branch.
+    pub branch: BranchId,
+    /// Its present.
+    pub head: Head,
+    /// When it was made, in nanoseconds since 1970.
+    pub created_ns: u64,
+    /// Where it is served, if it is.
+    pub serving: Option<Serving>,
+    /// Its marks, oldest first.
+    pub marks: Vec<MarkInfo>,
+    /// Whether it takes writes.
+    pub state: VolumeState,
+    /// Counters.
+    pub stats: VolumeStats,
+}
+
+/// An instant, found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resolved {
+    /// On which branch.
+    pub branch: BranchId,
+    /// Everything up to and including this request.
+    pub seq: Seq,
+    /// Time of the batch with that request, in nanoseconds since 1970; 0 before the first.
+    pub time_ns: u64,
+}
+
+/// One record of a volume's log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordInfo {
+    /// The batch's time on the store's clock, in nanoseconds since 1970.
+    pub time_ns: u64,
+    /// The raw wall clock's time, in nanoseconds since 1970.
+    pub wall_ns: u64,
+    /// The request's place in the order of the store.
+    pub seq: Seq,
+    /// The batch.
+    pub ordinal: Ordinal,
+    /// What it says: `write`, `zero`, `discard`, `flush`, `cut` and so on.
+    pub kind: String,
+    /// Whether the guest wrote only part of the block.
+    pub partial: bool,
+    /// First block.
+    pub first_block: u64,
+    /// Number of blocks.
+    pub block_count: u64,
+    /// The opening of the store that wrote it.
+    pub generation: Generation,
+    /// The volume's term.
+    pub term: u64,
+    /// Incarnation of the segment.
+    pub segment: u64,
+    /// The batch's place in the segment, in bytes.
+    pub offset: u64,
+}
+
+/// What is known of a run of blocks at an instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum ExtentState {
+    /// Its data lies contiguously in the log.
+    Mapped {
+        /// Incarnation of the segment.
+        segment: u64,
+        /// Where in the segment, in bytes.
+        offset: u64,
+    },
+    /// It was zeroed or discarded.
+    Zero,
+    /// Nothing was ever said of it; it reads as zeroes.
+    Unsaid,
+}
+
+/// A run of blocks at an instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExtentInfo {
+    /// First block.
+    pub first_block: u64,
+    /// Number of blocks.
+    pub block_count: u64,
+    /// What is known of it.
+    #[serde(flatten)]
+    pub state: ExtentState,
+}

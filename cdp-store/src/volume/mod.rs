@@ -1,0 +1,420 @@
+//! A volume: its log, its head map, and the requests of its queues between the two.
+
+mod history;
+mod indexing;
+mod info;
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering as Memory};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+
+use cdp_types::{
+    BlockDevice, BlockRange, BranchId, DeviceIdentity, DeviceInfo, DeviceQueue, Generation, IoErrorKind, Ordinal,
+    Origin, Seq, VolumeId,
+};
+use smallvec::SmallVec;
+
+use crate::catalogue::VolumeRow;
+use crate::error::{Error, ErrorKind, Result};
+use crate::index::{BlockState, FANOUT};
+use crate::log::{Acked, Append, Draft, Failed, LogEnd, LogState};
+use crate::map::{HeadMap, Leaf, apply_changes};
+use crate::queue::{HeadQueue, Inbox, Mail};
+use crate::segments::{Blank, Segment};
+use crate::shared::Shared;
+
+pub(crate) use indexing::write_chunk;
+pub use info::{
+    ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, VolumeInfo, VolumeState, VolumeStats,
+};
+
+/// The states of consecutive blocks.
+pub type States = SmallVec<[BlockState; 32]>;
+
+/// Counters since the store was opened.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub reads: AtomicU64,
+    pub read_bytes: AtomicU64,
+    pub writes: AtomicU64,
+    pub written_bytes: AtomicU64,
+    pub clears: AtomicU64,
+    pub flushes: AtomicU64,
+    pub syncs: AtomicU64,
+    pub batches: AtomicU64,
+    pub errors: AtomicU64,
+    pub leaf_loads: AtomicU64,
+}
+
+type Listener = Box<dyn Fn() + Send + Sync>;
+
+/// A disk with a history. It is a [`BlockDevice`]: its head, as guests and clients read and write it.
+pub struct Volume {
+    me: Weak<Self>,
+    id: VolumeId,
+    shared: Arc<Shared>,
+    row: RwLock<VolumeRow>,
+    /// Locked before `map`, never after it.
+    log: Mutex<LogState>,
+    map: Mutex<HeadMap>,
+    waiters: Mutex<Vec<Arc<Inbox>>>,
+    /// Requests of earlier openings that are in the part of the log that was replayed; sorted.
+    survived: Vec<Origin>,
+    listeners: Mutex<Vec<Listener>>,
+    damaged: bool,
+    /// Why it takes no writes: its log is damaged, or the store was opened for reading.
+    read_only: OnceLock<String>,
+    /// Since when the store has been too full to give it a segment, on the boot clock; 0 if it is not.
+    starved_since_ns: AtomicU64,
+    counters: Counters,
+}
+
+/// What recovery knows of a volume.
+#[derive(Debug)]
+pub(crate) struct Recovered {
+    pub end: LogEnd,
+    pub map: HeadMap,
+    pub survived: Vec<Origin>,
+    pub read_only: Option<String>,
+    pub damaged: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic while it was held has already ended the daemon; tests that catch one do not go on with the volume.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Volume {
+    pub(crate) fn new(shared: Arc<Shared>, row: VolumeRow, recovered: Recovered) -> Arc<Self> {
+        let read_only = OnceLock::new();
+        if let Some(why) = recovered.read_only {
+            // The lock is new, so this is its first value.
+            let _ = read_only.set(why);
+        }
+        Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            id: row.id,
+            log: Mutex::new(LogState::new(row.id, row.branch, &recovered.end)),
+            map: Mutex::new(recovered.map),
+            waiters: Mutex::default(),
+            survived: recovered.survived,
+            damaged: recovered.damaged,
+            listeners: Mutex::default(),
+            read_only,
+            starved_since_ns: AtomicU64::new(0),
+            counters: Counters::default(),
+            row: RwLock::new(row),
+            shared,
+        })
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn id(&self) -> VolumeId {
+        self.id
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub(crate) fn row(&self) -> VolumeRow {
+        self.row.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes what the catalogue says of it, and tells its front ends.
+    pub(crate) fn update_row(&self, row: VolumeRow) {
+        *self.row.write().unwrap_or_else(PoisonError::into_inner) = row;
+        for listener in lock(&self.listeners).iter() {
+            listener();
+        }
+    }
+
+    pub(crate) fn log(&self) -> MutexGuard<'_, LogState> {
+        lock(&self.log)
+    }
+
+    pub(crate) fn map(&self) -> MutexGuard<'_, HeadMap> {
+        lock(&self.map)
+    }
+
+    /// Why it takes no writes, if it does not.
+    #[must_use]
+    pub fn refusal(&self) -> Option<(IoErrorKind, String)> {
+        if let Some(why) = self.read_only.get() {
+            return Some((IoErrorKind::ReadOnly, why.clone()));
+        }
+        self.log().poisoned().map(|why| (IoErrorKind::Device, why.to_owned()))
+    }
+
+    /// Whether only reads are served.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only.get().is_some()
+    }
+
+    /// Whether its log is damaged.
+    pub(crate) fn is_damaged(&self) -> bool {
+        self.damaged
+    }
+
+    /// The segments of its log, in order.
+    pub(crate) fn chain(&self) -> Vec<Arc<Segment>> {
+        let all = self.shared.log.segments.all();
+        crate::log::live_chain(all.into_iter().map(|(_, s)| s).filter(|s| s.header.volume == self.id))
+    }
+
+    // -- Writing
+
+    /// Gives a draft its place in the log; orders a segment where one is needed.
+    pub(crate) fn append(&self, draft: Draft, owner: &Arc<Inbox>) -> Append {
+        let mut log = self.log();
+        self.append_locked(&mut log, draft, owner)
+    }
+
+    pub(crate) fn append_locked(&self, log: &mut LogState, draft: Draft, owner: &Arc<Inbox>) -> Append {
+        let outcome = log.append(&self.shared.log, draft, owner);
+        if let Some(capacity) = log.wants_segment(&self.shared.log) {
+            self.shared.log.segments.order(self.id, capacity);
+            self.shared.pool_bell.ring();
+        }
+        if let Append::Blocked(_) = outcome {
+            self.wait_for_change(owner);
+        }
+        outcome
+    }
+
+    /// Has `inbox` told to try again when a segment comes, a cut is made or a batch is acknowledged.
+    pub(crate) fn wait_for_change(&self, inbox: &Arc<Inbox>) {
+        let mut waiters = lock(&self.waiters);
+        if !waiters.iter().any(|w| Arc::ptr_eq(w, inbox)) {
+            waiters.push(Arc::clone(inbox));
+        }
+    }
+
+    fn wake_waiters(&self, from: Option<&Arc<Inbox>>) {
+        for waiter in std::mem::take(&mut *lock(&self.waiters)) {
+            waiter.send(Mail::Retry, from);
+        }
+    }
+
+    /// Takes in how a batch's write went, and passes on the acknowledgements that this allows, in log order.
+    pub(crate) fn complete(
+        &self,
+        ordinal: Ordinal,
+        result: std::result::Result<(), IoErrorKind>,
+        from: &Arc<Inbox>,
+    ) {
+        let mut log = self.log();
+        let acked = log.complete(ordinal, result);
+        self.publish(acked, from);
+        self.cut_if_due(&mut log, Some(from));
+        drop(log);
+        self.wake_waiters(Some(from));
+    }
+
+    /// The map takes in what is acknowledged before anyone hears of it: whoever has seen a write's completion
+    /// reads what it wrote. Called under the log's lock, so that two queues cannot swap their order.
+    fn publish(&self, acked: Vec<Acked>, from: &Arc<Inbox>) {
+        if acked.is_empty() {
+            return;
+        }
+        let mut map = self.map();
+        for batch in &acked {
+            map.apply(&batch.header, batch.crc, batch.payload_at);
+        }
+        drop(map);
+        self.counters.batches.fetch_add(acked.len() as u64, Memory::Relaxed);
+        for batch in acked {
+            if !batch.requests.is_empty() {
+                let mail = Mail::Acked { ordinal: batch.header.ordinal, requests: batch.requests };
+                batch.owner.send(mail, Some(from));
+            }
+        }
+    }
+
+    /// Cuts the log's tail if that is due, and tells those whose batches it removed.
+    pub(crate) fn cut_if_due(&self, log: &mut LogState, from: Option<&Arc<Inbox>>) {
+        if !log.can_cut() {
+            return;
+        }
+        // On failure the log is poisoned and says so; the queues fail what they hold.
+        let failed: Vec<Failed> = log.cut(&self.shared.log).unwrap_or_default();
+        for batch in failed {
+            batch.owner.send(Mail::Failed { error: batch.error, requests: batch.requests }, from);
+        }
+    }
+
+    /// Notes that there is no space for the segment that was ordered.
+    pub(crate) fn starve(&self) {
+        let now = self.shared.clock.boot_ns().max(1);
+        if self.starved_since_ns.compare_exchange(0, now, Memory::Relaxed, Memory::Relaxed).is_ok() {
+            tracing::warn!(volume = %self.id, "the store is full: writes wait, then fail");
+        }
+        self.wake_waiters(None);
+    }
+
+    /// Whether it has waited for space longer than requests should.
+    pub(crate) fn is_starved(&self) -> bool {
+        let since = self.starved_since_ns.load(Memory::Relaxed);
+        let waited = self.shared.clock.boot_ns().saturating_sub(since);
+        since != 0 && u128::from(waited) >= self.shared.tuning.full_wait.as_nanos()
+    }
+
+    /// Hands over a blank segment that was ordered.
+    pub(crate) fn supply(&self, blank: Blank) {
+        if self.starved_since_ns.swap(0, Memory::Relaxed) != 0 {
+            tracing::info!(volume = %self.id, "the store has space again: writes go on");
+        }
+        let mut log = self.log();
+        log.supply(blank);
+        self.cut_if_due(&mut log, None);
+        drop(log);
+        self.wake_waiters(None);
+    }
+
+    // -- The head map
+
+    /// The states of consecutive blocks at the head.
+    pub(crate) fn states(&self, blocks: BlockRange) -> Result<States> {
+        let mut states = States::new();
+        let mut done = 0;
+        loop {
+            let rest = BlockRange::new(blocks.first + done, blocks.count - done);
+            done += self.map().cached_run(rest, &mut states);
+            if done == blocks.count {
+                return Ok(states);
+            }
+            self.load_leaf((blocks.first + done) / FANOUT as u64)?;
+        }
+    }
+
+    /// Brings a leaf into the head map's cache.
+    fn load_leaf(&self, leaf: u64) -> Result<()> {
+        self.counters.leaf_loads.fetch_add(1, Memory::Relaxed);
+        let branch = self.row().branch;
+        loop {
+            let upto = self.map().applied();
+            let mut states = self.leaf_at(branch, leaf, upto)?;
+            let mut map = self.map();
+            // Whatever came since is still pending, unless the indexer was faster than us.
+            if map.indexed() <= upto {
+                apply_changes(&mut states, &map.pending(branch, leaf, upto, Seq::MAX));
+                map.insert(leaf, states);
+                return Ok(());
+            }
+        }
+    }
+
+    /// A leaf of a branch after every change up to and including `at`; what the branch does not say is inherited.
+    pub(crate) fn leaf_at(&self, branch: BranchId, leaf: u64, at: Seq) -> Result<Leaf> {
+        let mut states = self.own_leaf_at(branch, leaf, at)?;
+        let mut child = branch;
+        let mut at = at;
+        while states.iter().any(|s| matches!(s, BlockState::Unsaid)) {
+            let Some((parent, fork)) = self.shared.parent_of(child) else { break };
+            at = at.min(fork);
+            let inherited = self.own_leaf_at(parent, leaf, at)?;
+            for (state, from) in states.iter_mut().zip(inherited.iter()) {
+                if matches!(state, BlockState::Unsaid) {
+                    *state = *from;
+                }
+            }
+            child = parent;
+        }
+        Ok(states)
+    }
+
+    fn own_leaf_at(&self, branch: BranchId, leaf: u64, at: Seq) -> Result<Leaf> {
+        // Pending changes are taken first: what the indexer moves meanwhile is then seen twice, which does no harm,
+        // as long as the index is not read further than the pending changes go.
+        let (pending, applied) = {
+            let map = self.map();
+            (map.pending(branch, leaf, Seq::ZERO, at), map.applied())
+        };
+        let found = self.shared.index.leaf_at(branch, leaf, at.min(applied)).map_err(|e| {
+            Error::new(ErrorKind::Corrupt, format!("reading the time index of leaf {leaf}")).with(e)
+        })?;
+        let mut states = found.states;
+        apply_changes(&mut states, &pending);
+        Ok(states)
+    }
+}
+
+impl BlockDevice for Volume {
+    fn info(&self) -> DeviceInfo {
+        let row = self.row();
+        DeviceInfo {
+            capacity: row.size_bytes,
+            logical_block_size: row.logical_block_size,
+            physical_block_size: cdp_types::BLOCK_SIZE as u32,
+            read_only: self.is_read_only(),
+            serial: format!("cdp{:017}", row.id.0),
+        }
+    }
+
+    fn identity(&self) -> DeviceIdentity {
+        DeviceIdentity { store: self.shared.log.store, volume: self.id, branch: self.row().branch }
+    }
+
+    fn open_queue(&self) -> io::Result<Box<dyn DeviceQueue>> {
+        let volume = self.me.upgrade().ok_or_else(|| io::Error::other("the volume is being dropped"))?;
+        Ok(Box::new(HeadQueue::new(volume)?))
+    }
+
+    fn new_origin(&self) -> Origin {
+        Origin(self.shared.next_origin.fetch_add(1, Memory::Relaxed))
+    }
+
+    fn survived(&self, origins: &[Origin]) -> Vec<bool> {
+        let known = |origin: &Origin| self.survived.binary_search(origin).is_ok();
+        let found: Vec<bool> = origins.iter().map(known).collect();
+        self.look_further_back(origins, found)
+    }
+
+    fn on_change(&self, notify: Box<dyn Fn() + Send + Sync>) {
+        lock(&self.listeners).push(notify);
+    }
+}
+
+impl Volume {
+    /// Requests that were in flight through more than one crash may lie before the part of the log that the last
+    /// opening replayed: they are looked for in the log itself.
+    fn look_further_back(&self, origins: &[Origin], mut found: Vec<bool>) -> Vec<bool> {
+        let current = self.shared.log.generation;
+        let missing = |(origin, found): (&Origin, &bool)| {
+            let generation = Seq(origin.0).generation();
+            (!found && generation.0 + 1 < current.0).then_some(generation)
+        };
+        let Some(oldest) = origins.iter().zip(&found).filter_map(missing).min() else { return found };
+        let mut chain = self.chain();
+        chain.retain(|s| s.header.generation >= oldest && s.header.generation < current);
+        for segment in chain.chunks(1) {
+            let mut reader = crate::log::ChainReader::new(segment);
+            // What cannot be read was not acknowledged by this opening either; its volume says so elsewhere.
+            while let Ok(Some(batch)) = reader.next() {
+                for record in &batch.header.records {
+                    if let Some(index) = origins.iter().position(|o| o.0 != 0 && *o == record.origin) {
+                        found[index] = true;
+                    }
+                }
+            }
+        }
+        found
+    }
+}
+
+/// The first origin that an opening gives out: none of an earlier one is as large.
+pub(crate) fn first_origin(generation: Generation) -> u64 {
+    Seq::first_of(generation).0
+}
+
+impl fmt::Debug for Volume {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Volume({})", self.id)
+    }
+}

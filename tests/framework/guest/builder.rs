@@ -1,0 +1,209 @@
+//! From a description to a running QEMU.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{Channel, Guest};
+use crate::initramfs;
+use crate::kernel::Kernel;
+use crate::process::{Process, tied, wait_for};
+use crate::programs::{qemu_version, system};
+use crate::qmp::Qmp;
+use crate::scene::Scene;
+
+/// What the guest is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Boot {
+    /// Running commands: a small world in memory, with an agent in it.
+    #[default]
+    Agent,
+    /// Handing over to the system installed on the first disk.
+    Disk,
+    /// A shell for a person, on the terminal of this process.
+    Shell,
+}
+
+impl Boot {
+    fn mode(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::Disk => "root",
+            Self::Shell => "shell",
+        }
+    }
+}
+
+/// A guest to be booted.
+#[derive(Clone, Debug)]
+pub struct GuestBuilder {
+    disks: Vec<PathBuf>,
+    queues: u32,
+    memory_mb: u32,
+    smp: u32,
+    boot: Boot,
+}
+
+impl Default for GuestBuilder {
+    fn default() -> Self {
+        Self { disks: Vec::new(), queues: 1, memory_mb: 256, smp: 1, boot: Boot::Agent }
+    }
+}
+
+/// Paths that QEMU and the host meet at.
+struct Places {
+    console: PathBuf,
+    console_socket: PathBuf,
+    agent: PathBuf,
+    qmp: PathBuf,
+    log: PathBuf,
+    initramfs: PathBuf,
+}
+
+impl GuestBuilder {
+    /// Adds a vhost-user-blk disk: the first is `/dev/vda`.
+    #[must_use]
+    pub fn disk(mut self, vhost_user_socket: &Path) -> Self {
+        self.disks.push(vhost_user_socket.to_owned());
+        self
+    }
+
+    /// Queues of each disk; a guest uses at most one per CPU.
+    #[must_use]
+    pub fn queues(mut self, queues: u32) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory_mb(mut self, memory_mb: u32) -> Self {
+        self.memory_mb = memory_mb;
+        self
+    }
+
+    /// The guest's CPUs.
+    #[must_use]
+    pub fn smp(mut self, cpus: u32) -> Self {
+        self.smp = cpus;
+        self
+    }
+
+    /// What to boot into.
+    #[must_use]
+    pub fn into(mut self, boot: Boot) -> Self {
+        self.boot = boot;
+        self
+    }
+
+    /// Starts QEMU and waits until the guest answers; a guest that boots from its disk is not waited for.
+    ///
+    /// # Errors
+    /// QEMU, the kernel or a tool is missing, QEMU refuses, or the guest does not boot in time.
+    pub fn boot(self, scene: &Scene) -> Result<Guest> {
+        let name = format!("guest{}", scene.next_guest());
+        let places = Places {
+            console: scene.path(&format!("{name}.console.log")),
+            console_socket: scene.path(&format!("{name}.console")),
+            agent: scene.path(&format!("{name}.agent")),
+            qmp: scene.path(&format!("{name}.qmp")),
+            log: scene.path(&format!("{name}.qemu.log")),
+            initramfs: scene.path("initramfs"),
+        };
+        let mut command = self.command(&places)?;
+        command.args(["-display", "none", "-qmp"]).arg(listening(&places.qmp, ""));
+        let log = format!(",logfile={}", places.console.display());
+        command.arg("-chardev").arg(named_socket("console", &places.console_socket, &log));
+        command.arg("-chardev").arg(named_socket("agent", &places.agent, ""));
+        command.args(["-serial", "chardev:console", "-serial", "chardev:agent"]);
+
+        let qemu = Process::spawn(&name, command, &places.log)?;
+        let qmp = Qmp::connect(&places.qmp).with_context(|| crate::process::tail(&places.log, 20))?;
+        let channel = match self.boot {
+            Boot::Agent => Some(Channel::new(connect(&places.agent)?)?),
+            Boot::Disk | Boot::Shell => None,
+        };
+        let Places { console, console_socket, .. } = places;
+        let mut guest = Guest { name, channel, qmp, qemu, console, console_socket, keyboard: None };
+        if self.boot == Boot::Agent {
+            guest.wait_boot(1)?;
+        }
+        Ok(guest)
+    }
+
+    /// Runs the guest on this process's terminal until QEMU ends.
+    ///
+    /// # Errors
+    /// As [`GuestBuilder::boot`].
+    pub fn run_on_terminal(self, scene: &Scene) -> Result<()> {
+        let initramfs = scene.path("initramfs");
+        let nowhere = PathBuf::new();
+        let places = Places {
+            console: nowhere.clone(),
+            console_socket: nowhere.clone(),
+            agent: nowhere.clone(),
+            qmp: nowhere.clone(),
+            log: nowhere,
+            initramfs,
+        };
+        let mut command = self.command(&places)?;
+        command.args(["-display", "none", "-serial", "mon:stdio"]);
+        let status = command.status().context("cannot start QEMU")?;
+        anyhow::ensure!(status.success(), "QEMU: {status}");
+        Ok(())
+    }
+
+    /// QEMU with kernel, memory and disks; consoles are the caller's.
+    fn command(&self, places: &Places) -> Result<Command> {
+        let kernel = Kernel::find()?;
+        if !places.initramfs.exists() {
+            fs::write(&places.initramfs, shared_initramfs(&kernel)?)?;
+        }
+        let mut command = tied(&system("qemu-system-x86_64")?);
+        // No KVM: ordinary CI machines have none, and one machine's result must be another's.
+        command.args(["-nodefaults", "-no-user-config", "-accel", "tcg", "-cpu", "max,la57=off"]);
+        command.args(["-machine", "q35,memory-backend=mem", "-smp", &self.smp.to_string()]);
+        // A vhost-user server maps the guest's memory, so it must be a file that can be shared.
+        let size = format!("{}M", self.memory_mb);
+        command.args(["-m", &size, "-object", &format!("memory-backend-memfd,id=mem,size={size},share=on")]);
+        command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&places.initramfs);
+        let mode = self.boot.mode();
+        command.args(["-append", &format!("console=ttyS0 loglevel=5 hindsight.mode={mode}")]);
+        let reconnect = if qemu_version()? >= (9, 2) { "reconnect-ms=100" } else { "reconnect=1" };
+        for (index, disk) in self.disks.iter().enumerate() {
+            let socket = format!("socket,id=disk{index},{reconnect},path={}", disk.display());
+            let queues = self.queues;
+            let device = format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}");
+            command.args(["-chardev", &socket, "-device", &device]);
+        }
+        Ok(command)
+    }
+}
+
+/// One initramfs serves all guests of a test run: what goes into it does not change meanwhile.
+fn shared_initramfs(kernel: &Kernel) -> Result<&'static [u8]> {
+    static BUILT: OnceLock<Vec<u8>> = OnceLock::new();
+    if let Some(bytes) = BUILT.get() {
+        return Ok(bytes);
+    }
+    let bytes = initramfs::build(&kernel.modules()?)?;
+    Ok(BUILT.get_or_init(|| bytes))
+}
+
+fn named_socket(id: &str, path: &Path, more: &str) -> String {
+    format!("socket,id={id},path={},server=on,wait=off{more}", path.display())
+}
+
+fn listening(path: &Path, more: &str) -> String {
+    format!("unix:{},server=on,wait=off{more}", path.display())
+}
+
+fn connect(socket: &Path) -> Result<UnixStream> {
+    let what = format!("QEMU's socket {}", socket.display());
+    wait_for(&what, Duration::from_secs(30), || Ok(UnixStream::connect(socket).ok()))
+}

@@ -1,0 +1,173 @@
+//! A Linux guest under QEMU: booted, spoken to, reset and killed.
+
+mod builder;
+mod channel;
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::process::{Process, tail, wait_for};
+use crate::qmp::Qmp;
+
+pub use builder::{Boot, GuestBuilder};
+use channel::Channel;
+pub use channel::Running;
+
+/// How long a boot may take: 3 s on an idle machine, far more with two emulators on two busy cores.
+const BOOT: Duration = Duration::from_secs(120);
+/// How long an ordinary command may take.
+const COMMAND: Duration = Duration::from_secs(90);
+
+/// A running guest; dropping it kills its QEMU.
+#[derive(Debug)]
+pub struct Guest {
+    name: String,
+    // Before the process, so that nothing is said to a dead one.
+    channel: Option<Channel>,
+    qmp: Qmp,
+    qemu: Process,
+    console: PathBuf,
+    console_socket: PathBuf,
+    /// Kept once it is there: QEMU forgets what a connection that has gone had typed.
+    keyboard: Option<UnixStream>,
+}
+
+/// Connects to the console. What it says is in its log already, but must be read, or QEMU would stop for it.
+fn connect_keyboard(socket: &Path) -> Result<UnixStream> {
+    let keyboard = UnixStream::connect(socket)?;
+    let mut screen = keyboard.try_clone()?;
+    std::thread::spawn(move || std::io::copy(&mut screen, &mut std::io::sink()));
+    Ok(keyboard)
+}
+
+impl Guest {
+    /// Describes a guest, to be booted.
+    #[must_use]
+    pub fn builder() -> GuestBuilder {
+        GuestBuilder::default()
+    }
+
+    /// Runs a shell command and returns its output; it must succeed, in a minute and a half.
+    ///
+    /// # Errors
+    /// It fails or takes longer, the guest resets or dies meanwhile.
+    pub fn run(&mut self, command: &str) -> Result<String> {
+        self.run_within(command, COMMAND)
+    }
+
+    /// As [`Guest::run`], with another deadline.
+    ///
+    /// # Errors
+    /// As [`Guest::run`].
+    pub fn run_within(&mut self, command: &str, limit: Duration) -> Result<String> {
+        let (status, output) = self.spawn(command)?.finish(limit).with_context(|| self.describe(command))?;
+        ensure!(status == 0, "{}: exit status {status}\n{output}", self.describe(command));
+        Ok(output)
+    }
+
+    /// Starts a shell command that goes on while others run.
+    ///
+    /// # Errors
+    /// QEMU is gone, or this guest has no agent.
+    pub fn spawn(&mut self, command: &str) -> Result<Running> {
+        self.qemu.must_run()?;
+        self.channel()?.start(command)
+    }
+
+    /// Writes the guest's dirty pages to its disk and forgets the clean ones, so that reads come from the disk.
+    ///
+    /// # Errors
+    /// As [`Guest::run`].
+    pub fn drop_caches(&mut self) -> Result<()> {
+        self.run("sync && echo 3 >/proc/sys/vm/drop_caches").map(drop)
+    }
+
+    /// QEMU's control socket.
+    pub fn qmp(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+
+    /// Presses the reset button and waits until the guest has booted again.
+    ///
+    /// # Errors
+    /// QEMU refuses, or the guest does not come back.
+    pub fn reset(&mut self) -> Result<()> {
+        let boots = self.channel()?.boots();
+        self.qmp.execute("system_reset", json!({}))?;
+        self.wait_boot(boots + 1)
+    }
+
+    /// Ends QEMU in an orderly way, as a power-off of the virtual machine does.
+    ///
+    /// # Errors
+    /// QEMU does not end in time, or not with success.
+    pub fn quit(mut self) -> Result<()> {
+        self.qmp.execute("quit", json!({}))?;
+        let status = self.qemu.wait(Duration::from_secs(30))?;
+        ensure!(status.success(), "QEMU: {status}");
+        Ok(())
+    }
+
+    /// Kills QEMU: the guest's power cord is pulled.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn kill(mut self) -> Result<()> {
+        self.qemu.kill()
+    }
+
+    /// Waits until the console has said `text`.
+    ///
+    /// # Errors
+    /// It has not, within `limit`, or QEMU has ended.
+    pub fn wait_console(&mut self, text: &str, limit: Duration) -> Result<()> {
+        let console = self.console.clone();
+        wait_for(&format!("'{text}' on the console"), limit, || {
+            self.qemu.must_run()?;
+            let said = std::fs::read(&console).unwrap_or_default();
+            Ok(String::from_utf8_lossy(&said).contains(text).then_some(()))
+        })
+        .with_context(|| tail(&console, 40))
+    }
+
+    /// Types on the console.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub fn type_console(&mut self, text: &str) -> Result<()> {
+        let keyboard = match &mut self.keyboard {
+            Some(keyboard) => keyboard,
+            empty => empty.insert(connect_keyboard(&self.console_socket)?),
+        };
+        keyboard.write_all(text.as_bytes())?;
+        Ok(())
+    }
+
+    /// What the console has said so far.
+    #[must_use]
+    pub fn console(&self) -> &Path {
+        &self.console
+    }
+
+    fn channel(&mut self) -> Result<&mut Channel> {
+        self.channel.as_mut().context("this guest was booted without an agent")
+    }
+
+    fn wait_boot(&mut self, boots: u64) -> Result<()> {
+        let console = self.console.clone();
+        wait_for(&format!("{} to boot", self.name), BOOT, || {
+            self.qemu.must_run()?;
+            Ok((self.channel()?.boots() >= boots).then_some(()))
+        })
+        .with_context(|| tail(&console, 40))
+    }
+
+    fn describe(&self, command: &str) -> String {
+        format!("{}: {command}", self.name)
+    }
+}

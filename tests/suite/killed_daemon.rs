@@ -1,0 +1,72 @@
+//! Invariant 1: a guest lives through `kill -9` of its server, without an error and without a lost write.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use e2e::workload::mix;
+use e2e::{Cdpd, Guest, run_scene};
+
+use crate::writers::{Writer, format};
+
+const KILLS: u64 = 10;
+
+#[test]
+fn a_guest_goes_on_while_its_server_is_killed_ten_times_in_the_middle_of_writes() {
+    run_scene(|scene| {
+        let mut cdpd = Cdpd::start(scene)?;
+        let socket = cdpd.tool().create_and_serve(scene, "web1", "1G", 2)?;
+        let mut guest = Guest::builder().disk(&socket).queues(2).smp(2).boot(scene)?;
+        format(&mut guest, "vda")?;
+        let mut synced = Writer::synced(&mut guest, "/mnt/vda/synced", 1)?;
+        let mut lazy = Writer::lazy(&mut guest, "/mnt/vda/lazy", 2)?;
+        for round in 0..KILLS {
+            // Some work first, then a moment that is another one each time.
+            synced.wait_files(3)?;
+            lazy.wait_files(3)?;
+            pause(mix(round) % 200);
+            cdpd.kill9()?;
+            // The guest finds its server gone for a while, or back at once.
+            pause(mix(round + KILLS) % 600);
+            cdpd.start_again()?;
+        }
+        synced.wait_files(1)?;
+        lazy.wait_files(1)?;
+        synced.stop_and_check(&mut guest)?;
+        lazy.stop_and_check(&mut guest)?;
+        unmount_and_fsck(&mut guest)?;
+        guest.quit()?;
+        cdpd.tool().run(&["verify"])?;
+        cdpd.stop()?;
+        cdpd.tool().run(&["verify"]).map(drop)
+    });
+}
+
+#[test]
+fn reads_in_flight_when_the_server_is_killed_are_answered_by_the_next_one() {
+    run_scene(|scene| {
+        let mut cdpd = Cdpd::start(scene)?;
+        let socket = cdpd.tool().create_and_serve(scene, "web1", "256M", 2)?;
+        let mut guest = Guest::builder().disk(&socket).queues(2).smp(2).boot(scene)?;
+        guest.run("head -c 32m /dev/urandom >/dev/vda && sync")?;
+        let sum = "dd if=/dev/vda bs=1M count=32 iflag=direct 2>/dev/null | md5sum";
+        let before = guest.run(sum)?;
+        for round in 0..3 {
+            let reader = guest.spawn(sum)?;
+            pause(50 + mix(round) % 200);
+            cdpd.kill9()?;
+            cdpd.start_again()?;
+            let (status, after) = reader.finish(Duration::from_secs(60))?;
+            assert_eq!((status, &after), (0, &before));
+        }
+        guest.quit()?;
+        cdpd.stop()
+    });
+}
+
+fn unmount_and_fsck(guest: &mut Guest) -> Result<()> {
+    guest.run("umount /mnt/vda && e2fsck -f -n /dev/vda").map(drop)
+}
+
+fn pause(ms: u64) {
+    std::thread::sleep(Duration::from_millis(ms));
+}

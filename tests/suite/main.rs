@@ -1,0 +1,16 @@
+//! The whole system, end to end; each module's first lines say what it shows.
+
+#![allow(clippy::unwrap_used)]
+
+mod debian;
+mod discard;
+mod disks;
+mod images;
+mod killed_daemon;
+mod lifecycle;
+mod past;
+mod power_cord;
+mod rebuild;
+mod refusals;
+mod testbed;
+mod writers;

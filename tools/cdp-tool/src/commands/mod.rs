@@ -1,0 +1,94 @@
+//! The commands.
+
+mod documents;
+mod extract;
+mod inspect;
+mod marks;
+mod verify;
+mod volume;
+
+use std::path::Path;
+
+use anyhow::Context;
+use cdp_types::{Instant, VolumeAt};
+use jiff::Zoned;
+
+use crate::access::{Access, online, stopped};
+use crate::cli::{Cli, Command, InspectCommand, VolumeCommand};
+use crate::output::Output;
+
+/// How a command went that did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// All is well.
+    Good,
+    /// What was looked for was found, and it is bad.
+    Bad,
+}
+
+/// Does what the command line says.
+pub(crate) fn run(cli: Cli) -> anyhow::Result<Outcome> {
+    let mut output = Output::new(cli.json);
+    let outcome = dispatch(cli.command, cli.store.as_deref(), &mut output);
+    // What was found before a failure is worth having.
+    let finished = output.finish();
+    let outcome = outcome?;
+    finished?;
+    Ok(outcome)
+}
+
+fn dispatch(command: Command, store: Option<&Path>, output: &mut Output) -> anyhow::Result<Outcome> {
+    let store = || store.context("which store? say --store DIR, or set CDP_STORE");
+    match command {
+        Command::Volume(command) => volumes(command, store()?, output)?,
+        Command::Mark { volume, label } => marks::mark(&online(store()?)?, &volume, label, output)?,
+        Command::Marks { volume } => marks::list(&Access::open(store()?)?, &volume, output)?,
+        Command::Inspect(command) => {
+            let access = Access::open(store()?)?;
+            match command {
+                InspectCommand::Store => inspect::store(&access, output)?,
+                InspectCommand::Segments => inspect::segments(&access, output)?,
+                InspectCommand::Records(args) => inspect::records(&access, args, output)?,
+                InspectCommand::Map { what } => inspect::map(&access, &volume_at(&what)?, output)?,
+            }
+        }
+        Command::Verify => return verify::verify(&Access::open(store()?)?, output),
+        Command::RebuildIndex => verify::rebuild_index(&stopped(store()?)?, output)?,
+        Command::Extract { what, file } => {
+            extract::extract(&Access::open(store()?)?, &volume_at(&what)?, &file, output)?;
+        }
+        Command::Completions { shell } => documents::completions(shell, output)?,
+        Command::Man { directory } => documents::man(&directory, output)?,
+    }
+    Ok(Outcome::Good)
+}
+
+fn volumes(command: VolumeCommand, store: &Path, output: &mut Output) -> anyhow::Result<()> {
+    match command {
+        VolumeCommand::Create(args) => volume::create(&online(store)?, args, output),
+        VolumeCommand::List => volume::list(&Access::open(store)?, output),
+        VolumeCommand::Show { name } => volume::show(&Access::open(store)?, &name, output),
+        VolumeCommand::Resize { name, size, size_flag } => {
+            let size = size.or(size_flag).context("to what size?")?;
+            volume::resize(&online(store)?, &name, size, output)
+        }
+        VolumeCommand::Rename { name, new } => volume::rename(&online(store)?, &name, new, output),
+        VolumeCommand::Destroy { name, yes, force } => {
+            volume::destroy(&online(store)?, &name, yes, force, output)
+        }
+        VolumeCommand::Serve { name, vhost_user, queues } => {
+            volume::serve(&online(store)?, &name, &vhost_user, queues, output)
+        }
+        VolumeCommand::Unserve { name } => volume::unserve(&online(store)?, &name, output),
+    }
+}
+
+/// A volume at an instant, as the user's clock and zone have it.
+fn volume_at(text: &str) -> anyhow::Result<VolumeAt> {
+    Ok(VolumeAt::parse(text, &Zoned::now())?)
+}
+
+/// An instant, as the user's clock and zone have it.
+fn instant(text: &str) -> anyhow::Result<Instant> {
+    Ok(Instant::parse(text, &Zoned::now())?)
+}

@@ -1,0 +1,50 @@
+//! Is everything as it was written?
+
+use std::path::Path;
+
+use anyhow::Context;
+use cdp_store::{Store, StoreOptions};
+use cdp_types::VolumeId;
+
+use crate::access::Access;
+use crate::commands::Outcome;
+use crate::output::Output;
+use crate::progress::Progress;
+
+/// Checks everything.
+pub(super) fn verify(access: &Access, output: &mut Output) -> anyhow::Result<Outcome> {
+    let progress = Progress::new("verifying");
+    let report = access.verify(&mut |done| progress.show(done))?;
+    drop(progress);
+    let outcome = if report.findings.is_empty() { Outcome::Good } else { Outcome::Bad };
+    if output.is_json() {
+        output.value(&report)?;
+        return Ok(outcome);
+    }
+    for finding in &report.findings {
+        let log = match finding.volume {
+            VolumeId(0) => "the store log".to_owned(),
+            volume => format!("volume {volume}"),
+        };
+        output.line(format!("{log}: {}, byte {}: {}", finding.file, finding.offset, finding.what))?;
+    }
+    output.line(format!(
+        "{} blocks in {} batches checked, {} findings",
+        report.blocks_checked,
+        report.batches,
+        report.findings.len()
+    ))?;
+    Ok(outcome)
+}
+
+/// Makes the index again.
+pub(super) fn rebuild_index(directory: &Path, output: &mut Output) -> anyhow::Result<()> {
+    let progress = Progress::new("rebuilding");
+    let report = Store::rebuild_index(directory, StoreOptions::default())
+    .with_context(|| format!("cannot rebuild the index of the store in {}", directory.display()))?;
+    drop(progress);
+    if output.is_json() {
+        return output.value(&report);
+    }
+    output.line(format!("rebuilt the index of {} volumes from {} batches", report.volumes, report.batches))
+}

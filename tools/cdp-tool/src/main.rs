@@ -1,0 +1,33 @@
+//! `cdp-tool`: what an administrator does with a store.
+//!
+//! Exit status: 0 for success, 1 for a negative finding, 2 for a failure. A reader of the output that goes away early
+//! is no failure.
+
+mod access;
+mod cli;
+mod commands;
+mod image;
+mod interrupt;
+mod output;
+mod progress;
+mod sparse;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::Cli;
+use crate::commands::Outcome;
+use crate::output::ReaderGone;
+
+fn main() -> ExitCode {
+    match commands::run(Cli::parse()) {
+        Ok(Outcome::Good) => ExitCode::SUCCESS,
+        Ok(Outcome::Bad) => ExitCode::from(1),
+        Err(error) if error.is::<ReaderGone>() => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cdp-tool: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What goes to standard output: tables for people, JSON for programs.
+
+use std::io::{self, StdoutLock, Write};
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use serde::Serialize;
+
+/// Whoever read our output has gone (as in `| head`): a reason to stop, not to complain.
+#[derive(Debug)]
+pub(crate) struct ReaderGone;
+
+impl std::fmt::Display for ReaderGone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("nobody reads the output")
+    }
+}
+
+impl std::error::Error for ReaderGone {}
+
+/// Standard output.
+pub(crate) struct Output {
+    to: io::BufWriter<StdoutLock<'static>>,
+    json: bool,
+    zone: TimeZone,
+}
+
+/// How a column of a table stands.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Column {
+    Left(&'static str),
+    Right(&'static str),
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        let to = io::BufWriter::with_capacity(64 << 10, io::stdout().lock());
+        Self { to, json, zone: TimeZone::system() }
+    }
+
+    /// Whether a program reads it.
+    pub(crate) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Writes one line.
+    pub(crate) fn line(&mut self, line: impl AsRef<str>) -> anyhow::Result<()> {
+        let written = self.to.write_all(line.as_ref().as_bytes()).and_then(|()| self.to.write_all(b"\n"));
+        written.map_err(complaint)
+    }
+
+    /// Writes bytes as they are.
+    pub(crate) fn raw(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        self.to.write_all(bytes).map_err(complaint)
+    }
+
+    /// Writes a value as JSON over several lines.
+    pub(crate) fn value(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
+        self.line(serde_json::to_string_pretty(value)?)
+    }
+
+    /// Writes one of many values as one line of JSON.
+    pub(crate) fn item(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
+        self.line(serde_json::to_string(value)?)
+    }
+
+    /// Writes a table as wide as it needs to be.
+    pub(crate) fn table(&mut self, columns: &[Column], rows: &[Vec<String>]) -> anyhow::Result<()> {
+        let title = |column: &Column| match *column {
+            Column::Left(title) | Column::Right(title) => title.to_owned(),
+        };
+        let titles: Vec<_> = columns.iter().map(title).collect();
+        let all = || std::iter::once(&titles).chain(rows);
+        let widths: Vec<_> = (0..columns.len())
+            .map(|at| all().filter_map(|row| row.get(at)).map(|cell| cell.chars().count()).max().unwrap_or(0))
+            .collect();
+        for row in all() {
+            let cells = row.iter().zip(columns).zip(&widths).map(|((cell, column), width)| match column {
+                Column::Left(_) => format!("{cell:<width$}"),
+                Column::Right(_) => format!("{cell:>width$}"),
+            });
+            let line = cells.collect::<Vec<_>>().join("  ");
+            self.line(line.trim_end())?;
+        }
+        Ok(())
+    }
+
+    /// Writes names and what they stand for.
+    pub(crate) fn facts(&mut self, facts: &[(&str, String)]) -> anyhow::Result<()> {
+        let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+        for (name, fact) in facts {
+            self.line(format!("{name:<width$}  {fact}"))?;
+        }
+        Ok(())
+    }
+
+    /// A time as people here write it, still exact, and still an instant that can be given back to us.
+    pub(crate) fn time(&self, time_ns: u64) -> String {
+        match Timestamp::from_nanosecond(i128::from(time_ns)) {
+            Ok(time) => format!("{:.9}", time.display_with_offset(self.zone.to_offset(time))),
+            Err(_) => time_ns.to_string(),
+        }
+    }
+
+    /// Sends what is still buffered.
+    pub(crate) fn finish(&mut self) -> anyhow::Result<()> {
+        self.to.flush().map_err(complaint)
+    }
+}
+
+fn complaint(error: io::Error) -> anyhow::Error {
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        return anyhow::Error::new(ReaderGone);
+    }
+    anyhow::Error::new(error).context("cannot write the output")
+}

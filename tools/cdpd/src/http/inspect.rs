@@ -1,0 +1,93 @@
+//! Looking into the store.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::Response;
+use cdp_store::{ExtentInfo, SegmentInfo, VerifyReport};
+use cdp_types::{Instant, VolumeAt};
+use serde::Deserialize;
+
+use super::extract::{Name, Params, instant};
+use super::stream::lines;
+use super::{App, blocking};
+use crate::api::{ApiError, Count, MapEnd, Progress, Record, RecordsEnd, StoreStatus};
+use crate::inspect::{self, RecordsQuery};
+
+/// Which instant.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct InstantParam {
+    #[serde(default = "head")]
+    pub(super) at: String,
+}
+
+fn head() -> String {
+    Instant::Head.to_string()
+}
+
+/// Which records.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RecordsParams {
+    from: Option<String>,
+    #[serde(default = "head")]
+    to: String,
+    limit: Option<u64>,
+}
+
+/// `GET /v1/store`
+pub(super) async fn store(State(app): State<Arc<App>>) -> Result<Json<StoreStatus>, ApiError> {
+    let status =
+        blocking(&app, |app| Ok(StoreStatus { daemon: Some(app.daemon.clone()), store: app.store.info()? }));
+    status.await.map(Json)
+}
+
+/// `GET /v1/segments`
+pub(super) async fn segments(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    lines::<SegmentInfo, Count>(&app, |app, lines| {
+        let segments = app.store.segments()?;
+        let count = segments.iter().take_while(|segment| lines.item(segment)).count() as u64;
+        Ok(Count { count })
+    })
+    .await
+}
+
+/// `POST /v1/verify`
+pub(super) async fn verify(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    lines::<(), VerifyReport>(&app, |app, lines| {
+        let report = app.store.verify(&mut |progress| {
+            lines.progress(Progress { done_bytes: progress.done_bytes, total_bytes: progress.total_bytes });
+        })?;
+        Ok(report)
+    })
+    .await
+}
+
+/// `GET /v1/volumes/{name}/records`
+pub(super) async fn records(
+    State(app): State<Arc<App>>,
+    Name(volume): Name,
+    Params(params): Params<RecordsParams>,
+) -> Result<Response, ApiError> {
+    let from = params.from.as_deref().map(instant).transpose()?;
+    let query = RecordsQuery { volume, from, to: instant(&params.to)?, limit: params.limit };
+    lines::<Record, RecordsEnd>(&app, move |app, lines| {
+        inspect::records(&app.store, &query, &mut |record| lines.item(&record))
+    })
+    .await
+}
+
+/// `GET /v1/volumes/{name}/map`
+pub(super) async fn map(
+    State(app): State<Arc<App>>,
+    Name(volume): Name,
+    Params(params): Params<InstantParam>,
+) -> Result<Response, ApiError> {
+    let what = VolumeAt { volume, instant: instant(&params.at)? };
+    lines::<ExtentInfo, MapEnd>(&app, move |app, lines| {
+        inspect::map(&app.store, &what, &mut |extent| lines.item(&extent))
+    })
+    .await
+}

@@ -1,0 +1,143 @@
+//! The HTTP API: its resources ([`crate::api`] has the table) and what keeps clients within bounds.
+
+mod content;
+mod extract;
+mod inspect;
+mod listen;
+mod metrics;
+mod stream;
+mod volumes;
+
+use std::sync::Arc;
+
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{Method, StatusCode};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router};
+use cdp_store::Store;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use crate::api::{ApiError, DaemonStatus, ErrorKind};
+use crate::config::Limits;
+use crate::serving::Servers;
+
+pub(crate) use listen::{Listener, Listening, Peer, listen};
+
+/// The most bytes of a JSON request.
+const MAX_JSON_BYTES: usize = 64 << 10;
+
+/// What every request works on.
+pub(crate) struct App {
+    pub(crate) store: Store,
+    pub(crate) servers: Servers,
+    pub(crate) daemon: DaemonStatus,
+    requests: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
+    /// Turns true when the daemon stops; long answers then end.
+    stopping: watch::Receiver<bool>,
+}
+
+impl App {
+    pub(crate) fn new(
+        store: Store,
+        servers: Servers,
+        daemon: DaemonStatus,
+        limits: &Limits,
+        stopping: watch::Receiver<bool>,
+    ) -> Self {
+        let permits = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
+        Self {
+            store,
+            servers,
+            daemon,
+            requests: permits(limits.requests),
+            streams: permits(limits.streams),
+            stopping,
+        }
+    }
+}
+
+/// One of so many; refused rather than waited for, since a queue of requests would only hide the overload.
+fn permit(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
+    Arc::clone(of)
+        .try_acquire_owned()
+        .map_err(|_| ApiError::new(ErrorKind::Unavailable, "too many requests are at work; try again later"))
+}
+
+/// Runs what may block on a thread that may.
+async fn blocking<T: Send + 'static>(
+    app: &Arc<App>,
+    work: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let app = Arc::clone(app);
+    tokio::task::spawn_blocking(move || work(&app)).await.unwrap_or_else(|_| Err(thread_died()))
+}
+
+fn thread_died() -> ApiError {
+    ApiError::new(ErrorKind::Internal, "the thread of this request has died")
+}
+
+/// The API over this store.
+pub(crate) fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/v1/store", get(inspect::store))
+        .route("/v1/segments", get(inspect::segments))
+        .route("/v1/verify", post(inspect::verify))
+        .route("/v1/metrics", get(metrics::metrics))
+        .route("/v1/volumes", get(volumes::list).post(volumes::create))
+        .route("/v1/volumes/{name}", get(volumes::show).patch(volumes::change).delete(volumes::destroy))
+        .route("/v1/volumes/{name}/marks", get(volumes::marks).post(volumes::mark))
+        .route("/v1/volumes/{name}/serve", delete(volumes::unserve).put(volumes::serve))
+        .route("/v1/volumes/{name}/records", get(inspect::records))
+        .route("/v1/volumes/{name}/map", get(inspect::map))
+        .route("/v1/volumes/{name}/data", get(content::data))
+        .route("/v1/volumes/{name}/import", post(content::import))
+        .fallback(async || ApiError::new(ErrorKind::NotFound, "there is no such resource"))
+        .method_not_allowed_fallback(async || {
+            let refusal = ApiError::new(ErrorKind::Invalid, "this resource does not take this method");
+            (StatusCode::METHOD_NOT_ALLOWED, Json(refusal))
+        })
+        .layer(DefaultBodyLimit::max(MAX_JSON_BYTES))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), admit))
+        .with_state(app)
+}
+
+/// Lets a request in, or not, and notes changes in the log.
+async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let peer = request.extensions().get::<Peer>().copied();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let admitted = listen::check_origin(peer, request.headers()).and_then(|()| permit(&app.requests));
+    let response = match admitted {
+        // A long answer goes on after this; its own permit counts it.
+        Ok(_permit) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    };
+    let (status, peer) = (response.status().as_u16(), peer.map(|peer| peer.to_string()));
+    if method == Method::GET {
+        tracing::debug!(%method, path, status, peer, "request");
+    } else {
+        tracing::info!(%method, path, status, peer, "request");
+    }
+    response
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status = match self.kind {
+            ErrorKind::NotFound => StatusCode::NOT_FOUND,
+            ErrorKind::Exists | ErrorKind::Busy | ErrorKind::ReadOnly => StatusCode::CONFLICT,
+            ErrorKind::Invalid => StatusCode::BAD_REQUEST,
+            ErrorKind::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
+            ErrorKind::Unavailable | ErrorKind::Locked => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorKind::Corrupt | ErrorKind::Io | ErrorKind::Foreign | ErrorKind::Internal => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
+        };
+        if status.is_server_error() {
+            tracing::warn!(kind = ?self.kind, error = self.message, "request failed");
+        }
+        (status, Json(self)).into_response()
+    }
+}

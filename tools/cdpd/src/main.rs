@@ -1,0 +1,109 @@
+//! `cdpd`: serves one store's volumes to guests.
+
+use std::convert::Infallible;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use cdpd::{Args, Config, Daemon, logging};
+use clap::Parser;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cdpd: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    let config = Config::load(&args.store, &args.overrides())?;
+    logging::init(config.log_format, &config.log_filter)?;
+    logging::abort_on_panic();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(2)
+        .thread_name("api")
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(serve(config));
+    // A thread that is still at work for the API must not keep the process: the store is closed.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let mut signals = Signals::new()?;
+    let daemon = tokio::select! {
+        started = Daemon::start(config) => started?,
+        name = signals.next() => {
+            tracing::info!(signal = name, "stopped while starting");
+            exit_now(0);
+        }
+    };
+    notify(&[NotifyState::Ready]);
+    let name = tokio::select! {
+        name = signals.next() => name,
+        never = feed_watchdog(&daemon) => match never {},
+    };
+    tracing::info!(signal = name, "stopping");
+    notify(&[NotifyState::Stopping]);
+    tokio::select! {
+        stopped = daemon.stop() => stopped,
+        name = signals.next() => {
+            tracing::warn!(signal = name, "stopping at once");
+            exit_now(2);
+        }
+    }
+}
+
+/// The signals that stop the daemon.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        let handle = |kind| signal(kind).context("cannot handle signals");
+        Ok(Self { terminate: handle(SignalKind::terminate())?, interrupt: handle(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Tells systemd, if it asked. That it cannot be told is no reason to fail.
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "cannot notify systemd");
+    }
+}
+
+/// Feeds systemd's watchdog, if there is one, for as long as the store is alive.
+async fn feed_watchdog(daemon: &Daemon) -> Infallible {
+    let Some(deadline) = sd_notify::watchdog_enabled() else {
+        return std::future::pending().await;
+    };
+    let mut ticks = tokio::time::interval((deadline / 3).max(Duration::from_millis(10)));
+    loop {
+        ticks.tick().await;
+        daemon.pulse().await;
+        notify(&[NotifyState::Watchdog]);
+    }
+}
+
+/// Ends the process without running anything more: static destructors would run beside live threads.
+fn exit_now(status: i32) -> ! {
+    // SAFETY: `_exit` takes any status and returns to nobody; it runs no handler that could expect anything of us.
+    unsafe { libc::_exit(status) }
+}

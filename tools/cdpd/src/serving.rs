@@ -1,0 +1,214 @@
+//! The volumes that are served to guests, each by a vhost-user server on a socket of its own.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cdp_store::{Serving, Store};
+use cdp_types::{NoVmControl, VolumeId, VolumeName};
+use vhost_blk::{Server, ServerConfig, ServerStats};
+
+use crate::config::VhostUser;
+use crate::api::{ApiError, ErrorKind, ServingStatus, one_line};
+
+/// Queues that a volume offers unless told otherwise: QEMU asks for one per virtual processor and refuses to start
+/// if there are fewer. One that is not started costs nothing.
+pub const DEFAULT_QUEUES: u16 = 16;
+/// The most queues that a volume can offer.
+pub(crate) const MAX_QUEUES: u16 = 256;
+
+/// The servers of one store.
+///
+/// What is served is remembered in the store; this is what runs of it. A socket that cannot be made when the daemon
+/// starts (its directory may come later) is kept as failed and tried again by [`Servers::retry`].
+pub(crate) struct Servers {
+    store: Store,
+    /// The control socket, which no volume may take.
+    reserved: PathBuf,
+    settings: VhostUser,
+    running: Mutex<BTreeMap<VolumeId, Entry>>,
+    /// Held while a volume's serving changes, so that the store and `running` change together.
+    changing: Mutex<()>,
+}
+
+struct Entry {
+    serving: Serving,
+    outcome: Result<Server, String>,
+}
+
+impl Servers {
+    pub(crate) fn new(store: Store, reserved: PathBuf, settings: VhostUser) -> Self {
+        Self { store, reserved, settings, running: Mutex::default(), changing: Mutex::default() }
+    }
+
+    /// Serves every volume that the store remembers as served.
+    pub(crate) fn resume(&self) {
+        let _changing = lock(&self.changing);
+        for volume in self.store.volumes() {
+            let Some(serving) = volume.serving else { continue };
+            let outcome = self.start(&volume.name, volume.id, &serving).map_err(|error| error.message);
+            match &outcome {
+                Ok(_) => tracing::info!(volume = %volume.name, socket = serving.socket, "serving"),
+                Err(error) => {
+                    tracing::error!(volume = %volume.name, socket = serving.socket, error, "cannot serve; will retry");
+                }
+            }
+            lock(&self.running).insert(volume.id, Entry { serving, outcome });
+        }
+    }
+
+    /// Tries again what has failed.
+    pub(crate) fn retry(&self) {
+        let _changing = lock(&self.changing);
+        for volume in self.store.volumes() {
+            let failed = lock(&self.running).get(&volume.id).is_some_and(|entry| entry.outcome.is_err());
+            let Some(serving) = volume.serving.filter(|_| failed) else { continue };
+            if let Ok(server) = self.start(&volume.name, volume.id, &serving) {
+                tracing::info!(volume = %volume.name, socket = serving.socket, "serving after all");
+                lock(&self.running).insert(volume.id, Entry { serving, outcome: Ok(server) });
+            }
+        }
+    }
+
+    /// Serves a volume from now on, and again whenever the daemon starts.
+    ///
+    /// # Errors
+    /// No such volume, a socket that cannot be made or belongs to another volume, or one that is served differently.
+    pub(crate) fn serve(&self, name: &VolumeName, serving: Serving) -> Result<(), ApiError> {
+        let _changing = lock(&self.changing);
+        let id = self.store.volume(name)?.id();
+        check(&serving, &self.reserved)?;
+        if let Some(entry) = lock(&self.running).get(&id) {
+            if entry.serving != serving {
+                let message = format!("volume '{name}' is served on {}: unserve it first", entry.serving.socket);
+                return Err(ApiError::new(ErrorKind::Busy, message));
+            }
+            if entry.outcome.is_ok() {
+                return Ok(());
+            }
+        }
+        // 1. Make the socket. Crash: a stale socket, which the next `serve` replaces.
+        let mut server = self.start(name, id, &serving)?;
+        // 2. Remember it. Only now may it be reported as served.
+        if let Err(error) = self.store.set_serving(name, Some(serving.clone())) {
+            server.shutdown();
+            return Err(error.into());
+        }
+        tracing::info!(volume = %name, socket = serving.socket, queues = serving.queues, "serving");
+        lock(&self.running).insert(id, Entry { serving, outcome: Ok(server) });
+        Ok(())
+    }
+
+    /// Stops serving a volume, once the requests in flight have ended.
+    ///
+    /// # Errors
+    /// No such volume, or the store cannot forget that it is served; it is then served at the next start.
+    pub(crate) fn unserve(&self, name: &VolumeName) -> Result<(), ApiError> {
+        let _changing = lock(&self.changing);
+        let id = self.store.volume(name)?.id();
+        self.stop(id);
+        self.store.set_serving(name, None)?;
+        tracing::info!(volume = %name, "no longer served");
+        Ok(())
+    }
+
+    /// Destroys a volume; one that is served only if `force` says so.
+    ///
+    /// # Errors
+    /// No such volume, or it is served.
+    pub(crate) fn destroy(&self, name: &VolumeName, force: bool) -> Result<(), ApiError> {
+        let _changing = lock(&self.changing);
+        let info = self.store.volume_info(name)?;
+        if let Some(serving) = info.serving.filter(|_| !force) {
+            let message = format!("volume '{name}' is served on {}: unserve it first, or force it", serving.socket);
+            return Err(ApiError::new(ErrorKind::Busy, message));
+        }
+        self.stop(info.id);
+        self.store.destroy_volume(name, force)?;
+        tracing::info!(volume = %name, "destroyed");
+        Ok(())
+    }
+
+    /// How a volume's socket does.
+    pub(crate) fn status(&self, id: VolumeId) -> ServingStatus {
+        match lock(&self.running).get(&id).map(|entry| &entry.outcome) {
+            None => ServingStatus::Stopped,
+            Some(Err(reason)) => ServingStatus::Failed(reason.clone()),
+            Some(Ok(server)) if server.stats().connected => ServingStatus::Connected,
+            Some(Ok(_)) => ServingStatus::Listening,
+        }
+    }
+
+    /// Whether any volume waits for [`Servers::retry`].
+    pub(crate) fn any_failed(&self) -> bool {
+        lock(&self.running).values().any(|entry| entry.outcome.is_err())
+    }
+
+    /// What every server that runs has done.
+    pub(crate) fn stats(&self) -> BTreeMap<VolumeId, ServerStats> {
+        let running = lock(&self.running);
+        running.iter().filter_map(|(id, entry)| Some((*id, entry.outcome.as_ref().ok()?.stats()))).collect()
+    }
+
+    /// Stops every server, side by side: each waits for its own guest's requests.
+    pub(crate) fn shutdown(&self) {
+        let _changing = lock(&self.changing);
+        let all = std::mem::take(&mut *lock(&self.running));
+        std::thread::scope(|scope| {
+            for mut server in all.into_values().filter_map(|entry| entry.outcome.ok()) {
+                scope.spawn(move || server.shutdown());
+            }
+        });
+    }
+
+    fn stop(&self, id: VolumeId) {
+        // The guard must be gone before the server is waited for, or `status` would wait with it.
+        let entry = lock(&self.running).remove(&id);
+        if let Some(Ok(mut server)) = entry.map(|entry| entry.outcome) {
+            server.shutdown();
+        }
+    }
+
+    fn start(&self, name: &VolumeName, id: VolumeId, serving: &Serving) -> Result<Server, ApiError> {
+        let taken = lock(&self.running).iter().any(|(other, entry)| {
+            *other != id && entry.serving.socket == serving.socket
+        });
+        if taken {
+            let message = format!("{} already belongs to another volume", serving.socket);
+            return Err(ApiError::new(ErrorKind::Busy, message));
+        }
+        let volume = self.store.volume(name)?;
+        let mut config = ServerConfig::new(&serving.socket);
+        config.queues = serving.queues;
+        config.mode = self.settings.mode.map_or(config.mode, |mode| mode.0);
+        config.busy_poll = self.settings.busy_poll_us.map_or(config.busy_poll, Duration::from_micros);
+        Server::bind(config, volume, Arc::new(NoVmControl)).map_err(|error| {
+            let kind = match error.kind() {
+                vhost_blk::ErrorKind::InUse => ErrorKind::Busy,
+                vhost_blk::ErrorKind::Resources => ErrorKind::Io,
+                vhost_blk::ErrorKind::Socket | vhost_blk::ErrorKind::Config => ErrorKind::Invalid,
+            };
+            ApiError::new(kind, format!("cannot serve volume '{name}' on {}", one_line(&error)))
+        })
+    }
+}
+
+fn check(serving: &Serving, reserved: &Path) -> Result<(), ApiError> {
+    let path = Path::new(&serving.socket);
+    let why = if !path.is_absolute() {
+        format!("'{}' is no absolute path", serving.socket)
+    } else if path == reserved {
+        format!("{} is the daemon's own control socket", serving.socket)
+    } else if serving.queues == 0 || serving.queues > MAX_QUEUES {
+        format!("{} queues: 1 to {MAX_QUEUES} are possible", serving.queues)
+    } else {
+        return Ok(());
+    };
+    Err(ApiError::new(ErrorKind::Invalid, why))
+}
+
+/// The data behind these locks is whole between any two statements, so a panic elsewhere does not spoil it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,227 @@
+//! Which memory the front end has shared, and where it is mapped (vhost-user, "Memory access").
+
+use std::fmt;
+use std::fs::File;
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegion;
+use vm_memory::FileOffset;
+
+/// Regions that a front end may add; as many as the kernel's vhost takes by default.
+pub(crate) const MAX_REGIONS: usize = 509;
+
+/// A region as the front end describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RegionSpec {
+    /// Its first guest-physical address.
+    pub(crate) guest: u64,
+    /// Its length, in bytes.
+    pub(crate) len: u64,
+    /// Where the front end has mapped it.
+    pub(crate) user: u64,
+    /// Where it begins in its file, in bytes.
+    pub(crate) offset: u64,
+}
+
+/// Why a region is refused.
+#[derive(Debug)]
+pub(crate) enum MapError {
+    /// It overlaps another, in guest or in front-end addresses.
+    Overlap,
+    /// There are as many as can be.
+    TooMany,
+    /// Its file is shorter than it says.
+    Short,
+    /// No region is like the one that is to be removed.
+    Unknown,
+    /// The operating system cannot map it.
+    Mapping(String),
+}
+
+impl fmt::Display for MapError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Overlap => f.write_str("it overlaps another region"),
+            Self::TooMany => write!(f, "there are {MAX_REGIONS} regions already"),
+            Self::Short => f.write_str("its file is shorter than the region"),
+            Self::Unknown => f.write_str("there is no such region"),
+            Self::Mapping(why) => write!(f, "it cannot be mapped: {why}"),
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Region {
+    spec: RegionSpec,
+    mapping: Arc<MmapRegion>,
+}
+
+/// All memory that a front end has shared at one time. It is never changed, only replaced: requests in flight keep
+/// the one that they were made with.
+#[derive(Clone, Default)]
+pub(crate) struct MemoryMap {
+    /// In the order of guest addresses.
+    regions: Vec<Region>,
+}
+
+impl MemoryMap {
+    /// This map with one more region.
+    pub(crate) fn with(&self, spec: RegionSpec, file: File) -> Result<Self, MapError> {
+        if self.regions.len() >= MAX_REGIONS {
+            return Err(MapError::TooMany);
+        }
+        let overlap = |a: u64, b: u64, b_len: u64| a < b.saturating_add(b_len) && b < a.saturating_add(spec.len);
+        let clash = |region: &Region| {
+            let other = region.spec;
+            overlap(spec.guest, other.guest, other.len) || overlap(spec.user, other.user, other.len)
+        };
+        if self.regions.iter().any(clash) {
+            return Err(MapError::Overlap);
+        }
+        let mapping = map(&spec, file)?;
+        let mut regions = self.regions.clone();
+        let at = regions.partition_point(|region| region.spec.guest < spec.guest);
+        regions.insert(at, Region { spec, mapping });
+        Ok(Self { regions })
+    }
+
+    /// This map without the region at these addresses.
+    pub(crate) fn without(&self, spec: RegionSpec) -> Result<Self, MapError> {
+        let same = |region: &Region| {
+            let other = region.spec;
+            (other.guest, other.user, other.len) == (spec.guest, spec.user, spec.len)
+        };
+        let at = self.regions.iter().position(same).ok_or(MapError::Unknown)?;
+        let mut regions = self.regions.clone();
+        regions.remove(at);
+        Ok(Self { regions })
+    }
+
+    /// Whether the front end has shared nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// The first guest address after all memory.
+    pub(crate) fn end(&self) -> u64 {
+        self.regions.last().map_or(0, |region| region.spec.guest + region.spec.len)
+    }
+
+    /// Calls `f(base, length)` for each mapped piece of guest memory from `addr`. False if not all of it is guest
+    /// memory; some pieces may have been given by then. `base` is mapped, readable and writable while `self` lives.
+    pub(crate) fn pieces(&self, addr: u64, len: u64, mut f: impl FnMut(*mut u8, usize)) -> bool {
+        let (mut addr, mut left) = (addr, len);
+        let mut next = self.regions.partition_point(|region| region.spec.guest <= addr);
+        while left > 0 {
+            let Some(region) = next.checked_sub(1).and_then(|at| self.regions.get(at)) else { return false };
+            // Sorted and without overlap: `region` is the last that begins at or before `addr`.
+            let inside = addr - region.spec.guest;
+            if inside >= region.spec.len {
+                return false;
+            }
+            let part = (region.spec.len - inside).min(left);
+            f(region.mapping.as_ptr().wrapping_add(inside as usize), part as usize);
+            left -= part;
+            match addr.checked_add(part) {
+                Some(end) => addr = end,
+                None => return left == 0,
+            }
+            next += 1;
+            if left > 0 && self.regions.get(next - 1).is_none_or(|region| region.spec.guest != addr) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Where `len` bytes at the front end's address `user` are mapped, if they lie in one region and on a multiple
+    /// of `align`. Mapped, readable and writable while `self` lives.
+    pub(crate) fn host_of_user(&self, user: u64, len: u64, align: usize) -> Option<*mut u8> {
+        let region = self.regions.iter().find(|region| {
+            user.checked_sub(region.spec.user).is_some_and(|at| {
+                at < region.spec.len && len <= region.spec.len - at
+            })
+        })?;
+        let host = region.mapping.as_ptr().wrapping_add((user - region.spec.user) as usize);
+        (host as usize).is_multiple_of(align).then_some(host)
+    }
+
+    /// Where 16 bytes at a guest address are mapped in one piece.
+    pub(crate) fn host_of_guest(&self, addr: u64, len: u64) -> Option<*mut u8> {
+        let mut whole = None;
+        self.pieces(addr, len, |base, part| {
+            if part as u64 == len {
+                whole = Some(base);
+            }
+        });
+        whole
+    }
+}
+
+fn map(spec: &RegionSpec, file: File) -> Result<Arc<MmapRegion>, MapError> {
+    let end = spec.offset.checked_add(spec.len).ok_or(MapError::Short)?;
+    let size = usize::try_from(spec.len).map_err(|_| MapError::Short)?;
+    // Touching a page behind the end of its file would end this process and with it every other disk.
+    let metadata = file.metadata().map_err(|error| MapError::Mapping(error.to_string()))?;
+    if metadata.is_file() && metadata.len() < end {
+        return Err(MapError::Short);
+    }
+    let mapping = MmapRegion::from_file(FileOffset::new(file, spec.offset), size);
+    mapping.map(Arc::new).map_err(|error| MapError::Mapping(error.to_string()))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    fn file(len: u64) -> File {
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(len).unwrap();
+        file
+    }
+
+    /// Memory of these guest addresses and lengths; the front end maps it 2³² higher.
+    pub(in crate::guest) fn memory_of(regions: &[(u64, u64)]) -> MemoryMap {
+        regions.iter().fold(MemoryMap::default(), |map, &(guest, len)| {
+            map.with(RegionSpec { guest, len, user: guest + (1 << 32), offset: 0 }, file(len)).unwrap()
+        })
+    }
+
+    #[test]
+    fn regions_that_overlap_or_leave_their_file_are_refused() {
+        let map = memory_of(&[(0x1000, 0x2000)]);
+        let spec = |guest, user, len, offset| RegionSpec { guest, len, user, offset };
+        let fails = |spec, len| map.with(spec, file(len)).err().unwrap();
+        assert!(matches!(fails(spec(0x2000, 0, 0x1000, 0), 0x1000), MapError::Overlap));
+        assert!(matches!(fails(spec(0x9000, (1 << 32) + 0x1000, 0x1000, 0), 0x1000), MapError::Overlap));
+        assert!(matches!(fails(spec(0x9000, 0x9000, 0x2000, 0), 0x1000), MapError::Short));
+        assert!(matches!(fails(spec(0x9000, 0x9000, 0x1000, 0x1000), 0x1000), MapError::Short));
+        assert!(matches!(fails(spec(0x9000, 0x9000, 0x1000, u64::MAX), 0x1000), MapError::Short));
+        assert!(matches!(fails(spec(0x9000, 0x9000, 0x1000, 0x10), 0x2000), MapError::Mapping(_)));
+    }
+
+    #[test]
+    fn a_removed_region_is_gone_and_the_others_stay() {
+        let map = memory_of(&[(0, 0x1000), (0x1000, 0x1000), (0x8000, 0x1000)]);
+        let spec = RegionSpec { guest: 0x1000, len: 0x1000, user: (1 << 32) + 0x1000, offset: 0 };
+        let rest = map.without(spec).unwrap();
+        assert!(map.pieces(0x800, 0x1000, |_, _| {}));
+        assert!(!rest.pieces(0x800, 0x1000, |_, _| {}));
+        assert!(rest.pieces(0x8000, 0x1000, |_, _| {}));
+        assert!(matches!(rest.without(spec), Err(MapError::Unknown)));
+        assert_eq!(rest.end(), 0x9000);
+    }
+
+    #[test]
+    fn ring_addresses_must_be_aligned_and_lie_in_one_region() {
+        let map = memory_of(&[(0, 0x1000), (0x1000, 0x1000)]);
+        let user = 1 << 32;
+        assert!(map.host_of_user(user + 0xff0, 16, 16).is_some());
+        assert!(map.host_of_user(user + 0xff8, 16, 8).is_none(), "crosses into the next region");
+        assert!(map.host_of_user(user + 8, 16, 16).is_none(), "not aligned");
+        assert!(map.host_of_user(user - 16, 16, 16).is_none());
+        assert!(map.host_of_user(u64::MAX, 16, 1).is_none());
+    }
+}

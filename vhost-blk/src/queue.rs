@@ -1,0 +1,463 @@
+//! A running ring: requests are taken from it, given to the device, and reported back, many at a time.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use cdp_types::{BlockDevice, DeviceQueue, IoError, IoErrorKind, Op, Origin, RequestId, Wait};
+
+use crate::chain::Chain;
+use crate::eventfd::EventFd;
+use crate::features::Features;
+use crate::guest::{DirtyLog, GuestMemory, GuestRange, MemoryMap, Ring, RingAddresses, RingFault};
+use crate::inflight::{Found, InflightQueue, Unfinished};
+use crate::request::{Action, Durability, Kind, Status, parse};
+use crate::spin::Spin;
+use crate::stats::QueueCounters;
+
+/// How often a ring is looked at whose front end wants no kicks.
+const UNKICKED: Duration = Duration::from_micros(100);
+
+/// What stays the same for a queue, whoever is connected.
+#[derive(Clone)]
+pub(crate) struct Context {
+    pub(crate) index: u16,
+    /// The socket, as log lines name it.
+    pub(crate) name: Arc<str>,
+    pub(crate) disk: Arc<dyn BlockDevice>,
+    pub(crate) counters: Arc<QueueCounters>,
+    pub(crate) busy_poll: Duration,
+    pub(crate) queue_bytes: u64,
+}
+
+/// What can be changed while the ring runs.
+#[derive(Clone)]
+pub(crate) struct Wiring {
+    pub(crate) memory: Arc<MemoryMap>,
+    /// Where writes to guest memory are logged, while they are.
+    pub(crate) log: Option<Arc<DirtyLog>>,
+    pub(crate) addresses: RingAddresses,
+    /// Written to by the guest when it adds requests; without it the ring is looked at again and again.
+    pub(crate) kick: Option<EventFd>,
+    /// Written to when requests are done; without it the guest looks by itself.
+    pub(crate) call: Option<EventFd>,
+    /// Written to when the ring is broken.
+    pub(crate) err: Option<EventFd>,
+}
+
+/// What a ring is started with.
+pub(crate) struct RingStart {
+    pub(crate) size: u16,
+    /// The position in the available ring from which requests are taken.
+    pub(crate) base: u16,
+    pub(crate) features: Features,
+    pub(crate) wiring: Wiring,
+    pub(crate) inflight: Option<InflightQueue>,
+    /// The guest belongs to another history of the disk: all its requests fail.
+    pub(crate) refuse: bool,
+    /// Whether the guest has turned the write cache off.
+    pub(crate) write_through: Arc<AtomicBool>,
+}
+
+/// A request between being taken and being reported, by its head.
+#[derive(Default)]
+struct Slot {
+    /// Taken, and not yet reported.
+    busy: bool,
+    /// With the device.
+    submitted: bool,
+    kind: Kind,
+    /// Where its status goes.
+    status: u64,
+    /// What the device writes, the status included.
+    writable: Vec<GuestRange>,
+    writable_len: u32,
+    /// Bytes of data.
+    bytes: u64,
+}
+
+/// A running ring and the requests taken from it.
+pub(crate) struct Queue {
+    context: Context,
+    ring: Ring,
+    memory: GuestMemory,
+    wiring: Wiring,
+    features: Features,
+    inflight: Option<InflightQueue>,
+    refuse: bool,
+    write_through: Arc<AtomicBool>,
+    slots: Vec<Slot>,
+    /// Left in flight by a dead process, in the order in which they were taken; and whether the log has them.
+    unfinished: VecDeque<(Unfinished, bool)>,
+    submitted: usize,
+    bytes: u64,
+    /// Answered, and not yet reported to the guest.
+    answered: Vec<u16>,
+    chain: Chain,
+    spin: Spin,
+    complaints: Complaints,
+    paused: bool,
+    leaving: bool,
+    broken: bool,
+}
+
+impl Queue {
+    /// Starts a ring, with what a dead process left in flight on it.
+    pub(crate) fn start(start: RingStart, context: Context) -> Result<Self, RingFault> {
+        let RingStart { size, base, features, wiring, inflight, refuse, write_through } = start;
+        let memory = GuestMemory::new(Arc::clone(&wiring.memory), wiring.log.clone());
+        let ring = Ring::new(&memory, &wiring.addresses, size, base, features.event_idx())?;
+        let mut queue = Self {
+            spin: Spin::new(context.busy_poll),
+            ring,
+            memory,
+            wiring,
+            features,
+            inflight,
+            refuse,
+            write_through,
+            slots: (0..size).map(|_| Slot::default()).collect(),
+            unfinished: VecDeque::new(),
+            submitted: 0,
+            bytes: 0,
+            answered: Vec::with_capacity(size.into()),
+            chain: Chain::default(),
+            complaints: Complaints::default(),
+            paused: false,
+            leaving: false,
+            broken: false,
+            context,
+        };
+        queue.recover();
+        Ok(queue)
+    }
+
+    /// Finds what a dead process had taken and not reported. The front end does not know it: when a connection is
+    /// lost it goes back to the used index. Everything taken is either reported or found, and requests are taken
+    /// in ring order, so the next one to take follows from the two counts.
+    fn recover(&mut self) {
+        let Some(inflight) = &self.inflight else { return };
+        let Context { index: queue, name, disk, .. } = &self.context;
+        let requests = match inflight.recover(self.ring.used()) {
+            Found::New => return,
+            Found::Stale => {
+                tracing::warn!(socket = %name, queue, "the in-flight region is older than the ring: not used");
+                return;
+            }
+            Found::Requests(requests) => requests,
+        };
+        // The dead process may have reported requests and not come to the interrupt; without it the guest would wait
+        // for ever. One too many does no harm.
+        if let Some(call) = &self.wiring.call {
+            call.signal();
+        }
+        self.ring.set_taken(self.ring.used().wrapping_add(requests.len() as u16));
+        if requests.is_empty() {
+            return;
+        }
+        let origins: Vec<Origin> = requests.iter().map(|request| request.origin).collect();
+        let survived = if self.refuse { vec![false; origins.len()] } else { disk.survived(&origins) };
+        let logged = survived.iter().filter(|&&survived| survived).count();
+        let found = requests.len();
+        tracing::info!(socket = %name, queue, found, logged, "requests were in flight when the connection was lost");
+        self.unfinished = requests.into_iter().zip(survived).collect();
+    }
+
+    pub(crate) fn taken(&self) -> u16 {
+        self.ring.taken()
+    }
+
+    pub(crate) fn kick(&self) -> Option<&EventFd> {
+        self.wiring.kick.as_ref()
+    }
+
+    /// Takes no new request until resumed; what is taken goes on.
+    pub(crate) fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    /// As `pause`, for ever. The front end may be gone, and may look at the used ring to learn where to go on:
+    /// without an in-flight region nothing may be reported behind its back. With one, everything may, except for
+    /// requests that failed only because the device was taken away: they are left for whoever comes next.
+    pub(crate) fn leave(&mut self) {
+        self.leaving = true;
+    }
+
+    /// Whether nothing that was taken is left to be done.
+    pub(crate) fn drained(&self) -> bool {
+        self.submitted == 0 && (self.unfinished.is_empty() || self.broken || self.leaving)
+    }
+
+    /// Goes on with other memory, addresses, logging or descriptors, between two requests.
+    pub(crate) fn rewire(&mut self, wiring: Wiring) {
+        let memory = GuestMemory::new(Arc::clone(&wiring.memory), wiring.log.clone());
+        if let Err(fault) = self.ring.move_to(&memory, &wiring.addresses) {
+            // The old memory is kept: the ring still points into it.
+            return self.break_off(fault);
+        }
+        if let (None, Some(call)) = (&self.wiring.call, &wiring.call) {
+            // What was reported while there was nothing to interrupt with must not stay unseen.
+            call.signal();
+        }
+        (self.memory, self.wiring) = (memory, wiring);
+    }
+
+    /// Stops taking requests until the ring is started anew. What is in flight ends as usual.
+    pub(crate) fn break_off(&mut self, fault: RingFault) {
+        if !self.broken {
+            self.broken = true;
+            complain_of_ring(&self.context, &self.wiring, fault);
+        }
+    }
+
+    /// How long the device may sleep. Asks the guest for kicks before it may.
+    pub(crate) fn wait(&mut self) -> Wait {
+        if self.broken || self.paused || self.leaving || self.full() {
+            return Wait::Forever;
+        }
+        if self.spin.look_on() {
+            self.ring.decline_kicks(&self.memory);
+            return Wait::No;
+        }
+        match self.ring.ask_for_kicks(&self.memory) {
+            Ok(true) => return Wait::No,
+            Ok(false) => {}
+            Err(fault) => self.break_off(fault),
+        }
+        self.spin.going_to_sleep();
+        self.context.counters.sleeps.add(1);
+        if self.wiring.kick.is_some() { Wait::Forever } else { Wait::For(UNKICKED) }
+    }
+
+    pub(crate) fn woke(&mut self) {
+        self.spin.woke();
+    }
+
+    /// Takes everything that there is to take.
+    pub(crate) fn take(&mut self, device: &mut dyn DeviceQueue) {
+        if self.broken || self.leaving {
+            return;
+        }
+        if let Err(fault) = self.take_all(device) {
+            self.break_off(fault);
+        }
+        self.context.counters.in_flight.set(self.submitted as u64);
+    }
+
+    fn take_all(&mut self, device: &mut dyn DeviceQueue) -> Result<(), RingFault> {
+        while let Some(&(Unfinished { origin, head }, survived)) = self.unfinished.front() {
+            if self.full() {
+                return Ok(());
+            }
+            self.accept(device, head, Some((origin, survived)))?;
+            self.unfinished.pop_front();
+        }
+        if self.paused {
+            return Ok(());
+        }
+        // A head is not accepted twice before it is reported, so this ends after at most a ring's worth.
+        loop {
+            let available = self.ring.available()?;
+            if available == 0 {
+                return Ok(());
+            }
+            for _ in 0..available {
+                if self.full() {
+                    return Ok(());
+                }
+                let head = self.ring.head()?;
+                self.accept(device, head, None)?;
+                self.ring.take();
+            }
+        }
+    }
+
+    fn full(&self) -> bool {
+        self.bytes >= self.context.queue_bytes
+    }
+
+    /// Takes one request: a new one, or one with the number that it had before, and whether the log has it.
+    fn accept(
+        &mut self,
+        device: &mut dyn DeviceQueue,
+        head: u16,
+        before: Option<(Origin, bool)>,
+    ) -> Result<(), RingFault> {
+        let durability = Durability { write_through: self.write_through() };
+        let slot = self.slots.get_mut(usize::from(head)).ok_or(RingFault::HeadOutside(head))?;
+        if slot.busy {
+            return Err(RingFault::HeadBusy(head));
+        }
+        self.chain.walk(&self.ring, &self.memory, head, self.features.indirect())?;
+        let status = self.chain.status().filter(|&addr| self.memory.covers(GuestRange { addr, len: 1 }));
+        slot.status = status.ok_or(RingFault::NoStatus(head))?;
+        slot.busy = true;
+        self.spin.worked();
+
+        let origin = match (before, &self.inflight) {
+            (Some((origin, _)), _) => origin,
+            (None, None) => Origin(0),
+            (None, Some(inflight)) => {
+                let origin = self.context.disk.new_origin();
+                inflight.begin(head, origin);
+                origin
+            }
+        };
+        let (kind, action) = match before {
+            Some((_, true)) => {
+                self.context.counters.recovered.add(1);
+                (Kind::Unknown, Action::Answer(Status::Ok, ""))
+            }
+            _ if self.refuse => (Kind::Unknown, Action::Answer(Status::IoError, "the disk was reverted under the guest")),
+            _ => parse(&self.chain, &self.memory, &*self.context.disk, durability, origin),
+        };
+        slot.kind = kind;
+        slot.writable_len = u32::try_from(self.chain.writable_len).unwrap_or(u32::MAX);
+        std::mem::swap(&mut slot.writable, &mut self.chain.writable);
+        match action {
+            Action::Answer(status, why) => {
+                if status != Status::Ok {
+                    let Context { index: queue, name, .. } = &self.context;
+                    self.complaints.say(|more| {
+                        tracing::warn!(socket = %name, queue, ?kind, more, "request refused: {why}");
+                    });
+                }
+                slot.bytes = 0;
+                self.answer(head, status);
+            }
+            Action::Submit(op) => {
+                slot.bytes = match &op {
+                    Op::Read { into: data, .. } | Op::Write { from: data, .. } => data.len() as u64,
+                    Op::WriteZeroes { .. } | Op::Discard { .. } | Op::Flush => 0,
+                };
+                slot.submitted = true;
+                self.bytes += slot.bytes;
+                self.submitted += 1;
+                if before.is_some() {
+                    self.context.counters.resubmitted.add(1);
+                }
+                device.submit(RequestId(head.into()), op);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether writes must be durable before they are answered (virtio 1.3, 5.2.5.2).
+    fn write_through(&self) -> bool {
+        !self.features.flush() || self.features.config_wce() && self.write_through.load(Ordering::Acquire)
+    }
+
+    /// A request of the device has ended.
+    pub(crate) fn complete(&mut self, id: RequestId, result: Result<(), IoError>) {
+        let Context { index: queue, name, .. } = &self.context;
+        let slot = usize::try_from(id.0).ok().and_then(|head| self.slots.get_mut(head)).filter(|slot| slot.submitted);
+        let Some(slot) = slot else {
+            tracing::error!(socket = %name, queue, id = id.0, "the disk completed a request that it does not have");
+            return;
+        };
+        slot.submitted = false;
+        self.submitted -= 1;
+        self.bytes -= slot.bytes;
+        self.spin.worked();
+        if let Err(error) = &result {
+            let kind = slot.kind;
+            self.complaints.say(|more| tracing::warn!(socket = %name, queue, ?kind, more, "request failed: {error}"));
+        }
+        let gone = matches!(&result, Err(error) if error.kind() == IoErrorKind::Gone);
+        if self.leaving && (self.inflight.is_none() || gone) {
+            return;
+        }
+        self.answer(id.0 as u16, Status::from(&result));
+    }
+
+    /// Fails everything that the device has, because it will not answer any more.
+    pub(crate) fn device_failed(&mut self) {
+        for head in 0..self.slots.len() as u64 {
+            if self.slots[head as usize].submitted {
+                self.complete(RequestId(head), Err(IoError::new(IoErrorKind::Device, "the disk's queue has failed")));
+            }
+        }
+        self.break_off(RingFault::Device);
+    }
+
+    fn answer(&mut self, head: u16, status: Status) {
+        let slot = &self.slots[usize::from(head)];
+        if !self.memory.write_status(slot.status, status.byte()) {
+            // Its memory was taken away while it was in flight.
+            return self.break_off(RingFault::NoStatus(head));
+        }
+        self.memory.written(&slot.writable);
+        self.answered.push(head);
+        let counters = &self.context.counters;
+        let (count, bytes) = match slot.kind {
+            Kind::Read => (&counters.reads, Some(&counters.bytes_read)),
+            Kind::Write => (&counters.writes, Some(&counters.bytes_written)),
+            Kind::Flush => (&counters.flushes, None),
+            Kind::Discard => (&counters.discards, None),
+            Kind::WriteZeroes => (&counters.write_zeroes, None),
+            Kind::GetId | Kind::Unknown => (&counters.others, None),
+        };
+        count.add(1);
+        match bytes {
+            _ if status != Status::Ok => counters.errors.add(1),
+            Some(bytes) => bytes.add(slot.bytes),
+            None => {}
+        }
+    }
+
+    /// Reports everything that was answered: entries, index and in-flight region in the order that `inflight`
+    /// explains, then at most one interrupt.
+    pub(crate) fn publish(&mut self) {
+        let count = self.answered.len() as u16;
+        if count == 0 {
+            return;
+        }
+        for (nth, &head) in (0..).zip(&self.answered) {
+            self.ring.put_used(&self.memory, nth, head, self.slots[usize::from(head)].writable_len);
+        }
+        if let Some(inflight) = &self.inflight {
+            self.answered.iter().for_each(|&head| inflight.link(head));
+        }
+        self.ring.publish_used(&self.memory, count);
+        if let Some(inflight) = &self.inflight {
+            inflight.end(self.answered.iter().copied(), self.ring.used());
+        }
+        for head in self.answered.drain(..) {
+            self.slots[usize::from(head)].busy = false;
+        }
+        self.context.counters.in_flight.set(self.submitted as u64);
+        if let Some(call) = self.wiring.call.as_ref().filter(|_| self.ring.wants_interrupt(count)) {
+            call.signal();
+            self.context.counters.interrupts.add(1);
+        }
+    }
+}
+
+/// Tells the operator and the front end that a ring cannot be used, once.
+pub(crate) fn complain_of_ring(context: &Context, wiring: &Wiring, fault: RingFault) {
+    let Context { index: queue, name, .. } = context;
+    tracing::error!(socket = %name, queue, "the ring is stopped until the guest resets: {fault}");
+    if let Some(err) = &wiring.err {
+        err.signal();
+    }
+}
+
+/// At most one line a second, with the number of those that were kept back: a guest must not fill the log.
+#[derive(Default)]
+struct Complaints {
+    last: Option<Instant>,
+    kept_back: u64,
+}
+
+impl Complaints {
+    fn say(&mut self, line: impl FnOnce(u64)) {
+        let now = Instant::now();
+        if self.last.is_some_and(|last| now.duration_since(last) < Duration::from_secs(1)) {
+            self.kept_back += 1;
+            return;
+        }
+        line(std::mem::take(&mut self.kept_back));
+        self.last = Some(now);
+    }
+}

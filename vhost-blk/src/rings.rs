@@ -1,0 +1,298 @@
+//! The rings as the connection knows them: how each is set up, whether it runs, and the thread that runs it
+//! (vhost-user, "Ring states").
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use cdp_types::VmControl;
+
+use crate::eventfd::EventFd;
+use crate::features::Features;
+use crate::guest::{DirtyLog, MemoryMap, RingAddresses, RingFault};
+use crate::inflight::{InflightQueue, InflightRegion};
+use crate::queue::{Context, RingStart, Wiring, complain_of_ring};
+use crate::worker::{Command, Worker};
+
+/// How the guest says that there are requests.
+#[derive(Clone, Default)]
+enum Kick {
+    /// Not set: the ring is stopped.
+    #[default]
+    Unset,
+    /// It does not: the ring must be looked at.
+    Never,
+    Eventfd(EventFd),
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Stopped,
+    /// Its thread takes requests from it.
+    Running,
+    /// It was disabled while it ran: nothing is in flight, nothing is taken.
+    Paused,
+    /// It could not be started. It stays so until it is stopped.
+    Broken,
+}
+
+struct Vring {
+    context: Context,
+    size: u16,
+    base: u16,
+    addresses: Option<RingAddresses>,
+    kick: Kick,
+    call: Option<EventFd>,
+    err: Option<EventFd>,
+    enabled: bool,
+    state: State,
+    worker: Option<Worker>,
+}
+
+impl Vring {
+    fn new(context: Context) -> Self {
+        Self {
+            context,
+            size: 0,
+            base: 0,
+            addresses: None,
+            kick: Kick::Unset,
+            call: None,
+            err: None,
+            enabled: false,
+            state: State::Stopped,
+            worker: None,
+        }
+    }
+
+    /// Forgets everything but its thread.
+    fn reset(&mut self) {
+        let worker = self.worker.take();
+        *self = Self { worker, ..Self::new(self.context.clone()) };
+    }
+
+    fn live(&self) -> bool {
+        matches!(self.state, State::Running | State::Paused)
+    }
+}
+
+/// All rings of a connection, and what they have in common.
+pub(crate) struct Rings {
+    vrings: Vec<Vring>,
+    vm: Arc<dyn VmControl>,
+    pub(crate) memory: Arc<MemoryMap>,
+    pub(crate) log: Option<Arc<DirtyLog>>,
+    pub(crate) features: Features,
+    pub(crate) inflight: Option<Arc<InflightRegion>>,
+    pub(crate) refuse: bool,
+    pub(crate) write_through: Arc<AtomicBool>,
+}
+
+impl Rings {
+    pub(crate) fn new(contexts: Vec<Context>, vm: Arc<dyn VmControl>) -> Self {
+        Self {
+            vrings: contexts.into_iter().map(Vring::new).collect(),
+            vm,
+            memory: Arc::default(),
+            log: None,
+            features: Features::default(),
+            inflight: None,
+            refuse: false,
+            write_through: Arc::default(),
+        }
+    }
+
+    fn ring(&mut self, index: u16) -> &mut Vring {
+        &mut self.vrings[usize::from(index)]
+    }
+
+    pub(crate) fn running(&self, index: u16) -> bool {
+        self.vrings[usize::from(index)].live()
+    }
+
+    pub(crate) fn any_running(&self) -> bool {
+        self.vrings.iter().any(Vring::live)
+    }
+
+    pub(crate) fn size(&self, index: u16) -> u16 {
+        self.vrings[usize::from(index)].size
+    }
+
+    /// The first guest address behind all used rings that are logged.
+    pub(crate) fn used_log_end(&self) -> u64 {
+        let end = |vring: &Vring| vring.addresses.map_or(0, |addresses| addresses.used_log_end(vring.size));
+        self.vrings.iter().map(end).max().unwrap_or(0)
+    }
+
+    pub(crate) fn set_size(&mut self, index: u16, size: u16) {
+        self.ring(index).size = size;
+    }
+
+    pub(crate) fn set_base(&mut self, index: u16, base: u16) {
+        self.ring(index).base = base;
+    }
+
+    pub(crate) fn set_addresses(&mut self, index: u16, addresses: RingAddresses) {
+        self.ring(index).addresses = Some(addresses);
+        self.changed(index);
+    }
+
+    pub(crate) fn set_kick(&mut self, index: u16, kick: Option<EventFd>) {
+        self.ring(index).kick = kick.map_or(Kick::Never, Kick::Eventfd);
+        self.changed(index);
+    }
+
+    pub(crate) fn set_call(&mut self, index: u16, call: Option<EventFd>) {
+        self.ring(index).call = call;
+        self.changed(index);
+    }
+
+    pub(crate) fn set_err(&mut self, index: u16, err: Option<EventFd>) {
+        self.ring(index).err = err;
+        self.changed(index);
+    }
+
+    /// A ring that is disabled is drained before this returns; once enabled it is looked at even without a kick,
+    /// since the kick may have come before.
+    pub(crate) fn set_enabled(&mut self, index: u16, enabled: bool) {
+        let vring = self.ring(index);
+        vring.enabled = enabled;
+        let (command, state) = match (enabled, vring.state) {
+            (true, State::Paused) => (Command::Resume, State::Running),
+            (false, State::Running) => (Command::Pause, State::Paused),
+            _ => return self.start_if_ready(index),
+        };
+        if let Some(worker) = &vring.worker {
+            vring.state = if worker.ask(command).is_ok() { state } else { State::Broken };
+        }
+    }
+
+    /// Lets every ring that runs go on with what they have in common.
+    pub(crate) fn rewire(&mut self) {
+        for index in 0..self.vrings.len() as u16 {
+            self.changed(index);
+        }
+    }
+
+    fn changed(&mut self, index: u16) {
+        if !self.running(index) {
+            return self.start_if_ready(index);
+        }
+        let wiring = self.wiring(index).map(Box::new);
+        let vring = self.ring(index);
+        if let (Some(worker), Some(wiring)) = (&vring.worker, wiring) {
+            if worker.ask(Command::Rewire(wiring)).is_err() {
+                vring.state = State::Broken;
+            }
+        }
+    }
+
+    fn wiring(&self, index: u16) -> Option<Wiring> {
+        let vring = &self.vrings[usize::from(index)];
+        Some(Wiring {
+            memory: Arc::clone(&self.memory),
+            log: self.log.clone(),
+            addresses: vring.addresses?,
+            kick: match &vring.kick {
+                Kick::Eventfd(kick) => Some(kick.clone()),
+                Kick::Never | Kick::Unset => None,
+            },
+            call: vring.call.clone(),
+            err: vring.err.clone(),
+        })
+    }
+
+    /// Starts a ring that is stopped, if it is enabled and all of it is known. The kick's descriptor comes last; the
+    /// ring is then looked at at once, because requests may be waiting from before a reconnection.
+    fn start_if_ready(&mut self, index: u16) {
+        let vring = &self.vrings[usize::from(index)];
+        let enabled = vring.enabled || !self.features.protocol_features();
+        let set_up = vring.size > 0 && !matches!(vring.kick, Kick::Unset) && !self.memory.is_empty();
+        if vring.state != State::Stopped || !enabled || !set_up {
+            return;
+        }
+        let Some(wiring) = self.wiring(index) else { return };
+        self.vm.ring_started(index);
+        let started = self.start(index, wiring.clone());
+        self.ring(index).state = if started.is_ok() { State::Running } else { State::Broken };
+        if started.is_err() {
+            self.vm.ring_stopped(index, !self.any_running());
+        }
+    }
+
+    fn start(&mut self, index: u16, wiring: Wiring) -> Result<(), RingFault> {
+        let (size, base) = (self.ring(index).size, self.ring(index).base);
+        let inflight = match &self.inflight {
+            None => None,
+            Some(region) => match InflightQueue::new(Arc::clone(region), index, size) {
+                Some(queue) => Some(queue),
+                None => {
+                    complain_of_ring(&self.ring(index).context, &wiring, RingFault::Untracked);
+                    return Err(RingFault::Untracked);
+                }
+            },
+        };
+        let (features, refuse) = (self.features, self.refuse);
+        let write_through = Arc::clone(&self.write_through);
+        let start = RingStart { size, base, features, wiring, inflight, refuse, write_through };
+        let vring = self.ring(index);
+        let worker = match &vring.worker {
+            Some(worker) => worker,
+            None => match Worker::spawn(vring.context.clone()) {
+                Ok(worker) => vring.worker.insert(worker),
+                Err(error) => {
+                    tracing::error!(socket = %vring.context.name, queue = index, "no thread for the ring: {error}");
+                    complain_of_ring(&vring.context, &start.wiring, RingFault::Device);
+                    return Err(RingFault::Device);
+                }
+            },
+        };
+        worker.ask(Command::Start(Box::new(start))).map(|_| ())
+    }
+
+    /// Stops a ring and returns the position from which to go on. Nothing is in flight when this returns.
+    pub(crate) fn stop(&mut self, index: u16) -> u16 {
+        let vring = self.ring(index);
+        if vring.live() {
+            if let Some(Ok(taken)) = vring.worker.as_ref().map(|worker| worker.ask(Command::Stop)) {
+                vring.base = taken;
+            }
+            vring.state = State::Stopped;
+            let last = !self.any_running();
+            self.vm.ring_stopped(index, last);
+        }
+        let vring = self.ring(index);
+        (vring.state, vring.kick) = (State::Stopped, Kick::Unset);
+        vring.base
+    }
+
+    /// Stops all rings and forgets how they were set up.
+    pub(crate) fn reset(&mut self) {
+        for index in 0..self.vrings.len() as u16 {
+            self.stop(index);
+            self.ring(index).reset();
+        }
+    }
+
+    /// Drains all rings at once, reporting what was in flight.
+    pub(crate) fn pause(&mut self) {
+        self.tell_all(|| Command::Pause);
+    }
+
+    /// Ends all threads, once nothing is in flight.
+    pub(crate) fn leave(&mut self) {
+        self.tell_all(|| Command::Leave);
+        self.vrings.iter_mut().filter_map(|vring| vring.worker.take()).for_each(Worker::join);
+        self.vrings.iter_mut().for_each(Vring::reset);
+    }
+
+    /// Gives all threads a command and waits until all have done it.
+    fn tell_all(&self, command: impl Fn() -> Command) {
+        let workers = self.vrings.iter().filter_map(|vring| vring.worker.as_ref());
+        let pending: Vec<_> = workers.map(|worker| worker.tell(command())).collect();
+        for pending in pending {
+            // That there is no ring, or no thread any more, makes no difference to the others.
+            let _ = pending.wait();
+        }
+    }
+}

@@ -1,0 +1,439 @@
+//! One front end's connection: what it has negotiated and set up, and what its messages do to the rings.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use cdp_types::{BlockDevice, VmControl};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
+};
+
+use crate::config::ServerConfig;
+use crate::config_space::{self, WRITEBACK_OFFSET};
+use crate::eventfd::EventFd;
+use crate::features::{self, Features};
+use crate::guest::{DirtyLog, MAX_REGIONS, MemoryMap, RegionSpec, RingAddresses};
+use crate::inflight::{History, InflightRegion, region_len};
+use crate::queue::Context;
+use crate::rings::Rings;
+use crate::stats::ServerCounters;
+
+/// What stays the same from connection to connection.
+pub(crate) struct Disk {
+    pub(crate) config: ServerConfig,
+    pub(crate) name: Arc<str>,
+    pub(crate) device: Arc<dyn BlockDevice>,
+    pub(crate) vm: Arc<dyn VmControl>,
+    pub(crate) counters: ServerCounters,
+    /// Whether the guest has turned the write cache off. A front end does not say it again when it reconnects, so it
+    /// is kept until a guest starts anew: here, and in the in-flight region for the next process.
+    pub(crate) write_through: Arc<AtomicBool>,
+}
+
+/// The state of a connection. Every message is a method of [`VhostUserBackendReqHandlerMut`].
+pub(crate) struct Session {
+    disk: Arc<Disk>,
+    features: Features,
+    protocol: VhostUserProtocolFeatures,
+    memory: Arc<MemoryMap>,
+    /// As the front end has sent it; in use only while LOG_ALL is negotiated.
+    log: Option<Arc<DirtyLog>>,
+    inflight: Option<Arc<InflightRegion>>,
+    history: History,
+    rings: Rings,
+    /// Why the last message was refused.
+    refusal: Option<String>,
+}
+
+impl Session {
+    pub(crate) fn new(disk: Arc<Disk>) -> Self {
+        let context = |index| Context {
+            index,
+            name: Arc::clone(&disk.name),
+            disk: Arc::clone(&disk.device),
+            counters: Arc::clone(&disk.counters.queues[usize::from(index)]),
+            busy_poll: disk.config.busy_poll,
+            queue_bytes: disk.config.queue_bytes,
+        };
+        Self {
+            rings: Rings::new((0..disk.config.queues).map(context).collect(), Arc::clone(&disk.vm)),
+            disk,
+            features: Features::default(),
+            protocol: VhostUserProtocolFeatures::empty(),
+            memory: Arc::default(),
+            log: None,
+            inflight: None,
+            history: History::Ours,
+            refusal: None,
+        }
+    }
+
+    /// Why the last message was refused, if it was refused by us.
+    pub(crate) fn take_refusal(&mut self) -> Option<String> {
+        self.refusal.take()
+    }
+
+    /// Whether the front end has accepted a protocol feature.
+    pub(crate) fn negotiated(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol.contains(feature)
+    }
+
+    /// Whether messages that ask for it are acknowledged.
+    pub(crate) fn reply_ack(&self) -> bool {
+        self.negotiated(VhostUserProtocolFeatures::REPLY_ACK)
+    }
+
+    /// Ends the connection: nothing is in flight, and no thread is left, when this returns. While the front end is
+    /// `there`, everything is reported to the guest first.
+    pub(crate) fn end(&mut self, there: bool) {
+        if there {
+            self.rings.pause();
+        }
+        self.rings.leave();
+        self.disk.vm.disconnected();
+    }
+
+    fn refuse<T>(&mut self, why: impl Into<String>) -> Result<T> {
+        let why = why.into();
+        let error = Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, why.clone()));
+        self.refusal = Some(why);
+        Err(error)
+    }
+
+    fn active_log(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref().filter(|_| self.features.log_all())
+    }
+
+    /// Lets the rings go on with what has changed.
+    fn spread(&mut self) {
+        self.rings.memory = Arc::clone(&self.memory);
+        self.rings.log = self.active_log().map(Arc::clone);
+        self.rings.features = self.features;
+        self.rings.inflight = self.inflight.clone();
+        self.rings.refuse = self.history == History::Foreign;
+        self.rings.write_through = Arc::clone(&self.disk.write_through);
+        self.rings.rewire();
+    }
+
+    fn change_memory(&mut self, memory: MemoryMap) -> Result<()> {
+        // A page that the log has no bit for would be lost by the migration, without anyone noticing.
+        if self.active_log().is_some_and(|log| !log.covers(memory.end())) {
+            return self.refuse("the memory goes on past the end of the dirty log");
+        }
+        self.memory = Arc::new(memory);
+        self.spread();
+        Ok(())
+    }
+
+    fn check_log(&mut self, log: &DirtyLog) -> Result<()> {
+        let end = self.memory.end().max(self.rings.used_log_end());
+        if log.covers(end) { Ok(()) } else { self.refuse("the dirty log is shorter than the memory") }
+    }
+
+    fn set_write_through(&self, on: bool) {
+        self.disk.write_through.store(on, Ordering::Release);
+        if let Some(region) = &self.inflight {
+            region.set_write_through(on);
+        }
+    }
+
+    fn check_ring(&mut self, index: u32) -> Result<u16> {
+        match u16::try_from(index).ok().filter(|&index| index < self.disk.config.queues) {
+            Some(index) => Ok(index),
+            None => self.refuse(format!("there is no ring {index}")),
+        }
+    }
+
+    fn check_stopped(&mut self, index: u32) -> Result<u16> {
+        let index = self.check_ring(index)?;
+        if self.rings.running(index) { self.refuse(format!("ring {index} is running")) } else { Ok(index) }
+    }
+
+    fn eventfd(&mut self, file: Option<File>) -> Result<Option<EventFd>> {
+        match file.map(EventFd::from_front_end).transpose() {
+            Ok(eventfd) => Ok(eventfd),
+            Err(error) => self.refuse(error.to_string()),
+        }
+    }
+
+    fn not_offered<T>(&mut self, what: &str) -> Result<T> {
+        self.refuse(format!("{what} was not offered"))
+    }
+}
+
+fn spec(region: &VhostUserMemoryRegion) -> RegionSpec {
+    RegionSpec {
+        guest: region.guest_phys_addr,
+        len: region.memory_size,
+        user: region.user_addr,
+        offset: region.mmap_offset,
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Deprecated; the specification recommends to ignore it.
+    fn reset_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.rings.reset();
+        self.set_write_through(false);
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(features::offered(&self.disk.device.info()))
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !features::offered(&self.disk.device.info());
+        if unknown != 0 {
+            return self.refuse(format!("features {unknown:#x} were not offered"));
+        }
+        let features = Features(features);
+        if self.rings.any_running() && features.fixed() != self.features.fixed() {
+            return self.refuse("features cannot change while a ring runs");
+        }
+        if let Some(log) = self.log.clone().filter(|_| features.log_all()) {
+            self.check_log(&log)?;
+        }
+        self.features = features;
+        self.spread();
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let table = regions.iter().zip(files).try_fold(MemoryMap::default(), |map, (region, file)| {
+            map.with(spec(region), file).map_err(|error| (spec(region), error))
+        });
+        match table {
+            Ok(table) => self.change_memory(table).map(|()| None),
+            Err((region, error)) => self.refuse(format!("the memory region {region:x?} is refused: {error}")),
+        }
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let index = self.check_stopped(index)?;
+        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two());
+        match size.filter(|&size| size <= self.disk.config.max_queue_size) {
+            Some(size) => self.rings.set_size(index, size),
+            None => return self.refuse(format!("a ring of {num} entries is not accepted")),
+        }
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptors: u64,
+        used: u64,
+        available: u64,
+        log: u64,
+    ) -> Result<()> {
+        let index = self.check_ring(index)?;
+        let used_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        let addresses = RingAddresses { descriptors, available, used, used_log };
+        let end = addresses.used_log_end(self.rings.size(index));
+        if self.active_log().is_some_and(|log| !log.covers(end)) {
+            return self.refuse("the used ring is logged past the end of the dirty log");
+        }
+        self.rings.set_addresses(index, addresses);
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let index = self.check_stopped(index)?;
+        match u16::try_from(base) {
+            Ok(base) => self.rings.set_base(index, base),
+            Err(_) => return self.refuse(format!("{base} is no position of a split ring")),
+        }
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let ring = self.check_ring(index)?;
+        Ok(VhostUserVringState::new(index, self.rings.stop(ring).into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let index = self.check_ring(index.into())?;
+        let kick = self.eventfd(fd)?;
+        self.rings.set_kick(index, kick);
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let index = self.check_ring(index.into())?;
+        let call = self.eventfd(fd)?;
+        self.rings.set_call(index, call);
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let index = self.check_ring(index.into())?;
+        let err = self.eventfd(fd)?;
+        self.rings.set_err(index, err);
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(features::offered_protocol())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        match VhostUserProtocolFeatures::from_bits(features).filter(|&bits| features::offered_protocol().contains(bits)) {
+            Some(protocol) => self.protocol = protocol,
+            None => return self.refuse(format!("not all of the protocol features {features:#x} were offered")),
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.disk.config.queues.into())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let index = self.check_ring(index)?;
+        self.rings.set_enabled(index, enable);
+        Ok(())
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let writeback = !self.disk.write_through.load(Ordering::Acquire);
+        Ok(config_space::read(&self.disk.device.info(), self.disk.config.queues, writeback, offset, size))
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        match (offset, bytes) {
+            (WRITEBACK_OFFSET, [writeback @ (0 | 1)]) if !self.disk.device.info().read_only => {
+                self.set_write_through(*writeback == 0);
+                Ok(())
+            }
+            _ => self.refuse("only the write cache can be configured, by 0 or 1"),
+        }
+    }
+
+    /// The connection takes this message itself (`back_channel`), because a `Backend` can neither tell of a changed
+    /// configuration nor give its socket away.
+    fn set_backend_req_fd(&mut self, _backend: Backend) {}
+
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let VhostUserInflight { num_queues, queue_size, .. } = *asked;
+        if num_queues > self.disk.config.queues || queue_size > self.disk.config.max_queue_size {
+            return self.refuse(format!("{num_queues} rings of {queue_size} entries are more than there can be"));
+        }
+        // A front end asks for a new region when the guest starts anew, and then its write cache is on.
+        self.set_write_through(false);
+        match InflightRegion::create(num_queues, queue_size, &self.disk.device.identity()) {
+            Ok(file) => Ok((VhostUserInflight::new(region_len(num_queues, queue_size), 0, num_queues, queue_size), file)),
+            Err(error) => self.refuse(format!("no in-flight region can be made: {error}")),
+        }
+    }
+
+    fn set_inflight_fd(&mut self, region: &VhostUserInflight, file: File) -> Result<()> {
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *region;
+        if self.rings.any_running() {
+            return self.refuse("the in-flight region cannot change while a ring runs");
+        }
+        let region = match InflightRegion::map(file, mmap_offset, mmap_size, num_queues, queue_size) {
+            Ok(region) => Arc::new(region),
+            Err(error) => return self.refuse(format!("the in-flight region cannot be used: {error}")),
+        };
+        self.history = region.claim(&self.disk.device.identity());
+        if self.history == History::Foreign {
+            tracing::error!(
+                socket = %self.disk.name,
+                "the guest was using another history of this disk: its requests fail until it resets"
+            );
+        }
+        self.disk.write_through.store(region.write_through(), Ordering::Release);
+        self.inflight = Some(region);
+        self.spread();
+        Ok(())
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<u64>> {
+        let spec = spec(region);
+        let bad_len = spec.len == 0 || spec.guest.checked_add(spec.len).is_none() || spec.user.checked_add(spec.len).is_none();
+        if bad_len {
+            return self.refuse(format!("the memory region {spec:x?} is refused: its bounds overflow"));
+        }
+        match self.memory.with(spec, file) {
+            Ok(memory) => self.change_memory(memory).map(|()| None),
+            Err(error) => self.refuse(format!("the memory region {spec:x?} is refused: {error}")),
+        }
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        match self.memory.without(spec(region)) {
+            Ok(memory) => self.change_memory(memory),
+            Err(error) => self.refuse(format!("the memory region {:x?} stays: {error}", spec(region))),
+        }
+    }
+
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let VhostUserLog { mmap_size, mmap_offset } = *log;
+        let log = match DirtyLog::map(file, mmap_offset, mmap_size) {
+            Ok(log) => Arc::new(log),
+            Err(error) => return self.refuse(format!("the dirty log cannot be used: {error}")),
+        };
+        if self.features.log_all() {
+            self.check_log(&log)?;
+        }
+        self.log = Some(log);
+        self.spread();
+        Ok(())
+    }
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
+        self.not_offered("a GPU socket")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        self.not_offered("a shared object")
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        self.not_offered("the transfer of device state")
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        self.not_offered("the transfer of device state")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        self.not_offered("shared memory of the device")
+    }
+}

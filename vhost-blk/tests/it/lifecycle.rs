@@ -1,0 +1,273 @@
+//! Starting, stopping, coming back.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cdp_types::{BlockDevice, ByteRange, MemoryConfig, NoVmControl};
+use rustix::fs::{MemfdFlags, memfd_create};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
+use vhost_blk::{ErrorKind, Server, ServerConfig};
+
+use crate::guest::*;
+use crate::{Fixture, Recorder, eventually, slow};
+
+/// Puts a write of one block into each of the first `count` slots of a ring.
+fn put_writes(guest: &mut Guest, ring: usize, count: u16) {
+    for slot in 0..count {
+        guest.put(ring, slot, OUT, u64::from(slot) * 8, &[slot as u8 + 1; 4096], 0);
+    }
+    guest.rings[ring].submit(count);
+}
+
+#[test]
+fn a_ring_is_drained_before_its_position_is_told() {
+    let recorder = Arc::new(Recorder::default());
+    let config = MemoryConfig { faults: Some(slow(2)), ..MemoryConfig::new(1 << 20) };
+    let fixture = Fixture::with(config, Arc::clone(&recorder) as _);
+    let mut guest = Guest::start(&fixture.socket(), Options { rings: 2, ..Options::default() });
+    for round in 1..=20u16 {
+        put_writes(&mut guest, 0, 16);
+        put_writes(&mut guest, 1, 16);
+        let mut bases = [0; 2];
+        for ring in 0..2 {
+            bases[ring] = guest.frontend().get_vring_base(ring).unwrap() as u16;
+            // What had not been taken by then stays in the ring for the next start.
+            assert_eq!(guest.rings[ring].used_index(), bases[ring], "everything that was taken is reported");
+        }
+        assert_eq!(fixture.server.stats().queues.iter().map(|queue| queue.in_flight).sum::<u64>(), 0);
+        guest.start_rings(Some(&bases));
+        for ring in 0..2 {
+            while guest.rings[ring].seen != round.wrapping_mul(16) {
+                guest.rings[ring].wait();
+            }
+        }
+    }
+    guest.frontend().get_vring_base(0).unwrap();
+    guest.frontend().get_vring_base(1).unwrap();
+    drop(guest);
+    eventually("the end of the connection", || recorder.0.lock().unwrap().last().unwrap() == "disconnected");
+    let told = recorder.0.lock().unwrap();
+    assert_eq!(told.len(), 21 * 4 + 1);
+    for round in told[..84].chunks(4) {
+        assert_eq!(round, ["started 0", "started 1", "stopped 0", "stopped 1, the last"]);
+    }
+}
+
+#[test]
+fn a_kick_that_comes_before_the_ring_is_enabled_is_not_lost() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    guest.frontend().get_vring_base(0).unwrap();
+    guest.frontend().set_vring_enable(0, false).unwrap();
+    let Guest { connection, rings, .. } = &mut guest;
+    start_ring(connection.as_mut().unwrap(), &rings[0], 0);
+    put_writes(&mut guest, 0, 3);
+    guest.rings[0].kick.write(1).unwrap();
+    guest.frontend().get_queue_num().unwrap(); // the server has seen all messages by now
+    assert_eq!(guest.rings[0].used_index(), 0, "not enabled");
+    guest.frontend().set_vring_enable(0, true).unwrap();
+    while guest.rings[0].seen != 3 {
+        guest.rings[0].wait();
+    }
+}
+
+#[test]
+fn a_disabled_ring_is_left_alone_and_goes_on_when_it_is_enabled() {
+    let fixture = Fixture::new(1 << 20, Some(slow(3)));
+    let mut guest = Guest::start(&fixture.socket(), Options { rings: 2, ..Options::default() });
+    put_writes(&mut guest, 0, 8);
+    guest.frontend().set_vring_enable(0, false).unwrap();
+    let before = guest.rings[0].used_index();
+    guest.rings[0].reap();
+    for slot in 8..16 {
+        guest.put(0, slot, IN, 0, &[], 512);
+    }
+    guest.rings[0].submit(8);
+    guest.rings[0].kick.write(1).unwrap();
+    for _ in 0..10 {
+        guest.put(1, 0, IN, 0, &[], 512);
+        guest.rings[1].submit(1);
+        guest.rings[1].wait();
+    }
+    assert_eq!(guest.rings[0].used_index(), before, "nothing is used after the ring was disabled");
+    guest.frontend().set_vring_enable(0, true).unwrap();
+    while guest.rings[0].seen != 16 {
+        guest.rings[0].wait();
+    }
+}
+
+#[test]
+fn without_protocol_features_a_ring_starts_with_its_kick() {
+    let fixture = Fixture::new(1 << 20, None);
+    let options = Options { without: F_PROTOCOL_FEATURES | F_LOG_ALL, ..Options::default() };
+    let mut guest = Guest::start(&fixture.socket(), options);
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+}
+
+#[test]
+fn the_guest_hears_of_a_new_size() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(crate::DEADLINE)).unwrap();
+    guest.frontend().set_backend_request_fd(&theirs).unwrap();
+    for capacity in [2u64 << 20, 4 << 20] {
+        fixture.disk.resize(capacity);
+        let mut message = [0; 12];
+        ours.read_exact(&mut message).unwrap();
+        assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], "CONFIG_CHANGE_MSG");
+        let flags = VhostUserConfigFlags::empty();
+        let (_, config) = guest.frontend().get_config(0, 8, flags, &[0; 8]).unwrap();
+        assert_eq!(config, (capacity / 512).to_le_bytes());
+        assert_eq!(guest.request(IN, capacity / 512 - 1, &[], 512).0, OK);
+    }
+}
+
+#[test]
+fn memory_can_be_plugged_and_unplugged_while_a_ring_runs() {
+    let fixture = Fixture::new(1 << 20, Some(slow(4)));
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    assert_eq!(guest.frontend().get_max_mem_slots().unwrap(), 509);
+    assert_eq!(guest.request(OUT, 0, &[5; 4096], 0).0, OK);
+    let file = std::fs::File::from(memfd_create("more", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(1 << 20).unwrap();
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 1 << 40,
+        memory_size: 1 << 20,
+        userspace_addr: 1 << 41,
+        mmap_offset: 0,
+        mmap_handle: std::os::fd::AsRawFd::as_raw_fd(&file),
+    };
+    let (head, status) = (guest.data(0, 2), guest.status_addr(0, 2));
+    guest.memory.write(head, &header(IN, 0));
+    let read_into_it = |guest: &mut Guest| {
+        guest.rings[0].descriptor(0, head, 16, NEXT, 1);
+        guest.rings[0].descriptor(1, 1 << 40, 4096, NEXT | WRITE, 2);
+        guest.rings[0].descriptor(2, status, 1, WRITE, 0);
+        guest.rings[0].put(0);
+        guest.rings[0].submit(1);
+        guest.rings[0].wait();
+        guest.status(0, 2)
+    };
+    assert_eq!(read_into_it(&mut guest), IOERR);
+    guest.frontend().add_mem_region(&region).unwrap();
+    assert_eq!(read_into_it(&mut guest), OK);
+    let mut bytes = [0; 4096];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+    assert_eq!(bytes, [5; 4096]);
+    guest.frontend().remove_mem_region(&region).unwrap();
+    assert_eq!(read_into_it(&mut guest), IOERR);
+
+    // The same by a whole new table, with requests in flight.
+    for _ in 0..20 {
+        put_writes(&mut guest, 0, 16);
+        let regions = [guest.memory.region(), region];
+        guest.frontend().set_mem_table(&regions).unwrap();
+        guest.frontend().set_mem_table(&regions[..1]).unwrap();
+        let target = guest.rings[0].added;
+        while guest.rings[0].seen != target {
+            guest.rings[0].wait();
+        }
+    }
+}
+
+#[test]
+fn a_reset_device_can_be_set_up_again() {
+    let fixture = Fixture::new(1 << 20, Some(slow(5)));
+    let mut guest = Guest::start(&fixture.socket(), Options { rings: 2, ..Options::default() });
+    guest.frontend().set_config(32, VhostUserConfigFlags::empty(), &[0]).unwrap();
+    put_writes(&mut guest, 1, 8);
+    guest.frontend().reset_device().unwrap();
+    let (_, config) = guest.frontend().get_config(32, 1, VhostUserConfigFlags::empty(), &[0]).unwrap();
+    assert_eq!(config, [1], "the write cache is on again");
+    guest.rings.iter_mut().for_each(Ring::reset);
+    guest.start_rings(Some(&[0, 0]));
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+}
+
+#[test]
+fn a_second_client_is_turned_away_and_a_later_one_served() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    let mut second = UnixStream::connect(fixture.socket()).unwrap();
+    second.set_read_timeout(Some(crate::DEADLINE)).unwrap();
+    assert_eq!(second.read(&mut [0; 1]).unwrap(), 0, "the connection is closed");
+    eventually("the count", || fixture.server.stats().refused == 1);
+    assert_eq!(guest.request(OUT, 8, &[7; 512], 0).0, OK);
+    drop(guest);
+    let mut later = Guest::start(&fixture.socket(), Options::default());
+    assert_eq!(later.request(IN, 8, &[], 512), (OK, vec![7; 512]));
+    assert_eq!(fixture.server.stats().refused, 1);
+}
+
+#[test]
+fn a_clean_stop_reports_what_is_in_flight_and_removes_the_socket() {
+    for inflight in [false, true] {
+        let mut fixture = Fixture::new(1 << 20, Some(slow(6)));
+        let mut guest = Guest::start(&fixture.socket(), Options { inflight, ..Options::default() });
+        for round in 1..=5 {
+            put_writes(&mut guest, 0, 16);
+            while guest.rings[0].seen != round * 16 {
+                guest.rings[0].wait();
+            }
+        }
+        put_writes(&mut guest, 0, 16);
+        fixture.server.shutdown();
+        assert!(!fixture.socket().exists());
+        assert!(guest.frontend().get_features().is_err(), "the connection is closed");
+        // What was taken was done and reported, what was not stays in the ring.
+        let done = guest.rings[0].reap();
+        for (head, _) in &done {
+            let content = fixture.disk.content(ByteRange::new(u64::from(head / 4) * 4096, 4096)).unwrap();
+            assert_eq!((content, guest.status(0, head / 4)), (vec![(head / 4) as u8 + 1; 4096], OK));
+        }
+
+        let config = ServerConfig { queues: 4, ..ServerConfig::new(fixture.socket()) };
+        let disk = Arc::clone(&fixture.disk) as Arc<dyn BlockDevice>;
+        let _next = Server::bind(config, disk, Arc::new(NoVmControl)).unwrap();
+        guest.connect(&fixture.socket());
+        guest.start_rings(None);
+        while guest.rings[0].seen != 96 {
+            guest.rings[0].wait();
+        }
+    }
+}
+
+#[test]
+fn a_client_in_the_middle_of_a_message_does_not_keep_the_server_from_stopping() {
+    use std::io::Write;
+    let mut fixture = Fixture::new(1 << 20, None);
+    let mut stream = UnixStream::connect(fixture.socket()).unwrap();
+    stream.write_all(&[1, 0, 0, 0, 1]).unwrap();
+    eventually("the connection", || fixture.server.stats().connected);
+    fixture.server.shutdown();
+}
+
+#[test]
+fn an_idle_guest_costs_no_wake_ups() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options { rings: 4, ..Options::default() });
+    assert_eq!(guest.request(IN, 0, &[], 512).0, OK);
+    let sleeps = || fixture.server.stats().queues.iter().map(|queue| queue.sleeps).sum::<u64>();
+    let mut before = 0;
+    eventually("all threads asleep", || {
+        let now = sleeps();
+        std::mem::replace(&mut before, now) == now
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(sleeps(), before);
+}
+
+#[test]
+fn two_servers_cannot_share_a_socket() {
+    let fixture = Fixture::new(1 << 20, None);
+    let disk = Arc::clone(&fixture.disk) as Arc<dyn BlockDevice>;
+    let second = Server::bind(ServerConfig::new(fixture.socket()), disk, Arc::new(NoVmControl));
+    assert_eq!(second.err().unwrap().kind(), ErrorKind::InUse);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    assert_eq!(guest.request(IN, 0, &[], 512).0, OK);
+}
