@@ -8,9 +8,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send};
 use vhost::vhost_user::message::{BackendReq, FrontendReq, VhostUserHeaderFlag};
 
 /// Bytes of a message's header: request, flags, size of the payload.
@@ -87,16 +85,21 @@ impl BackChannel {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut slices = [IoSliceMut::new(&mut bytes)];
-        let received = recvmsg(stream, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL)?;
+        let received =
+            recvmsg(stream, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL)?;
         let header = Header::parse(bytes);
         let broken = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
         if received.bytes != HEADER_LEN || header.size > 8 {
             return Err(broken("the message that brings the back channel is malformed"));
         }
-        let mut payload = [0; 8];
-        let (_, len) = recv(stream, &mut payload[..header.size as usize], RecvFlags::WAITALL)?;
-        if len != header.size as usize {
-            return Err(broken("the message that brings the back channel is cut short"));
+        // The specification has no payload for it; a front end may send a number all the same. Receiving nothing
+        // would wait for the next message.
+        if header.size > 0 {
+            let mut payload = [0; 8];
+            let (_, len) = recv(stream, &mut payload[..header.size as usize], RecvFlags::WAITALL)?;
+            if len != header.size as usize {
+                return Err(broken("the message that brings the back channel is cut short"));
+            }
         }
         let fd = ancillary.drain().find_map(|message| match message {
             RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),

@@ -38,7 +38,10 @@ impl Chain {
             let descriptor = ring.descriptor(index).ok_or(RingFault::Lost(head))?;
             if descriptor.indirect() {
                 // An indirect descriptor ends the direct part of its chain (2.7.5.3.1).
-                self.require(indirect_allowed, "an indirect descriptor, though the feature was not negotiated");
+                self.require(
+                    indirect_allowed,
+                    "an indirect descriptor, though the feature was not negotiated",
+                );
                 self.require(descriptor.next().is_none(), "an indirect descriptor that is not the last");
                 return self.walk_table(memory, head, descriptor);
             }
@@ -49,7 +52,10 @@ impl Chain {
     }
 
     fn walk_table(&mut self, memory: &GuestMemory, head: u16, table: Descriptor) -> Result<(), RingFault> {
-        self.require(u64::from(table.len).is_multiple_of(Descriptor::LEN), "an indirect table of an odd length");
+        self.require(
+            u64::from(table.len).is_multiple_of(Descriptor::LEN),
+            "an indirect table of an odd length",
+        );
         let entries = table.len / Descriptor::LEN as u32;
         let mut next = Some(0);
         for _ in 0..entries.min(MAX_INDIRECT) {

@@ -13,7 +13,8 @@ pub(crate) const WRITEBACK_OFFSET: u32 = 32;
 /// The `size` bytes from `offset` that a front end asks for.
 pub(crate) fn read(info: &DeviceInfo, queues: u16, writeback: bool, offset: u32, size: u32) -> Vec<u8> {
     let space = build(info, queues, writeback);
-    let at = |index: u64| usize::try_from(index).ok().and_then(|index| space.get(index)).copied().unwrap_or(0);
+    let at =
+        |index: u64| usize::try_from(index).ok().and_then(|index| space.get(index)).copied().unwrap_or(0);
     (u64::from(offset)..u64::from(offset) + u64::from(size)).map(at).collect()
 }
 

@@ -169,7 +169,11 @@ impl InflightRegion {
         let mut store = [0; 16];
         store[..8].copy_from_slice(&word(TRAILER_STORE).to_ne_bytes());
         store[8..].copy_from_slice(&word(TRAILER_STORE + 8).to_ne_bytes());
-        DeviceIdentity { store, volume: VolumeId(word(TRAILER_VOLUME)), branch: BranchId(word(TRAILER_BRANCH)) }
+        DeviceIdentity {
+            store,
+            volume: VolumeId(word(TRAILER_VOLUME)),
+            branch: BranchId(word(TRAILER_BRANCH)),
+        }
     }
 
     fn trailer(&self) -> usize {
@@ -334,7 +338,9 @@ mod tests {
     }
 
     fn requests(list: &[(u64, u16)]) -> Found {
-        Found::Requests(list.iter().map(|&(origin, head)| Unfinished { origin: Origin(origin), head }).collect())
+        Found::Requests(
+            list.iter().map(|&(origin, head)| Unfinished { origin: Origin(origin), head }).collect(),
+        )
     }
 
     /// Every store of one batch of three is a place to die. Whatever the place, the requests found in flight are
@@ -379,7 +385,11 @@ mod tests {
                 false
             };
             assert_eq!(died, died_after < 8);
-            let expected = if used == 1 { requests(&[(11, 0)]) } else { requests(&[(10, 5), (11, 0), (12, 3), (13, 7)]) };
+            let expected = if used == 1 {
+                requests(&[(11, 0)])
+            } else {
+                requests(&[(10, 5), (11, 0), (12, 3), (13, 7)])
+            };
             assert_eq!(queue.recover(used), expected, "died after {died_after} stores");
             assert_eq!(queue.recover(used), expected, "recovering twice");
         }
@@ -427,7 +437,9 @@ mod tests {
     fn a_region_that_is_too_small_is_refused_and_ours_cannot_be_cut_short() {
         let (_, file) = region();
         assert!(file.set_len(10).is_err(), "sealed");
-        let map = |offset, len, queues, size| InflightRegion::map(file.try_clone().unwrap(), offset, len, queues, size);
+        let map = |offset, len, queues, size| {
+            InflightRegion::map(file.try_clone().unwrap(), offset, len, queues, size)
+        };
         assert!(map(0, region_len(2, 8) - 1, 2, 8).is_err());
         assert!(map(4096, region_len(2, 8), 2, 8).is_err());
         assert!(map(u64::MAX, region_len(2, 8), 2, 8).is_err());

@@ -242,7 +242,6 @@ impl Queue {
         if let Err(fault) = self.take_all(device) {
             self.break_off(fault);
         }
-        self.context.counters.in_flight.set(self.submitted as u64);
     }
 
     fn take_all(&mut self, device: &mut dyn DeviceQueue) -> Result<(), RingFault> {
@@ -309,7 +308,9 @@ impl Queue {
                 self.context.counters.recovered.add(1);
                 (Kind::Unknown, Action::Answer(Status::Ok, ""))
             }
-            _ if self.refuse => (Kind::Unknown, Action::Answer(Status::IoError, "the disk was reverted under the guest")),
+            _ if self.refuse => {
+                (Kind::Unknown, Action::Answer(Status::IoError, "the disk was reverted under the guest"))
+            }
             _ => parse(&self.chain, &self.memory, &*self.context.disk, durability, origin),
         };
         slot.kind = kind;
@@ -334,6 +335,7 @@ impl Queue {
                 slot.submitted = true;
                 self.bytes += slot.bytes;
                 self.submitted += 1;
+                self.context.counters.in_flight.set(self.submitted as u64);
                 if before.is_some() {
                     self.context.counters.resubmitted.add(1);
                 }
@@ -351,18 +353,23 @@ impl Queue {
     /// A request of the device has ended.
     pub(crate) fn complete(&mut self, id: RequestId, result: Result<(), IoError>) {
         let Context { index: queue, name, .. } = &self.context;
-        let slot = usize::try_from(id.0).ok().and_then(|head| self.slots.get_mut(head)).filter(|slot| slot.submitted);
+        let slot = usize::try_from(id.0)
+            .ok()
+            .and_then(|head| self.slots.get_mut(head))
+            .filter(|slot| slot.submitted);
         let Some(slot) = slot else {
             tracing::error!(socket = %name, queue, id = id.0, "the disk completed a request that it does not have");
             return;
         };
         slot.submitted = false;
         self.submitted -= 1;
+        self.context.counters.in_flight.set(self.submitted as u64);
         self.bytes -= slot.bytes;
         self.spin.worked();
         if let Err(error) = &result {
             let kind = slot.kind;
-            self.complaints.say(|more| tracing::warn!(socket = %name, queue, ?kind, more, "request failed: {error}"));
+            self.complaints
+                .say(|more| tracing::warn!(socket = %name, queue, ?kind, more, "request failed: {error}"));
         }
         let gone = matches!(&result, Err(error) if error.kind() == IoErrorKind::Gone);
         if self.leaving && (self.inflight.is_none() || gone) {
@@ -375,7 +382,10 @@ impl Queue {
     pub(crate) fn device_failed(&mut self) {
         for head in 0..self.slots.len() as u64 {
             if self.slots[head as usize].submitted {
-                self.complete(RequestId(head), Err(IoError::new(IoErrorKind::Device, "the disk's queue has failed")));
+                self.complete(
+                    RequestId(head),
+                    Err(IoError::new(IoErrorKind::Device, "the disk's queue has failed")),
+                );
             }
         }
         self.break_off(RingFault::Device);
@@ -426,7 +436,6 @@ impl Queue {
         for head in self.answered.drain(..) {
             self.slots[usize::from(head)].busy = false;
         }
-        self.context.counters.in_flight.set(self.submitted as u64);
         if let Some(call) = self.wiring.call.as_ref().filter(|_| self.ring.wants_interrupt(count)) {
             call.signal();
             self.context.counters.interrupts.add(1);

@@ -50,7 +50,11 @@ impl Server {
     /// # Errors
     /// [`ErrorKind::InUse`] if another server listens there, [`ErrorKind::Socket`] if the socket cannot be
     /// created, [`ErrorKind::Config`] if a number is out of range, [`ErrorKind::Resources`] if there is no thread.
-    pub fn bind(config: ServerConfig, device: Arc<dyn BlockDevice>, vm: Arc<dyn VmControl>) -> Result<Self, Error> {
+    pub fn bind(
+        config: ServerConfig,
+        device: Arc<dyn BlockDevice>,
+        vm: Arc<dyn VmControl>,
+    ) -> Result<Self, Error> {
         config.check()?;
         let path = config.socket.clone();
         let failed = |error: io::Error| Error::because(ErrorKind::Resources, &path, error);
@@ -149,10 +153,8 @@ impl Shared {
     /// Waits for a client; none once the server is being stopped.
     fn accept(&self, socket: &Socket) -> Option<UnixStream> {
         while !self.stopping.load(Ordering::Acquire) {
-            let mut fds = [
-                PollFd::new(&socket.listener, PollFlags::IN),
-                PollFd::new(self.stop.fd(), PollFlags::IN),
-            ];
+            let mut fds =
+                [PollFd::new(&socket.listener, PollFlags::IN), PollFd::new(self.stop.fd(), PollFlags::IN)];
             if poll(&mut fds, None).is_err() {
                 continue;
             }

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cdp_types::{BlockDevice, VmControl};
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
     Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
@@ -299,9 +299,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        match VhostUserProtocolFeatures::from_bits(features).filter(|&bits| features::offered_protocol().contains(bits)) {
+        match VhostUserProtocolFeatures::from_bits(features)
+            .filter(|&bits| features::offered_protocol().contains(bits))
+        {
             Some(protocol) => self.protocol = protocol,
-            None => return self.refuse(format!("not all of the protocol features {features:#x} were offered")),
+            None => {
+                return self.refuse(format!("not all of the protocol features {features:#x} were offered"));
+            }
         }
         Ok(())
     }
@@ -338,12 +342,16 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let VhostUserInflight { num_queues, queue_size, .. } = *asked;
         if num_queues > self.disk.config.queues || queue_size > self.disk.config.max_queue_size {
-            return self.refuse(format!("{num_queues} rings of {queue_size} entries are more than there can be"));
+            return self
+                .refuse(format!("{num_queues} rings of {queue_size} entries are more than there can be"));
         }
         // A front end asks for a new region when the guest starts anew, and then its write cache is on.
         self.set_write_through(false);
         match InflightRegion::create(num_queues, queue_size, &self.disk.device.identity()) {
-            Ok(file) => Ok((VhostUserInflight::new(region_len(num_queues, queue_size), 0, num_queues, queue_size), file)),
+            Ok(file) => Ok((
+                VhostUserInflight::new(region_len(num_queues, queue_size), 0, num_queues, queue_size),
+                file,
+            )),
             Err(error) => self.refuse(format!("no in-flight region can be made: {error}")),
         }
     }
@@ -381,7 +389,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
         let spec = spec(region);
-        let bad_len = spec.len == 0 || spec.guest.checked_add(spec.len).is_none() || spec.user.checked_add(spec.len).is_none();
+        let bad_len = spec.len == 0
+            || spec.guest.checked_add(spec.len).is_none()
+            || spec.user.checked_add(spec.len).is_none();
         if bad_len {
             return self.refuse(format!("the memory region {spec:x?} is refused: its bounds overflow"));
         }

@@ -70,10 +70,16 @@ fn bind_at(path: &Path) -> io::Result<OwnedFd> {
 fn remove_stale(path: &Path) -> Result<(), Error> {
     let failed = |error: io::Error| Error::because(ErrorKind::Socket, path, error);
     if !fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket() {
-        return Err(Error::because(ErrorKind::Socket, path, "there is a file of that name that is no socket"));
+        return Err(Error::because(
+            ErrorKind::Socket,
+            path,
+            "there is a file of that name that is no socket",
+        ));
     }
     match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed)
+        }
         Err(error) => Err(failed(error)),
         Ok(_) => Err(Error::new(ErrorKind::InUse, path)),
     }

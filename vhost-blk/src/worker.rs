@@ -185,7 +185,8 @@ impl Thread {
 
     fn start(&mut self, start: RingStart) -> Answer {
         let wiring = start.wiring.clone();
-        let started = self.open_device(wiring.kick.as_ref()).and_then(|()| Queue::start(start, self.context.clone()));
+        let started =
+            self.open_device(wiring.kick.as_ref()).and_then(|()| Queue::start(start, self.context.clone()));
         match started {
             Ok(queue) => {
                 let taken = queue.taken();

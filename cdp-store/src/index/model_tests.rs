@@ -322,20 +322,48 @@ fn changes_that_no_node_can_have_are_refused() {
     }
 }
 
+fn damage(kv: &SimKv, node: NodeKey, seq: u64) {
+    let key = keys::map(node, Seq(seq), keys::RowKind::Delta);
+    let mut value = kv.get(Family::Map, &key).unwrap().unwrap();
+    value[1] ^= 4;
+    let mut batch = WriteBatch::new();
+    batch.put(Family::Map, &key, &value);
+    kv.write(&batch).unwrap();
+}
+
 #[test]
 fn a_damaged_row_is_corruption_and_not_a_wrong_answer() {
     let (kv, index) = index();
     index.write(&batch_of(LEAF, &[zero(3, 0)])).unwrap();
-    let key = keys::map(LEAF, Seq(3), keys::RowKind::Delta);
-    let mut value = kv.get(Family::Map, &key).unwrap().unwrap();
-    value[1] ^= 4;
-    let mut damage = WriteBatch::new();
-    damage.put(Family::Map, &key, &value);
-    kv.write(&damage).unwrap();
+    damage(&kv, LEAF, 3);
     let error = index.leaf_at(LEAF.branch, LEAF.node, Seq::MAX).unwrap_err();
     assert_eq!(error.kind(), IndexErrorKind::Corrupt);
     // Before the damaged row's time the leaf still reads.
     assert!(index.leaf_at(LEAF.branch, LEAF.node, Seq(2)).is_ok());
+}
+
+#[test]
+fn what_lies_behind_an_image_is_not_read() {
+    let (kv, index) = index();
+    let above = NodeKey { level: 1, node: 0, ..LEAF };
+    let leaf = LEAF.node as u16;
+    for seq in (10..60).step_by(10) {
+        let mut batch = batch_of(LEAF, &[zero(seq, 0)]);
+        batch.changes(above, &[zero(seq + 1, leaf)]).unwrap();
+        if seq == 40 {
+            batch.image(LEAF.branch, LEAF.node, Seq(41), &[BlockState::Zero; FANOUT]);
+        }
+        index.write(&batch).unwrap();
+    }
+    let read = index.leaf_at(LEAF.branch, LEAF.node, Seq::MAX).unwrap();
+    assert_eq!((read.deltas_since_image, read.changes_since_image), (2, 2));
+    // Every row but the image, the two after it and the first of each node behind it, which might reach beyond it.
+    for seq in [10, 20, 30] {
+        damage(&kv, LEAF, seq);
+        damage(&kv, above, seq + 1);
+    }
+    assert_eq!(index.leaf_at(LEAF.branch, LEAF.node, Seq::MAX).unwrap(), read);
+    assert!(index.leaf_at(LEAF.branch, LEAF.node, Seq(40)).is_err());
 }
 
 #[test]

@@ -16,8 +16,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use crate::{
-    BlockDevice, BranchId, ByteRange, DeviceIdentity, DeviceInfo, DeviceQueue, Event, IoBuf, IoError, IoErrorKind,
-    Op, Origin, RequestId, VolumeId, Wait,
+    BlockDevice, BranchId, ByteRange, DeviceIdentity, DeviceInfo, DeviceQueue, Event, IoBuf, IoError,
+    IoErrorKind, Op, Origin, RequestId, VolumeId, Wait,
 };
 
 /// How requests are delayed and failed.
@@ -160,7 +160,10 @@ impl fmt::Debug for MemoryDevice {
 
 impl BlockDevice for MemoryDevice {
     fn info(&self) -> DeviceInfo {
-        DeviceInfo { capacity: self.shared.capacity.load(Ordering::Acquire), ..self.shared.config.info.clone() }
+        DeviceInfo {
+            capacity: self.shared.capacity.load(Ordering::Acquire),
+            ..self.shared.config.info.clone()
+        }
     }
 
     fn identity(&self) -> DeviceIdentity {
@@ -170,7 +173,8 @@ impl BlockDevice for MemoryDevice {
 
     fn open_queue(&self) -> io::Result<Box<dyn DeviceQueue>> {
         let nth = self.shared.queues_opened.fetch_add(1, Ordering::Relaxed);
-        let seed = self.shared.config.faults.map_or(0, |faults| faults.seed) ^ nth.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let seed = self.shared.config.faults.map_or(0, |faults| faults.seed)
+            ^ nth.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         Ok(Box::new(MemoryQueue {
             shared: Arc::clone(&self.shared),
             random: SplitMix(seed),
@@ -190,7 +194,8 @@ impl BlockDevice for MemoryDevice {
         if journal.file.read_exact_at(&mut noted, 0).is_err() {
             noted.clear();
         }
-        let holds = |origin: &Origin| noted.chunks_exact(8).skip(1).any(|entry| entry == origin.0.to_le_bytes());
+        let holds =
+            |origin: &Origin| noted.chunks_exact(8).skip(1).any(|entry| entry == origin.0.to_le_bytes());
         origins.iter().map(holds).collect()
     }
 
@@ -314,7 +319,8 @@ impl DeviceQueue for MemoryQueue {
         let mut work = self.shared.prepare(op);
         let mut due = None;
         if let Some(faults) = self.shared.config.faults {
-            due = Some(Instant::now() + faults.max_delay.mul_f64(self.random.next() as f64 / u64::MAX as f64));
+            due =
+                Some(Instant::now() + faults.max_delay.mul_f64(self.random.next() as f64 / u64::MAX as f64));
             if self.random.next() % 1_000_000 < u64::from(faults.errors_per_million) {
                 work = Err(IoError::new(IoErrorKind::Device, "an error that the test asked for"));
             }
@@ -381,7 +387,8 @@ impl MemoryQueue {
         let fds = |(_, fd): &(u64, Arc<OwnedFd>)| Arc::clone(fd);
         let eventfds: Vec<_> = self.watched.iter().map(fds).collect();
         let mut fds: Vec<_> = eventfds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-        let timeout = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
+        let timeout =
+            timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
         match poll(&mut fds, timeout.as_ref()) {
             Err(rustix::io::Errno::INTR) | Ok(0) => return Ok(()),
             result => result?,
@@ -431,8 +438,10 @@ mod tests {
 
     #[test]
     fn faults_reorder_and_fail_and_a_failed_write_changes_nothing() {
-        let faults = MemoryFaults { seed: 7, max_delay: Duration::from_millis(5), errors_per_million: 300_000 };
-        let device = MemoryDevice::new(MemoryConfig { faults: Some(faults), ..MemoryConfig::new(1 << 20) }).unwrap();
+        let faults =
+            MemoryFaults { seed: 7, max_delay: Duration::from_millis(5), errors_per_million: 300_000 };
+        let device =
+            MemoryDevice::new(MemoryConfig { faults: Some(faults), ..MemoryConfig::new(1 << 20) }).unwrap();
         let mut queue = device.open_queue().unwrap();
         for block in 0..200 {
             let from = IoBuf::from_bytes(&[1; 512]);

@@ -15,8 +15,6 @@ use crate::progress::Progress;
 /// A raw image to read from.
 pub(crate) struct RawImage {
     pub(crate) file: File,
-    /// What was said about it, if it is worth saying.
-    pub(crate) note: Option<String>,
     /// The copy that qemu-img made, which goes when we do.
     _copy: Option<Unfinished>,
 }
@@ -30,7 +28,7 @@ struct Info {
 }
 
 /// Opens an image as a raw one, by way of a copy if it is none. Without `format` it is what qemu-img takes it for, and if
-/// that is not raw, `note` says so: the first bytes of a raw image belong to a guest, which can write there what it likes.
+/// that is not raw, the user is told: the first bytes of a raw image belong to a guest, which can write there what it likes.
 pub(crate) fn open(path: &Path, format: Option<ImageFormat>) -> anyhow::Result<RawImage> {
     // Opened first for the plainest error message, and held: an absolute path has no `nbd:` or `json:` in front.
     let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -49,7 +47,7 @@ pub(crate) fn open(path: &Path, format: Option<ImageFormat>) -> anyhow::Result<R
         }
     };
     if format == "raw" {
-        return Ok(RawImage { file, note: None, _copy: None });
+        return Ok(RawImage { file, _copy: None });
     }
     let copy = beside(&path)?;
     let progress = Progress::new("converting");
@@ -57,7 +55,7 @@ pub(crate) fn open(path: &Path, format: Option<ImageFormat>) -> anyhow::Result<R
         progress.note(note);
     }
     convert(&path, &format, copy.path()?, "raw", &progress)?;
-    Ok(RawImage { file: File::open(copy.path()?)?, note, _copy: Some(copy) })
+    Ok(RawImage { file: File::open(copy.path()?)?, _copy: Some(copy) })
 }
 
 /// A file for the copy: beside the image, where there is room for images, unless that cannot be written to.

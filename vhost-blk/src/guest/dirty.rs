@@ -31,7 +31,8 @@ impl DirtyLog {
         // A mapping begins on a page, a log anywhere.
         let start = offset % LOG_PAGE;
         let size = usize::try_from(start + len).map_err(|_| invalid("the log is too long"))?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset - start), size).map_err(io::Error::other)?;
+        let mapping =
+            MmapRegion::from_file(FileOffset::new(file, offset - start), size).map_err(io::Error::other)?;
         Ok(Self { mapping, start: start as usize, len })
     }
 

@@ -4,8 +4,8 @@ use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
 
-use vm_memory::mmap::MmapRegion;
 use vm_memory::FileOffset;
+use vm_memory::mmap::MmapRegion;
 
 /// Regions that a front end may add; as many as the kernel's vhost takes by default.
 pub(crate) const MAX_REGIONS: usize = 509;
@@ -70,7 +70,8 @@ impl MemoryMap {
         if self.regions.len() >= MAX_REGIONS {
             return Err(MapError::TooMany);
         }
-        let overlap = |a: u64, b: u64, b_len: u64| a < b.saturating_add(b_len) && b < a.saturating_add(spec.len);
+        let overlap =
+            |a: u64, b: u64, b_len: u64| a < b.saturating_add(b_len) && b < a.saturating_add(spec.len);
         let clash = |region: &Region| {
             let other = region.spec;
             overlap(spec.guest, other.guest, other.len) || overlap(spec.user, other.user, other.len)
@@ -138,9 +139,8 @@ impl MemoryMap {
     /// of `align`. Mapped, readable and writable while `self` lives.
     pub(crate) fn host_of_user(&self, user: u64, len: u64, align: usize) -> Option<*mut u8> {
         let region = self.regions.iter().find(|region| {
-            user.checked_sub(region.spec.user).is_some_and(|at| {
-                at < region.spec.len && len <= region.spec.len - at
-            })
+            user.checked_sub(region.spec.user)
+                .is_some_and(|at| at < region.spec.len && len <= region.spec.len - at)
         })?;
         let host = region.mapping.as_ptr().wrapping_add((user - region.spec.user) as usize);
         (host as usize).is_multiple_of(align).then_some(host)

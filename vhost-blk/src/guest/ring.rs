@@ -5,7 +5,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
 };
 
 use super::GuestMemory;
@@ -90,7 +91,9 @@ impl Descriptor {
         // The compiler must read the guest's memory exactly once, or a value could change between check and use.
         if (at as usize).is_multiple_of(8) {
             // SAFETY: the caller promises 16 readable bytes; they are aligned for two u64.
-            let (low, high) = unsafe { (ptr::read_volatile(at.cast::<u64>()), ptr::read_volatile(at.cast::<u64>().add(1))) };
+            let (low, high) = unsafe {
+                (ptr::read_volatile(at.cast::<u64>()), ptr::read_volatile(at.cast::<u64>().add(1)))
+            };
             bytes[..8].copy_from_slice(&low.to_ne_bytes());
             bytes[8..].copy_from_slice(&high.to_ne_bytes());
         } else {
@@ -175,7 +178,9 @@ unsafe impl Send for Parts {}
 
 impl Parts {
     fn find(memory: &GuestMemory, addresses: &RingAddresses, size: u16) -> Result<Self, RingFault> {
-        let find = |addr, len, align, part| memory.map.host_of_user(addr, len, align).ok_or(RingFault::Unmapped(part));
+        let find = |addr, len, align, part| {
+            memory.map.host_of_user(addr, len, align).ok_or(RingFault::Unmapped(part))
+        };
         let table_len = Descriptor::LEN * u64::from(size);
         Ok(Self {
             descriptors: find(addresses.descriptors, table_len, 16, "descriptor table")?,
@@ -203,7 +208,11 @@ impl Ring {
     }
 
     /// Goes on in other memory or with other logging, where it was.
-    pub(crate) fn move_to(&mut self, memory: &GuestMemory, addresses: &RingAddresses) -> Result<(), RingFault> {
+    pub(crate) fn move_to(
+        &mut self,
+        memory: &GuestMemory,
+        addresses: &RingAddresses,
+    ) -> Result<(), RingFault> {
         self.parts = Parts::find(memory, addresses, self.size)?;
         self.set_wants_kicks(memory, self.wants_kicks);
         Ok(())
@@ -239,7 +248,8 @@ impl Ring {
     /// The head of the next chain to take. There must be one available.
     pub(crate) fn head(&self) -> Result<u16, RingFault> {
         let slot = usize::from(self.taken & (self.size - 1));
-        let head = u16::from_le(self.available_field(ENTRIES + AVAILABLE_ENTRY * slot).load(Ordering::Relaxed));
+        let head =
+            u16::from_le(self.available_field(ENTRIES + AVAILABLE_ENTRY * slot).load(Ordering::Relaxed));
         if head >= self.size { Err(RingFault::HeadOutside(head)) } else { Ok(head) }
     }
 
@@ -255,7 +265,9 @@ impl Ring {
         }
         // SAFETY: `index < size`, and the table's `16 * size` bytes were mapped in `Parts::find`; the mapping lives as
         // long as the `GuestMemory` that this queue holds together with the ring.
-        Some(unsafe { Descriptor::read(self.parts.descriptors.add(usize::from(index) * Descriptor::LEN as usize)) })
+        Some(unsafe {
+            Descriptor::read(self.parts.descriptors.add(usize::from(index) * Descriptor::LEN as usize))
+        })
     }
 
     /// Writes the entry that is `nth` after those the guest has been told of.

@@ -67,7 +67,8 @@ impl Memory {
     fn new() -> Self {
         let file = File::from(memfd_create("guest-memory", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(MEMORY_LEN).unwrap();
-        let mapping = MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), MEMORY_LEN as usize);
+        let mapping =
+            MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), MEMORY_LEN as usize);
         Self { file, mapping: mapping.unwrap() }
     }
 
@@ -78,7 +79,9 @@ impl Memory {
 
     pub(crate) fn write(&self, addr: u64, bytes: &[u8]) {
         // SAFETY: `at` has checked the bounds of the mapping, into which no references exist.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(addr, bytes.len() as u64), bytes.len()) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(addr, bytes.len() as u64), bytes.len())
+        }
     }
 
     pub(crate) fn read(&self, addr: u64, len: u64) -> Vec<u8> {
@@ -126,7 +129,17 @@ pub(crate) struct Ring {
 impl Ring {
     fn new(index: usize, size: u16, event_idx: bool, memory: Arc<Memory>) -> Self {
         let eventfd = || EventFd::new(libc_nonblock()).unwrap();
-        Self { index, size, added: 0, seen: 0, event_idx, memory, kick: eventfd(), call: eventfd(), err: eventfd() }
+        Self {
+            index,
+            size,
+            added: 0,
+            seen: 0,
+            event_idx,
+            memory,
+            kick: eventfd(),
+            call: eventfd(),
+            err: eventfd(),
+        }
     }
 
     fn base(&self) -> u64 {
@@ -208,7 +221,9 @@ impl Ring {
         let deadline = Instant::now() + DEADLINE;
         loop {
             if self.event_idx {
-                self.memory.u16(self.available() + 4 + 2 * u64::from(self.size)).store(self.seen, Ordering::Relaxed);
+                self.memory
+                    .u16(self.available() + 4 + 2 * u64::from(self.size))
+                    .store(self.seen, Ordering::Relaxed);
             }
             fence(Ordering::SeqCst);
             let done = self.reap();
@@ -304,7 +319,8 @@ impl Guest {
     pub(crate) fn start(socket: &Path, options: Options) -> Self {
         let memory = Arc::new(Memory::new());
         let event_idx = options.without & F_EVENT_IDX == 0;
-        let rings = (0..options.rings).map(|index| Ring::new(index, options.size, event_idx, Arc::clone(&memory)));
+        let rings =
+            (0..options.rings).map(|index| Ring::new(index, options.size, event_idx, Arc::clone(&memory)));
         let rings = rings.collect();
         let mut guest = Self { connection: None, memory, rings, options, features: 0, inflight: None };
         guest.connect(socket);

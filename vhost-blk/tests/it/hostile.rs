@@ -43,10 +43,22 @@ fn malformed_chains_with_a_status_byte_are_answered_with_an_error() {
     refused(g, "no header", &[(data, 512, WRITE), (status, 1, WRITE)]);
     refused(g, "only a status", &[(status, 1, WRITE)]);
     refused(g, "data outside memory", &[(head, 16, 0), (OUTSIDE, 512, WRITE), (status, 1, WRITE)]);
-    refused(g, "data across the end of memory", &[(head, 16, 0), (OUTSIDE - 256, 512, WRITE), (status, 1, WRITE)]);
-    refused(g, "data past the end of everything", &[(head, 16, 0), (u64::MAX - 10, 512, WRITE), (status, 1, WRITE)]);
+    refused(
+        g,
+        "data across the end of memory",
+        &[(head, 16, 0), (OUTSIDE - 256, 512, WRITE), (status, 1, WRITE)],
+    );
+    refused(
+        g,
+        "data past the end of everything",
+        &[(head, 16, 0), (u64::MAX - 10, 512, WRITE), (status, 1, WRITE)],
+    );
     refused(g, "a header outside memory", &[(0, 16, 0), (data, 512, WRITE), (status, 1, WRITE)]);
-    refused(g, "readable behind writable", &[(head, 16, 0), (data, 512, WRITE), (head, 16, 0), (status, 1, WRITE)]);
+    refused(
+        g,
+        "readable behind writable",
+        &[(head, 16, 0), (data, 512, WRITE), (head, 16, 0), (status, 1, WRITE)],
+    );
     refused(g, "an empty descriptor", &[(head, 16, 0), (data, 0, WRITE), (status, 1, WRITE)]);
     refused(g, "a length of almost 2^32", &[(head, 16, 0), (BASE, u32::MAX, WRITE), (status, 1, WRITE)]);
     let part = (BASE + (16 << 20), 30 << 20, WRITE);
@@ -60,7 +72,8 @@ fn malformed_chains_with_a_status_byte_are_answered_with_an_error() {
 fn malformed_indirect_tables_with_a_status_byte_are_answered_with_an_error() {
     let fixture = Fixture::new(1 << 20, None);
     let mut guest = Guest::start(&fixture.socket(), Options::default());
-    let (data, status, head, table) = (guest.data(0, 1), guest.status_addr(0, 0), guest.data(0, 2), guest.data(0, 3));
+    let (data, status, head, table) =
+        (guest.data(0, 1), guest.status_addr(0, 0), guest.data(0, 2), guest.data(0, 3));
     guest.memory.write(head, &header(IN, 0));
     let good = [
         descriptor(head, 16, NEXT, 1),
@@ -168,7 +181,11 @@ fn chains_that_cannot_be_answered_stop_the_ring_until_it_is_reset() {
         guest.rings[0].submit(2);
     });
     breaks("a ring that is no longer in memory", &fixture, |guest| {
-        let region = VhostUserMemoryRegionInfo { guest_phys_addr: BASE << 10, userspace_addr: 4096, ..guest.memory.region() };
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: BASE << 10,
+            userspace_addr: 4096,
+            ..guest.memory.region()
+        };
         guest.frontend().set_mem_table(&[region]).unwrap();
         let region = guest.memory.region();
         guest.frontend().set_mem_table(&[region]).unwrap();
@@ -221,9 +238,15 @@ fn messages_that_make_no_sense_are_refused_and_the_connection_goes_on() {
     for index in [4, 15] {
         assert!(frontend.set_vring_num(index, 64).is_err(), "ring {index}");
     }
-    let overlap = VhostUserMemoryRegionInfo { guest_phys_addr: BASE + 4096, userspace_addr: 0x1000, ..region };
+    let overlap =
+        VhostUserMemoryRegionInfo { guest_phys_addr: BASE + 4096, userspace_addr: 0x1000, ..region };
     assert!(frontend.add_mem_region(&overlap).is_err());
-    let too_long = VhostUserMemoryRegionInfo { guest_phys_addr: BASE << 12, userspace_addr: 0x1000, memory_size: MEMORY_LEN + 1, ..region };
+    let too_long = VhostUserMemoryRegionInfo {
+        guest_phys_addr: BASE << 12,
+        userspace_addr: 0x1000,
+        memory_size: MEMORY_LEN + 1,
+        ..region
+    };
     assert!(frontend.add_mem_region(&too_long).is_err());
     assert!(frontend.set_mem_table(&[region, overlap]).is_err());
     assert!(frontend.remove_mem_region(&overlap).is_err());

@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use cdp_types::{
-    BlockDevice, BranchId, ByteRange, DeviceQueue, Event, IoBuf, MemoryConfig, MemoryDevice, NoVmControl, Op, Origin,
-    RequestId, Wait,
+    BlockDevice, BranchId, ByteRange, DeviceQueue, Event, IoBuf, MemoryConfig, MemoryDevice, NoVmControl, Op,
+    Origin, RequestId, Wait,
 };
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -32,10 +32,12 @@ fn the_server_that_is_killed() {
     let Some(directory) = std::env::var_os(DIRECTORY) else { return };
     let directory = Path::new(&directory);
     let open = |name: &str| {
-        let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(directory.join(name));
+        let options =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(directory.join(name));
         options.unwrap()
     };
-    let config = MemoryConfig { faults: Some(slow(std::process::id().into())), ..MemoryConfig::new(BLOCKS * 4096) };
+    let config =
+        MemoryConfig { faults: Some(slow(std::process::id().into())), ..MemoryConfig::new(BLOCKS * 4096) };
     let disk = Arc::new(MemoryDevice::in_files(config, open("data"), open("journal")).unwrap());
     let config = ServerConfig { queues: 2, ..ServerConfig::new(directory.join("disk.sock")) };
     let _server = Server::bind(config, disk as Arc<dyn BlockDevice>, Arc::new(NoVmControl)).unwrap();
@@ -99,7 +101,8 @@ impl Workload {
 
     fn finish(&mut self, guest: &Guest, ring: usize, head: u16) {
         let slot = head / 4;
-        let (block, version) = self.running.remove(&(ring, slot)).expect("a request that was never made, or twice");
+        let (block, version) =
+            self.running.remove(&(ring, slot)).expect("a request that was never made, or twice");
         assert_eq!(guest.status(ring, slot), OK);
         self.busy[block as usize] = false;
         match version {
@@ -169,7 +172,8 @@ fn a_server_that_is_killed_at_any_moment_loses_and_repeats_no_request() {
     child.wait().unwrap();
 
     let mut journal = std::fs::read(directory.path().join("journal")).unwrap().split_off(8);
-    let mut done: Vec<_> = journal.chunks_exact_mut(8).map(|entry| u64::from_le_bytes(entry.try_into().unwrap())).collect();
+    let mut done: Vec<_> =
+        journal.chunks_exact_mut(8).map(|entry| u64::from_le_bytes(entry.try_into().unwrap())).collect();
     done.sort_unstable();
     assert!(done.windows(2).all(|pair| pair[0] != pair[1]), "a request was done twice");
     assert_eq!(done.len(), workload.changes, "as many changes were done as were reported");
@@ -210,7 +214,12 @@ fn what_the_log_has_is_completed_and_the_rest_is_run_in_order() {
     // in the log, to the same place. Slot 4: a read of what slot 1 wrote. Slot 5: added, never taken.
     let [logged, third, second, read] = std::array::from_fn(|_| fixture.disk.new_origin());
     let mut queue = fixture.disk.open_queue().unwrap();
-    let write = |offset, byte, origin| Op::Write { offset, from: IoBuf::from_bytes(&[byte; 512]), origin, fua: false };
+    let write = |offset, byte, origin| Op::Write {
+        offset,
+        from: IoBuf::from_bytes(&[byte; 512]),
+        origin,
+        fua: false,
+    };
     run(queue.as_mut(), write(8192, 0xaa, logged));
     run(queue.as_mut(), write(8192, 0xbb, fixture.disk.new_origin()));
     guest.put(0, 1, OUT, 16, &[0xaa; 512], 0);
@@ -277,7 +286,8 @@ fn the_write_cache_stays_off_across_a_restart_and_is_on_after_a_reset() {
     let Fixture { mut server, disk, directory } = fixture;
     server.shutdown();
     let config = ServerConfig { queues: 4, ..ServerConfig::new(directory.path().join("disk.sock")) };
-    let _server = Server::bind(config, Arc::clone(&disk) as Arc<dyn BlockDevice>, Arc::new(NoVmControl)).unwrap();
+    let _server =
+        Server::bind(config, Arc::clone(&disk) as Arc<dyn BlockDevice>, Arc::new(NoVmControl)).unwrap();
     let socket = directory.path().join("disk.sock");
     guest.connect(&socket);
     guest.start_rings(None);
@@ -296,7 +306,8 @@ fn the_write_cache_stays_off_across_a_restart_and_is_on_after_a_reset() {
 #[test]
 fn a_region_that_does_not_fit_the_ring_stops_the_ring() {
     let fixture = Fixture::new(1 << 20, None);
-    let mut guest = Guest::start(&fixture.socket(), Options { inflight: true, rings: 1, ..Options::default() });
+    let mut guest =
+        Guest::start(&fixture.socket(), Options { inflight: true, rings: 1, ..Options::default() });
     guest.connection = None;
     guest.options.size = 32;
     guest.inflight = None;

@@ -63,7 +63,8 @@ fn exactly_what_the_device_writes_is_marked_and_only_while_logging_is_on() {
         switch(&mut guest, true);
         log.take();
         let page = |addr: u64| addr / 4096;
-        let (status, used, data) = (page(guest.status_addr(0, 0)), page(guest.rings[0].used()), page(guest.data(0, 0)));
+        let (status, used, data) =
+            (page(guest.status_addr(0, 0)), page(guest.rings[0].used()), page(guest.data(0, 0)));
         assert_eq!(guest.request(OUT, 0, &[2; 8192], 0).0, OK);
         assert_eq!(log.take(), BTreeSet::from([status, used]), "a write changes no data in memory");
         assert_eq!(guest.request(IN, 0, &[], 8192).0, OK);
@@ -124,7 +125,8 @@ fn memory_that_the_log_does_not_cover_is_refused() {
     let log = Log::new(LOG_LEN);
     guest.frontend().set_log_base(0, log.region(LOG_LEN)).unwrap();
     switch(&mut guest, true);
-    let more = VhostUserMemoryRegionInfo { guest_phys_addr: 1 << 40, userspace_addr: 4096, ..guest.memory.region() };
+    let more =
+        VhostUserMemoryRegionInfo { guest_phys_addr: 1 << 40, userspace_addr: 4096, ..guest.memory.region() };
     assert!(guest.frontend().add_mem_region(&more).is_err());
     let config = guest.rings[0].config(Some(LOG_LEN * 8 * 4096 - 16));
     assert!(guest.frontend().set_vring_addr(0, &config).is_err(), "the used ring is logged past the end");

@@ -58,7 +58,11 @@ fn discard_and_write_zeroes_take_many_ranges_and_refuse_what_the_specification_r
     ] {
         assert_eq!(guest.request(kind, 0, &ranges, 0).0, status, "{kind} {ranges:?}");
     }
-    assert_eq!(fixture.disk.content(ByteRange::new(0, 0x8000)).unwrap(), expected, "refused, so nothing done");
+    assert_eq!(
+        fixture.disk.content(ByteRange::new(0, 0x8000)).unwrap(),
+        expected,
+        "refused, so nothing done"
+    );
 }
 
 #[test]

@@ -1,0 +1,111 @@
+//! A store on a real directory, used as a front end would use it.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::time::Duration;
+
+use cdp_store::{Store, StoreOptions, VolumeSpec};
+use cdp_types::{BlockDevice, DeviceQueue, Event, Instant, IoBuf, Op, Origin, RequestId, Wait};
+
+fn options() -> StoreOptions {
+    StoreOptions { segment_bytes: 4 << 20, pool_segments: 1, reserve_bytes: 0, ..StoreOptions::default() }
+}
+
+fn run(queue: &mut Box<dyn DeviceQueue>, op: Op) {
+    queue.submit(RequestId(7), op);
+    let mut events = Vec::new();
+    for _ in 0..200 {
+        queue.poll(Wait::For(Duration::from_millis(100)), &mut events).unwrap();
+        if let Some(Event::Completed { result, .. }) = events.pop() {
+            result.unwrap();
+            return;
+        }
+    }
+    panic!("the request did not end within 20 seconds");
+}
+
+fn write(queue: &mut Box<dyn DeviceQueue>, offset: u64, byte: u8, len: usize) {
+    run(queue, Op::Write { offset, from: IoBuf::from_bytes(&vec![byte; len]), origin: Origin(0), fua: false });
+}
+
+fn read(device: &dyn BlockDevice, offset: u64, len: usize) -> Vec<u8> {
+    let mut queue = device.open_queue().unwrap();
+    let into = IoBuf::zeroed(len);
+    run(&mut queue, Op::Read { offset, into: into.share() });
+    into.to_vec()
+}
+
+#[test]
+fn what_is_written_is_read_back_at_every_instant_and_after_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    Store::create(&path, &options()).unwrap();
+    let store = Store::open(&path, options()).unwrap();
+    let name = "web1".parse().unwrap();
+    let spec = VolumeSpec { size_bytes: 64 << 20, logical_block_size: 512 };
+    let volume = store.create_volume(&name, spec).unwrap();
+    let mut queue = volume.open_queue().unwrap();
+    write(&mut queue, 0, 1, 8192);
+    let first = volume.head();
+    let mark = store.mark(&name, &"one".parse().unwrap()).unwrap();
+    assert_eq!(mark.seq, first.seq);
+    write(&mut queue, 4096, 2, 4096);
+    write(&mut queue, 512, 3, 512);
+    run(&mut queue, Op::Flush);
+    run(
+        &mut queue,
+        Op::WriteZeroes {
+            ranges: [cdp_types::ByteRange::new(1024, 8192)].into_iter().collect(),
+            unmap: false,
+            origin: Origin(0),
+            fua: true,
+        },
+    );
+    for index in 0..3000_u64 {
+        write(&mut queue, (index * 7919 % 8000) * 4096 + (32 << 20), index as u8, 4096);
+    }
+    drop(queue);
+    let check = |store: &Store| {
+        let head = store.volume(&name).unwrap();
+        let bytes = read(&*head, 0, 12288);
+        assert_eq!(bytes[..512], [1; 512]);
+        assert_eq!(bytes[512..1024], [3; 512]);
+        assert_eq!(bytes[1024..9216], [0; 8192]);
+        let at = |instant| read(&*store.open_at(&name, &instant).unwrap(), 0, 8192);
+        assert_eq!(at(Instant::Seq(first.seq)), vec![1; 8192]);
+        assert_eq!(at(Instant::Mark("one".parse().unwrap())), vec![1; 8192]);
+        assert_eq!(at(Instant::Time(first.time_ns)), vec![1; 8192]);
+        assert_eq!(at(Instant::Seq(first.seq.before())), vec![0; 8192]);
+        let flushed = at(Instant::FlushBack(1));
+        assert_eq!(flushed[512..1024], [3; 512]);
+        assert_eq!(flushed[4096..8192], [2; 4096]);
+        assert_eq!(read(&*head, (2999 * 7919 % 8000) * 4096 + (32 << 20), 4096)[0], 2999_u64 as u8);
+        let report = store.verify(&mut |_| ()).unwrap();
+        assert!(report.findings.is_empty(), "{report:?}");
+        assert!(report.blocks_checked > 3000);
+    };
+    check(&store);
+    store.close().unwrap();
+    drop((volume, store));
+    let store = Store::open(&path, options()).unwrap();
+    check(&store);
+    store.close().unwrap();
+    drop(store);
+    Store::rebuild_index(&path, options()).unwrap();
+    let store = Store::open_read_only(&path).unwrap();
+    check(&store);
+    assert!(store.create_volume(&"x".parse().unwrap(), spec).is_err());
+    drop(store);
+    let store = Store::open(&path, options()).unwrap();
+    let volume = store.volume(&name).unwrap();
+    let mut queue = volume.open_queue().unwrap();
+    write(&mut queue, 0, 9, 512);
+    run(&mut queue, Op::Flush);
+    assert_eq!(read(&*volume, 0, 512), vec![9; 512]);
+    drop(queue);
+    drop(volume);
+    let error = Store::open(&path, options()).unwrap_err();
+    assert_eq!(error.kind(), cdp_store::ErrorKind::Locked);
+    store.destroy_volume(&name, false).unwrap();
+    assert!(store.volume(&name).is_err());
+    store.close().unwrap();
+}
