@@ -279,11 +279,6 @@ impl HeadMap {
         }
     }
 
-    /// Forgets all cached leaves.
-    pub fn drop_cache(&mut self) {
-        self.cache.clear();
-    }
-
     /// Leaves in the cache.
     #[must_use]
     pub fn cached_leaves(&self) -> usize {

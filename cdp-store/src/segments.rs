@@ -179,12 +179,13 @@ impl Segments {
         self.storage.remove(&name).map_err(|e| Error::io(format!("removing {name}"), e))
     }
 
-    /// Forgets the segments that `belongs` names. Full-sized ones that nobody reads go back to the pool, since their
-    /// blocks have been written already; the others are unlinked, and who reads one can go on.
+    /// Forgets the segments that `belongs` names. With `recycle`, full-sized ones that nobody reads go back
+    /// to the pool, since their blocks have been written already: only where no write to them can be under way any more,
+    /// not one of a dead process either. The others are unlinked, and who reads one can go on.
     ///
     /// # Errors
     /// If a file cannot be removed; the others are.
-    pub fn release(&self, belongs: impl Fn(&SegmentHeader) -> bool) -> Result<()> {
+    pub fn release(&self, recycle: bool, belongs: impl Fn(&SegmentHeader) -> bool) -> Result<()> {
         let mut gone = Vec::new();
         {
             let mut map = self.by_incarnation.write().unwrap_or_else(PoisonError::into_inner);
@@ -195,7 +196,7 @@ impl Segments {
         let mut result = Ok(());
         for (slot, segment) in gone {
             let mut pool = self.pool();
-            let room = pool.ready.len() < 2 * self.pool_target;
+            let room = recycle && pool.ready.len() < 2 * self.pool_target;
             match Arc::try_unwrap(segment) {
                 Ok(segment) if room && segment.header.capacity == self.full_capacity => {
                     pool.ready.push(Blank { slot, file: segment.file, capacity: self.full_capacity });

@@ -180,10 +180,10 @@ impl Rings {
         }
         let wiring = self.wiring(index).map(Box::new);
         let vring = self.ring(index);
-        if let (Some(worker), Some(wiring)) = (&vring.worker, wiring) {
-            if worker.ask(Command::Rewire(wiring)).is_err() {
-                vring.state = State::Broken;
-            }
+        if let (Some(worker), Some(wiring)) = (&vring.worker, wiring)
+            && worker.ask(Command::Rewire(wiring)).is_err()
+        {
+            vring.state = State::Broken;
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cdp_types::Ordinal;
 
 use crate::error::{Error, Result};
-use crate::format::{BatchHeader, BatchPlace, FormatError, data_start};
+use crate::format::{BatchHeader, BatchPlace, Cut, FormatError, RecordKind, data_start};
 use crate::segments::Segment;
 use crate::storage::{AlignedBuf, File};
 
@@ -125,7 +125,6 @@ impl<'a> ChainReader<'a> {
     ///
     /// # Errors
     /// If a file cannot be read, or a batch is of a newer format.
-    #[expect(clippy::should_implement_trait, reason = "it fails, and lends its position")]
     pub fn next(&mut self) -> Result<Option<BatchAt>> {
         // Where the next segment takes over, whatever else lies in this one was cut off: a write of a dead process
         // may have landed there, whole and well chained, long after the cut was made.
@@ -135,11 +134,11 @@ impl<'a> ChainReader<'a> {
             (self.at, self.offset) = (self.at + 1, data_start(next.header.physical_block));
         }
         let batch = self.read_here()?;
-        Ok(batch.map(|batch| {
+        if let Some(batch) = &batch {
             self.last = Some((batch.header.ordinal, batch.crc));
             self.offset = batch.end();
-            batch
-        }))
+        }
+        Ok(batch)
     }
 
     fn read_here(&mut self) -> Result<Option<BatchAt>> {
@@ -152,7 +151,8 @@ impl<'a> ChainReader<'a> {
         let fits = batch.header.volume == segment.header.volume
             && (!is_first || found == opening)
             // The first batch of a walk is taken at its word.
-            && self.last.is_none_or(|(last, crc)| found == (last.next(), crc));
+            && self.last.is_none_or(|(last, crc)| found == (last.next(), crc))
+            && cut_agrees(&batch.header);
         Ok(fits.then_some(batch))
     }
 
@@ -214,6 +214,15 @@ impl<'a> ChainReader<'a> {
         }
         Ok(highest)
     }
+}
+
+/// Whether a batch that is a cut names the batch before it as the last that counts; others say nothing of this.
+fn cut_agrees(header: &BatchHeader) -> bool {
+    if header.records.first().is_none_or(|r| r.kind != RecordKind::Cut) {
+        return true;
+    }
+    Cut::decode(&header.body)
+        .is_ok_and(|cut| cut.last.next() == header.ordinal && cut.last_crc == header.previous_crc)
 }
 
 fn decode(bytes: &[u8], segment: &Segment, offset: u64) -> Result<Option<(BatchHeader, u32)>> {

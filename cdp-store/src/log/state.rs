@@ -135,6 +135,7 @@ pub struct LogState {
     blank: Option<Blank>,
     opened_since_cut: u32,
     needs_cut: bool,
+    had_failures: bool,
     poisoned: Option<String>,
     in_flight: VecDeque<InFlight>,
     /// Acknowledged batches whose completions the front end may not have passed on yet.
@@ -169,6 +170,7 @@ impl LogState {
             blank: None,
             opened_since_cut: 0,
             needs_cut: end.ordinal > Ordinal(0),
+            had_failures: false,
             poisoned: None,
             in_flight: VecDeque::new(),
             undelivered: BTreeSet::new(),
@@ -221,16 +223,16 @@ impl LogState {
         self.undelivered.first().map_or(self.acked, |first| Ordinal(first.0 - 1))
     }
 
-    /// The volume's present term.
-    #[must_use]
-    pub fn term(&self) -> u64 {
-        self.term
-    }
-
     /// Why nothing can be appended any more, if that is so.
     #[must_use]
     pub fn poisoned(&self) -> Option<&str> {
         self.poisoned.as_deref()
+    }
+
+    /// Whether a write to its segments has failed since it was opened.
+    #[must_use]
+    pub fn had_failures(&self) -> bool {
+        self.had_failures
     }
 
     /// Refuses every further append and flush.
@@ -431,6 +433,7 @@ impl LogState {
         }
         if result.is_err() {
             self.needs_cut = true;
+            self.had_failures = true;
         }
         let mut acked = Vec::new();
         while self.in_flight.front().is_some_and(|b| matches!(b.fate, Fate::Done)) {

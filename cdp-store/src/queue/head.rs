@@ -16,6 +16,7 @@ use super::flush::Flushes;
 use super::inbox::{Inbox, Mail};
 use super::partial::PartialWrite;
 use super::read::{READ_TOKEN, Reader};
+use super::write::is_partial;
 use crate::log::{Draft, Pending};
 use crate::storage::{AlignedBuf, Done, Lane, Token};
 use crate::volume::Volume;
@@ -140,7 +141,7 @@ impl HeadQueue {
     fn start_change(&mut self, id: RequestId, op: Op) -> Result<(), IoError> {
         let (ranges, has_data) = changed_ranges(&op);
         self.check_change(&ranges, has_data)?;
-        let partial = !matches!(op, Op::Discard { .. }) && ranges.iter().any(|r| r.check(u64::MAX, 4096).is_err());
+        let partial = is_partial(&op);
         let pending = Pending { id, op };
         if partial {
             self.partial_waiting.push_back(pending);

@@ -59,6 +59,7 @@ impl Reader {
     }
 
     /// Starts a read of `into.len()` bytes from `offset`; `states` are those of the blocks that it touches.
+    #[expect(clippy::too_many_arguments, reason = "what a request is, and where it goes")]
     pub fn start(
         &mut self,
         lane: &mut dyn Lane,
@@ -117,7 +118,7 @@ impl Reader {
         skip: usize,
     ) {
         let unit = self.alignment.memory as usize;
-        let direct = whole && part.segments().iter().all(|s| s.base as usize % unit == 0 && s.len % 512 == 0);
+        let direct = whole && part.segments().iter().all(|s| (s.base as usize).is_multiple_of(unit) && s.len % 512 == 0);
         let (landing, copy) = if direct {
             (part, None)
         } else {

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::atomic::Ordering as Memory;
 
-use cdp_types::{BLOCK_SIZE, IoError, IoErrorKind, Op, Ordinal};
+use cdp_types::{BLOCK_SIZE, ByteRange, IoError, IoErrorKind, Op, Ordinal};
 
 use super::head::{HeadQueue, Job};
 use crate::format::RecordKind;
@@ -209,14 +209,19 @@ impl HeadQueue {
     }
 }
 
-fn is_partial(op: &Op) -> bool {
+/// Whether a request changes parts of blocks.
+pub(super) fn is_partial(op: &Op) -> bool {
     match op {
-        Op::Write { offset, from, .. } => offset % BLOCK_SIZE != 0 || from.len() as u64 % BLOCK_SIZE != 0,
+        Op::Write { offset, from, .. } => is_partial_range(&ByteRange::new(*offset, from.len() as u64)),
         Op::WriteZeroes { ranges, .. } => {
-            ranges.iter().any(|r| r.offset % BLOCK_SIZE != 0 || r.len % BLOCK_SIZE != 0)
+            ranges.iter().any(is_partial_range)
         }
         Op::Read { .. } | Op::Discard { .. } | Op::Flush => false,
     }
+}
+
+fn is_partial_range(range: &ByteRange) -> bool {
+    range.check(u64::MAX, BLOCK_SIZE).is_err()
 }
 
 fn wants_durability(op: &Op) -> bool {
@@ -242,7 +247,7 @@ fn add(draft: &mut Draft, op: &Op) -> bool {
     let mut added = false;
     match op {
         Op::Write { offset, from, origin, .. } => {
-            let blocks = cdp_types::ByteRange::new(*offset, from.len() as u64).whole_blocks();
+            let blocks = ByteRange::new(*offset, from.len() as u64).whole_blocks();
             if !blocks.is_empty() {
                 draft.write(blocks, from, 0, *origin);
                 added = true;

@@ -36,12 +36,12 @@ pub(super) struct IndexHealth {
 impl Store {
     pub(super) fn start_background(&self) -> Result<()> {
         let mut background = self.inner.background.lock().unwrap_or_else(PoisonError::into_inner);
-        for (name, run) in [("cdp-pool", pool as fn(&Store) -> Duration), ("cdp-index", index)] {
+        for task in [Task::Pool, Task::Index] {
             let weak = Arc::downgrade(&self.inner);
             let thread = std::thread::Builder::new()
-                .name(name.to_owned())
-                .spawn(move || forever(&weak, run))
-                .map_err(|e| Error::io(format!("starting thread {name}"), e))?;
+                .name(task.name().to_owned())
+                .spawn(move || task.run_until_closed(&weak))
+                .map_err(|e| Error::io(format!("starting thread {}", task.name()), e))?;
             background.threads.push(thread);
         }
         Ok(())
@@ -119,15 +119,13 @@ impl Store {
         Ok(())
     }
 
-    /// A round of the index thread, at most every [`crate::StoreOptions::index_interval`] while little happens.
-    fn index_round(&self, quiet: bool) -> Result<()> {
+    /// A round of the index thread, every [`crate::StoreOptions::index_interval`] or when enough has gathered.
+    fn index_round(&self) -> Result<()> {
         for volume in self.all_volumes() {
             if volume.has_unsynced() {
                 volume.sync_in_background()?;
             }
-            if quiet {
-                volume.close_chunk();
-            }
+            volume.close_chunk();
         }
         while self.index_step()? {}
         let due = {
@@ -139,10 +137,7 @@ impl Store {
         if due {
             self.index_flush()?;
         }
-        if quiet {
-            self.note_idle_volumes()?;
-        }
-        Ok(())
+        self.note_idle_volumes()
     }
 
     fn note_idle_volumes(&self) -> Result<()> {
@@ -188,23 +183,42 @@ impl Store {
     }
 }
 
-/// Runs a background task until its store is closed or dropped; each round says how long to wait for the bell.
-fn forever(store: &Weak<Inner>, round: fn(&Store) -> Duration) {
-    while let Some(inner) = store.upgrade() {
-        let store = Store { inner };
-        if store.inner.shared.is_closing() {
-            return;
+/// What a background thread does.
+#[derive(Clone, Copy, Debug)]
+enum Task {
+    Pool,
+    Index,
+}
+
+impl Task {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pool => "cdp-pool",
+            Self::Index => "cdp-index",
         }
-        let wait = round(&store);
-        let shared = Arc::clone(&store.inner.shared);
-        drop(store);
-        if !wait.is_zero() {
-            let bell = if round as usize == pool as fn(&Store) -> Duration as usize {
-                &shared.pool_bell
-            } else {
-                &shared.index_bell
+    }
+
+    /// Works until the store is closed or dropped; each round says how long to wait for the bell.
+    fn run_until_closed(self, store: &Weak<Inner>) {
+        while let Some(inner) = store.upgrade() {
+            let store = Store { inner };
+            if store.inner.shared.is_closing() {
+                return;
+            }
+            let wait = match self {
+                Self::Pool => pool(&store),
+                Self::Index => index(&store),
             };
-            bell.wait(wait);
+            // The store must not live on for the length of a wait only because this thread sleeps.
+            let shared = Arc::clone(&store.inner.shared);
+            drop(store);
+            let bell = match self {
+                Self::Pool => &shared.pool_bell,
+                Self::Index => &shared.index_bell,
+            };
+            if !wait.is_zero() {
+                bell.wait(wait);
+            }
         }
     }
 }
@@ -222,7 +236,7 @@ fn pool(store: &Store) -> Duration {
 }
 
 fn index(store: &Store) -> Duration {
-    let outcome = store.index_round(true);
+    let outcome = store.index_round();
     let mut health = store.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
     match outcome {
         Ok(()) => {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use cdp_types::{Generation, Instant, Ordinal, VolumeId, VolumeName};
+use cdp_types::{Generation, Ordinal, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY};
@@ -16,7 +16,7 @@ use crate::log::{ChainReader, live_chain};
 use crate::options::StoreOptions;
 use crate::segments::Segment;
 use crate::storage::uring::DirectoryStorage;
-use crate::volume::{ExtentState, Volume};
+use crate::volume::Volume;
 
 /// A store as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,15 +163,21 @@ impl Store {
         let names: BTreeMap<VolumeId, VolumeName> =
             self.all_volumes().iter().map(|v| v.row()).filter(|r| !r.importing).map(|r| (r.id, r.name)).collect();
         let all = self.inner.shared.log.segments.all();
+        let mut by_volume: BTreeMap<VolumeId, Vec<Arc<Segment>>> = BTreeMap::new();
+        for (_, segment) in &all {
+            by_volume.entry(segment.header.volume).or_default().push(Arc::clone(segment));
+        }
+        let mut states: BTreeMap<u64, SegmentState> = BTreeMap::new();
+        for segments in by_volume.into_values() {
+            let chain = live_chain(segments);
+            let sealed = chain.iter().map(|s| (s.header.incarnation, SegmentState::Sealed));
+            states.extend(sealed);
+            states.extend(chain.last().map(|s| (s.header.incarnation, SegmentState::Open)));
+        }
         let mut infos = Vec::with_capacity(all.len());
         for (slot, segment) in &all {
             let header = &segment.header;
-            let chain = live_chain(all.iter().map(|(_, s)| Arc::clone(s)).filter(|s| s.header.volume == header.volume));
-            let state = match chain.iter().position(|s| Arc::ptr_eq(s, segment)) {
-                None => SegmentState::Dead,
-                Some(at) if at + 1 == chain.len() => SegmentState::Open,
-                Some(_) => SegmentState::Sealed,
-            };
+            let state = states.get(&header.incarnation).copied().unwrap_or(SegmentState::Dead);
             infos.push(SegmentInfo {
                 slot: *slot,
                 incarnation: header.incarnation,
@@ -245,33 +251,7 @@ impl Store {
             report.findings.push(Finding { volume: volume.id(), file, offset, what });
             return Ok(());
         }
-        self.compare_with_index(volume, report)
-    }
-
-    /// Replays the log in memory and compares where it says every block lies with what the index says.
-    fn compare_with_index(&self, volume: &Arc<Volume>, report: &mut VerifyReport) -> Result<()> {
-        let at = volume.find(&Instant::Head, |_| None)?;
-        let mut segments: BTreeMap<u64, bool> = BTreeMap::new();
-        let mut bad = Vec::new();
-        volume.extents(at, &mut |extent| {
-            if let ExtentState::Mapped { segment, offset } = extent.state {
-                report.blocks_compared += extent.block_count;
-                let known = *segments
-                    .entry(segment)
-                    .or_insert_with(|| self.inner.shared.log.segments.get(segment).is_some());
-                if !known {
-                    bad.push(Finding {
-                        volume: volume.id(),
-                        file: format!("incarnation {segment}"),
-                        offset,
-                        what: format!("the index places block {} in a segment that is not there", extent.first_block),
-                    });
-                }
-            }
-            true
-        })?;
-        report.findings.append(&mut bad);
-        Ok(())
+        super::compare::compare_with_log(volume, end, report)
     }
 
     /// Deletes both databases of a store that is not open, and builds them again from the logs alone.

@@ -1,6 +1,7 @@
 //! A store: its volumes and what can be done with them.
 
 mod background;
+mod compare;
 mod import;
 mod inspect;
 mod open;
@@ -300,11 +301,13 @@ impl Store {
         drop(ledger);
         volume.log().poison("the volume was destroyed".to_owned());
         self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner).remove(&volume.id());
-        self.finish_reclaiming()
+        // A write that was reported as failed may land late; a file with such a one is not used again.
+        let recycle = !volume.log().had_failures();
+        self.finish_reclaiming(recycle)
     }
 
     /// Gives back what destroyed volumes held. After a crash the next opening goes on with it.
-    fn finish_reclaiming(&self) -> Result<()> {
+    fn finish_reclaiming(&self, recycle: bool) -> Result<()> {
         let unfinished: Vec<VolumeId> = {
             let ledger = self.ledger();
             let importing = ledger.catalogue().volumes.values().filter(|r| r.importing).map(|r| r.id);
@@ -320,7 +323,7 @@ impl Store {
         let shared = &self.inner.shared;
         let failed = |e| Error::new(ErrorKind::Io, "removing a destroyed volume from the index").with(e);
         for (volume, branches) in retiring {
-            shared.log.segments.release(|header| header.volume == volume)?;
+            shared.log.segments.release(recycle, |header| header.volume == volume)?;
             let mut batch = IndexBatch::new();
             batch.forget_watermark(volume);
             shared.index.write(&batch).map_err(failed)?;

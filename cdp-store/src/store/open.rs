@@ -283,7 +283,7 @@ impl Opening {
         };
         let store = Store { inner: Arc::new(inner) };
         if self.mode == Mode::Write {
-            store.finish_reclaiming()?;
+            store.finish_reclaiming(false)?;
         }
         Ok(store)
     }

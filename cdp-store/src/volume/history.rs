@@ -108,18 +108,18 @@ impl Volume {
         if let Some(entry) = self.map().floor_time(branch, time_ns) {
             return Ok(Some(entry));
         }
-        self.from_index(branch, |b| self.shared().index.floor_time(b, time_ns))
+        self.ask_index(branch, |b| self.shared().index.floor_time(b, time_ns))
     }
 
     fn time_of(&self, branch: BranchId, seq: Seq) -> Result<Option<TimeEntry>> {
         if let Some(entry) = self.map().time_of(branch, seq) {
             return Ok(Some(entry));
         }
-        self.from_index(branch, |b| self.shared().index.time_of(b, seq))
+        self.ask_index(branch, |b| self.shared().index.time_of(b, seq))
     }
 
     /// Asks the index about a branch, then about what it inherits from.
-    fn from_index(
+    fn ask_index(
         &self,
         branch: BranchId,
         ask: impl Fn(BranchId) -> crate::index::IndexResult<Option<TimeEntry>>,

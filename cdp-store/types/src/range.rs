@@ -59,7 +59,7 @@ impl ByteRange {
     /// # Errors
     /// [`RangeError`] names what is wrong with it.
     pub fn check(&self, capacity: u64, alignment: u64) -> Result<(), RangeError> {
-        if self.offset % alignment != 0 || self.len % alignment != 0 {
+        if !self.offset.is_multiple_of(alignment) || !self.len.is_multiple_of(alignment) {
             return Err(RangeError::Unaligned { range: *self, alignment });
         }
         match self.offset.checked_add(self.len) {

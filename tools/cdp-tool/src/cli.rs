@@ -187,7 +187,7 @@ QEMU attaches it with shared memory and these options:
 pub(crate) struct CreateArgs {
     /// Its name: letters, digits, '.', '_' and '-'
     pub(crate) name: VolumeName,
-    /// Its size, as in 10G; that of the image if there is one
+    /// Its size, as in 10G: a multiple of 4096 bytes; that of the image, rounded up, if there is one
     #[arg(long, required_unless_present = "from")]
     pub(crate) size: Option<ByteSize>,
     /// An image to fill it with: raw, or whatever qemu-img reads

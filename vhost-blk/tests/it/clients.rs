@@ -80,10 +80,12 @@ impl Lane {
             self.version += 1;
             for word in 0..BLOCK / 8 {
                 // SAFETY: the request's block of the mapped region, which no request uses now.
-                unsafe { buffer.add(word).write_volatile(self.version << 20 | self.first + block as u64) };
+                unsafe {
+                    buffer.add(word).write_volatile((self.version << 20) | (self.first + block as u64))
+                };
             }
             queue.write(start, buffer.cast(), BLOCK, request, ReqFlags::empty());
-            self.running[request] = Some((block, Some(self.version << 20 | self.first + block as u64)));
+            self.running[request] = Some((block, Some((self.version << 20) | (self.first + block as u64))));
         } else {
             queue.read(start, buffer.cast(), BLOCK, request, ReqFlags::empty());
             self.running[request] = Some((block, None));

@@ -33,10 +33,10 @@ fn a_ring_is_drained_before_its_position_is_told() {
         put_writes(&mut guest, 0, 16);
         put_writes(&mut guest, 1, 16);
         let mut bases = [0; 2];
-        for ring in 0..2 {
-            bases[ring] = guest.frontend().get_vring_base(ring).unwrap() as u16;
+        for (ring, base) in bases.iter_mut().enumerate() {
+            *base = guest.frontend().get_vring_base(ring).unwrap() as u16;
             // What had not been taken by then stays in the ring for the next start.
-            assert_eq!(guest.rings[ring].used_index(), bases[ring], "everything that was taken is reported");
+            assert_eq!(guest.rings[ring].used_index(), *base, "everything that was taken is reported");
         }
         assert_eq!(fixture.server.stats().queues.iter().map(|queue| queue.in_flight).sum::<u64>(), 0);
         guest.start_rings(Some(&bases));

@@ -44,7 +44,7 @@ fn import(client: &Client, args: &CreateArgs, from: &Path) -> anyhow::Result<Vol
     }
     let mut image = image::open(from, args.format)?;
     let len = image.file.seek(SeekFrom::End(0)).with_context(|| format!("cannot read {}", from.display()))?;
-    let whole = len.next_multiple_of(u64::from(args.block_size));
+    let whole = len.next_multiple_of(cdp_types::BLOCK_SIZE);
     let size = args.size.map_or(whole, |size| size.0);
     if size < whole {
         bail!("{} holds {}, more than the {} of --size", from.display(), exact(whole), exact(size));

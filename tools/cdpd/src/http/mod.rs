@@ -9,6 +9,7 @@ mod stream;
 mod volumes;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{Method, StatusCode};
@@ -27,6 +28,8 @@ pub(crate) use listen::{Listener, Listening, Peer, listen};
 
 /// The most bytes of a JSON request.
 const MAX_JSON_BYTES: usize = 64 << 10;
+/// How long a request waits for others to end.
+const PERMIT_WAIT: Duration = Duration::from_millis(500);
 
 /// What every request works on.
 pub(crate) struct App {
@@ -59,11 +62,13 @@ impl App {
     }
 }
 
-/// One of so many; refused rather than waited for, since a queue of requests would only hide the overload.
-fn permit(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
-    Arc::clone(of)
-        .try_acquire_owned()
-        .map_err(|_| ApiError::new(ErrorKind::Unavailable, "too many requests are at work; try again later"))
+/// One of so many. It is waited for only so long that a client can follow one request with the next, which may begin
+/// before the thread of the first has ended; a queue of requests would hide the overload.
+async fn permit(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
+    match tokio::time::timeout(PERMIT_WAIT, Arc::clone(of).acquire_owned()).await {
+        Ok(Ok(permit)) => Ok(permit),
+        _ => Err(ApiError::new(ErrorKind::Unavailable, "too many requests are at work; try again later")),
+    }
 }
 
 /// Runs what may block on a thread that may.
@@ -108,7 +113,10 @@ pub(crate) fn router(app: Arc<App>) -> Router {
 async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<Peer>().copied();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let admitted = listen::check_origin(peer, request.headers()).and_then(|()| permit(&app.requests));
+    let admitted = match listen::check_origin(peer, request.headers()) {
+        Ok(()) => permit(&app.requests).await,
+        Err(refusal) => Err(refusal),
+    };
     let response = match admitted {
         // A long answer goes on after this; its own permit counts it.
         Ok(_permit) => next.run(request).await,

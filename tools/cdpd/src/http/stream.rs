@@ -84,7 +84,7 @@ pub(super) async fn stream(
     last: fn(ApiError) -> Vec<u8>,
     work: impl FnOnce(&App, &mut Outlet) -> Result<(), ApiError> + Send + 'static,
 ) -> Result<Response, ApiError> {
-    let permit = permit(&app.streams)?;
+    let permit = permit(&app.streams).await?;
     let (sender, mut chunks) = mpsc::channel(CHUNKS);
     let mut outlet = Outlet {
         sender,
