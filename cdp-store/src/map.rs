@@ -292,6 +292,12 @@ impl HeadMap {
         }
     }
 
+    /// Whether a chunk is closed.
+    #[must_use]
+    pub fn has_closed(&self) -> bool {
+        !self.closed.is_empty()
+    }
+
     /// The oldest closed chunk.
     #[must_use]
     pub fn oldest_closed(&self) -> Option<Arc<Chunk>> {

@@ -16,7 +16,7 @@ use super::kv::{Family, Kv, KvStats, Visit, WriteBatch, WriteOp};
 
 type Rows = BTreeMap<(Family, Vec<u8>), Vec<u8>>;
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct State {
     /// What a reader sees.
     rows: Rows,
@@ -103,6 +103,12 @@ impl SimKv {
         state.rows = state.durable.clone();
         state.until_failure = None;
         lost
+    }
+
+    /// A copy of the database as it is now, which goes its own way from here on.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        Self { synced: self.synced, state: Arc::new(Mutex::new(self.state().clone())) }
     }
 
     /// Lets so many more writes and flushes succeed and all after them fail, until [`Self::heal`] or

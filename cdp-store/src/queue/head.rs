@@ -97,8 +97,8 @@ impl HeadQueue {
     }
 
     fn check(&self, range: ByteRange) -> Result<(), IoError> {
-        let row = self.volume.row();
-        range.check(row.size_bytes, u64::from(row.logical_block_size)).map_err(IoError::from)
+        let (size_bytes, block_size) = self.volume.geometry();
+        range.check(size_bytes, u64::from(block_size)).map_err(IoError::from)
     }
 
     fn check_change(&self, ranges: &[ByteRange], has_data: bool) -> Result<(), IoError> {

@@ -30,6 +30,7 @@ pub(super) struct Background {
 pub(super) struct IndexHealth {
     chunks_since_flush: u32,
     flushed_at_ns: u64,
+    closed_at_ns: u64,
     failing: bool,
 }
 
@@ -121,11 +122,22 @@ impl Store {
 
     /// A round of the index thread, every [`crate::StoreOptions::index_interval`] or when enough has gathered.
     fn index_round(&self) -> Result<()> {
+        let now = self.inner.shared.clock.boot_ns();
+        let close = {
+            let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
+            let due = u128::from(now.saturating_sub(health.closed_at_ns)) >= self.inner.options.index_interval.as_nanos();
+            if due {
+                health.closed_at_ns = now;
+            }
+            due
+        };
         for volume in self.all_volumes() {
             if volume.has_unsynced() {
                 volume.sync_in_background()?;
             }
-            volume.close_chunk();
+            if close {
+                volume.close_chunk();
+            }
         }
         while self.index_step()? {}
         let due = {

@@ -212,6 +212,7 @@ impl Volume {
                     partial: record.flags.0 & crate::format::RecordFlags::PARTIAL != 0,
                     first_block: record.first,
                     block_count: record.count,
+                    origin: record.origin,
                     generation: header.generation,
                     term: header.term,
                     segment: header.place.incarnation,

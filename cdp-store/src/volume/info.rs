@@ -1,6 +1,6 @@
 //! What can be told of a volume, as plain data.
 
-use cdp_types::{BranchId, Generation, Label, Ordinal, Seq, VolumeId, VolumeName};
+use cdp_types::{BranchId, Generation, Label, Ordinal, Origin, Seq, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 /// Where a volume is served to guests.
@@ -135,6 +135,8 @@ pub struct RecordInfo {
     pub first_block: u64,
     /// Number of blocks.
     pub block_count: u64,
+    /// The request's number in the guest's in-flight region, or 0.
+    pub origin: Origin,
     /// The opening of the store that wrote it.
     pub generation: Generation,
     /// The volume's term.

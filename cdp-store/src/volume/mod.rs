@@ -32,6 +32,9 @@ pub use info::{
 /// The states of consecutive blocks.
 pub type States = SmallVec<[BlockState; 32]>;
 
+/// After so many bytes the background syncs the log, in case that no guest does.
+const SYNC_EVERY_BYTES: u64 = 64 << 20;
+
 /// Counters since the store was opened.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
@@ -55,6 +58,9 @@ pub struct Volume {
     id: VolumeId,
     shared: Arc<Shared>,
     row: RwLock<VolumeRow>,
+    /// The row's size, for the check of every request.
+    size_bytes: AtomicU64,
+    logical_block_size: u32,
     /// Locked before `map`, never after it.
     log: Mutex<LogState>,
     map: Mutex<HeadMap>,
@@ -67,6 +73,8 @@ pub struct Volume {
     read_only: OnceLock<String>,
     /// Since when the store has been too full to give it a segment, on the boot clock; 0 if it is not.
     starved_since_ns: AtomicU64,
+    /// Bytes acknowledged since the background was last asked to sync.
+    unsynced_bytes: AtomicU64,
     counters: Counters,
 }
 
@@ -95,6 +103,9 @@ impl Volume {
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             id: row.id,
+            size_bytes: AtomicU64::new(row.size_bytes),
+            logical_block_size: row.logical_block_size,
+            unsynced_bytes: AtomicU64::new(0),
             log: Mutex::new(LogState::new(row.id, row.branch, &recovered.end)),
             map: Mutex::new(recovered.map),
             waiters: Mutex::default(),
@@ -127,8 +138,14 @@ impl Volume {
         self.row.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Its size, in bytes, and what its guests address.
+    pub(crate) fn geometry(&self) -> (u64, u32) {
+        (self.size_bytes.load(Memory::Relaxed), self.logical_block_size)
+    }
+
     /// Changes what the catalogue says of it, and tells its front ends.
     pub(crate) fn update_row(&self, row: VolumeRow) {
+        self.size_bytes.store(row.size_bytes, Memory::Relaxed);
         *self.row.write().unwrap_or_else(PoisonError::into_inner) = row;
         for listener in lock(&self.listeners).iter() {
             listener();
@@ -224,10 +241,21 @@ impl Volume {
             return;
         }
         let mut map = self.map();
+        let mut bytes = 0;
         for batch in &acked {
             map.apply(&batch.header, batch.crc, batch.payload_at);
+            bytes += batch.header.payload_len();
         }
+        let chunk_is_closed = map.has_closed();
         drop(map);
+        // Recovery reads what no sync has covered in full, so that must stay little even if no guest flushes.
+        let unsynced = self.unsynced_bytes.fetch_add(bytes, Memory::Relaxed) + bytes;
+        if unsynced >= SYNC_EVERY_BYTES || chunk_is_closed {
+            if unsynced >= SYNC_EVERY_BYTES {
+                self.unsynced_bytes.store(0, Memory::Relaxed);
+            }
+            self.shared.index_bell.ring();
+        }
         self.counters.batches.fetch_add(acked.len() as u64, Memory::Relaxed);
         for batch in acked {
             if !batch.requests.is_empty() {
