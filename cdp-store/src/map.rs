@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cdp_types::{BlockRange, BranchId, Ordinal, Seq};
 
@@ -46,6 +47,35 @@ const CHUNK_CHANGES: usize = 64 << 10;
 /// Flushes remembered for `flush:-N`.
 const FLUSHES_KEPT: usize = 4096;
 
+/// Leaves that every volume may cache, whatever the budget says.
+const LEAVES_ALWAYS: usize = 16;
+
+/// How many leaves the volumes of a store may cache together.
+#[derive(Debug)]
+pub struct LeafBudget {
+    limit: usize,
+    used: AtomicUsize,
+}
+
+impl LeafBudget {
+    /// A budget of so many bytes.
+    #[must_use]
+    pub fn new(bytes: usize) -> Arc<Self> {
+        let leaf_bytes = size_of::<[BlockState; FANOUT]>() + 128;
+        Arc::new(Self { limit: bytes / leaf_bytes, used: AtomicUsize::new(0) })
+    }
+
+    fn is_spent(&self) -> bool {
+        self.used.load(Ordering::Relaxed) >= self.limit
+    }
+}
+
+impl Drop for HeadMap {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.cache.len(), Ordering::Relaxed);
+    }
+}
+
 /// The map of a volume's head.
 #[derive(Debug)]
 pub struct HeadMap {
@@ -57,7 +87,7 @@ pub struct HeadMap {
     indexed: Seq,
     cache: BTreeMap<u64, Cached>,
     hand: u64,
-    budget_leaves: usize,
+    budget: Arc<LeafBudget>,
     flushes: VecDeque<(Seq, u64)>,
 }
 
@@ -85,10 +115,9 @@ pub fn apply_changes(states: &mut Leaf, changes: &[LeafChange]) {
 }
 
 impl HeadMap {
-    /// The map of a volume whose index goes up to `indexed`; it caches at most `budget_bytes` of leaves.
+    /// The map of a volume whose index goes up to `indexed`.
     #[must_use]
-    pub fn new(indexed: Seq, budget_bytes: usize) -> Self {
-        let leaf_bytes = size_of::<[BlockState; FANOUT]>() + 128;
+    pub fn new(indexed: Seq, budget: Arc<LeafBudget>) -> Self {
         Self {
             closed: VecDeque::new(),
             current: Chunk::default(),
@@ -96,7 +125,7 @@ impl HeadMap {
             indexed,
             cache: BTreeMap::new(),
             hand: 0,
-            budget_leaves: (budget_bytes / leaf_bytes).max(16),
+            budget,
             flushes: VecDeque::new(),
         }
     }
@@ -257,10 +286,12 @@ impl HeadMap {
 
     /// Puts a leaf into the cache; it must be up to date with `applied`.
     pub fn insert(&mut self, leaf: u64, states: Leaf) {
-        while self.cache.len() >= self.budget_leaves {
+        while self.cache.len() >= LEAVES_ALWAYS && self.budget.is_spent() {
             self.evict();
         }
-        self.cache.insert(leaf, Cached { states, used: true });
+        if self.cache.insert(leaf, Cached { states, used: true }).is_none() {
+            self.budget.used.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// CLOCK: the first leaf from the hand on that was not used since the hand last passed it.
@@ -272,6 +303,7 @@ impl HeadMap {
                     self.hand = leaf + 1;
                     if !std::mem::take(&mut cached.used) {
                         self.cache.remove(&leaf);
+                        self.budget.used.fetch_sub(1, Ordering::Relaxed);
                         return;
                     }
                 }

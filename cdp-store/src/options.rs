@@ -11,7 +11,7 @@ pub struct StoreOptions {
     pub segment_bytes: u64,
     /// Full-sized segments that are zero-filled ahead.
     pub pool_segments: usize,
-    /// Bytes of map leaves that one volume may keep in memory.
+    /// Bytes of map leaves that the volumes may keep in memory together.
     pub map_budget_bytes: usize,
     /// How long writes wait while the store is full before they fail.
     pub full_wait: Duration,
@@ -50,7 +50,6 @@ impl StoreOptions {
     pub(crate) fn tuning(&self, segment_bytes: u64) -> Tuning {
         let max_request_bytes = Self::max_request_bytes(segment_bytes);
         Tuning {
-            map_budget_bytes: self.map_budget_bytes,
             full_wait: self.full_wait,
             max_request_bytes,
             batch_bytes: self.batch_bytes.min(max_request_bytes as usize),

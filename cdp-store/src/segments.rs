@@ -1,8 +1,9 @@
 //! The store's segment files: which incarnation lies in which, and a pool of blank ones.
 //!
-//! A file is a *slot*. Full-sized slots are zero-filled ahead of their use, because appending to blocks that were
-//! written before costs the file system nothing but the data (`docs/architecture.md`, "Segments"). A young
-//! log gets small slots that grow as they are written: a thousand little volumes must not take a thousand full ones.
+//! A file is a *slot*. Slots are zero-filled ahead of their use, because appending to blocks that were written before
+//! costs the file system nothing but the data (`docs/architecture.md`, "Segments"). A young log gets small slots: a
+//! thousand little volumes must not take a thousand full ones. While logs take full-sized slots faster than they
+//! can be filled, they get empty files that grow: filling would only take the disk away from the guests.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
@@ -19,7 +20,7 @@ use crate::storage::{AlignedBuf, Alignment, File, Storage};
 pub const DIRECTORY: &str = "segments";
 /// Bits of an incarnation that count within one generation.
 const INCARNATION_COUNTER_BITS: u32 = 20;
-/// Capacity of a log's first segment, in bytes; each further one is twice as large, up to the full size.
+/// Capacity of a log's first segment, in bytes; each further one is four times as large, up to the full size.
 const FIRST_CAPACITY: u64 = 4 << 20;
 /// How much is zero-filled by one step, in bytes.
 const PREFILL_STEP: u64 = 1 << 20;
@@ -59,6 +60,8 @@ struct Pool {
     filling: Option<(Blank, u64)>,
     wanted: VecDeque<(VolumeId, u64)>,
     next_slot: u64,
+    /// Full-sized slots that were supplied since the pool last had nothing to do.
+    supplied: u32,
 }
 
 /// What one step of the pool's background work did.
@@ -68,6 +71,8 @@ pub enum PoolStep {
     Supplied(VolumeId, Blank),
     /// Part of a slot was zero-filled; there is more to do.
     Filled,
+    /// A log has just taken a full-sized slot: filling others can wait until that has stopped.
+    Busy,
     /// Nothing to do.
     Idle,
     /// A log waits, and the file system has no space for it.
@@ -92,14 +97,13 @@ fn slot_name(slot: u64) -> String {
 }
 
 impl Segments {
-    /// The segments of a store whose generation is `generation`.
+    /// The segments of a store. None can be opened before [`Segments::start_generation`].
     #[must_use]
     pub fn new(
         storage: Arc<dyn Storage>,
         full_capacity: u64,
         pool_target: usize,
         reserve_bytes: u64,
-        generation: Generation,
     ) -> Self {
         Self {
             alignment: storage.alignment(),
@@ -109,8 +113,13 @@ impl Segments {
             reserve_bytes,
             by_incarnation: RwLock::default(),
             pool: Mutex::default(),
-            next_incarnation: AtomicU64::new(generation.0 << INCARNATION_COUNTER_BITS | 1),
+            next_incarnation: AtomicU64::new(0),
         }
+    }
+
+    /// Has incarnations given out that no earlier opening can have given out.
+    pub fn start_generation(&self, generation: Generation) {
+        self.next_incarnation.store(generation.0 << INCARNATION_COUNTER_BITS | 1, Ordering::Relaxed);
     }
 
     /// What I/O on segments must keep to.
@@ -239,7 +248,7 @@ impl Segments {
     /// The capacity of a log's next segment, `opened` segments after its last cut, in bytes.
     #[must_use]
     pub fn capacity_after(&self, opened: u32) -> u64 {
-        FIRST_CAPACITY.checked_shl(opened).unwrap_or(u64::MAX).clamp(1, self.full_capacity)
+        FIRST_CAPACITY.checked_shl(opened.saturating_mul(2)).unwrap_or(u64::MAX).clamp(1, self.full_capacity)
     }
 
     /// Orders a blank segment for a log; [`Segments::step`] will supply it.
@@ -288,15 +297,39 @@ impl Segments {
         }
     }
 
-    /// A blank of this capacity: from the pool if it is full-sized and one is ready, else a new file that grows.
+    /// A blank of this capacity: if it is full-sized, from the pool or a new file that grows; if it is small, a new
+    /// file that is zero-filled here.
     fn supply(&self, capacity: u64) -> Result<Blank> {
-        if capacity == self.full_capacity
-            && let Some(blank) = self.pool().ready.pop()
-        {
-            return Ok(blank);
+        if capacity == self.full_capacity {
+            let mut pool = self.pool();
+            pool.supplied += 1;
+            if let Some(blank) = pool.ready.pop() {
+                return Ok(blank);
+            }
         }
         self.check_space(capacity)?;
-        self.create(capacity)
+        let blank = self.create(capacity)?;
+        let mut done = 0;
+        while capacity < self.full_capacity && done < capacity {
+            done = self.fill(&blank, done)?;
+        }
+        Ok(blank)
+    }
+
+    /// Zero-fills one step of a blank from `done` bytes on, and syncs it when it is full; returns how far it is filled.
+    /// A blank that cannot be filled is given up.
+    fn fill(&self, blank: &Blank, done: u64) -> Result<u64> {
+        let step = PREFILL_STEP.min(blank.capacity - done);
+        let zeroes = AlignedBuf::zeroed(step as usize);
+        let filled = blank.file.write_at(done, &zeroes).and_then(|()| {
+            if done + step == blank.capacity { blank.file.sync() } else { Ok(()) }
+        });
+        if let Err(error) = filled {
+            let name = blank.file.name().to_owned();
+            self.discard_slot(blank.slot)?;
+            return Err(Error::io(format!("zero-filling {name}"), error));
+        }
+        Ok(done + step)
     }
 
     /// Makes a slot; its name is durable when this returns, so no flush has to care for it.
@@ -328,6 +361,9 @@ impl Segments {
     fn prefill(&self) -> Result<PoolStep> {
         let filling = {
             let mut pool = self.pool();
+            if std::mem::take(&mut pool.supplied) > 0 {
+                return Ok(PoolStep::Busy);
+            }
             if pool.filling.is_none() && pool.ready.len() >= self.pool_target {
                 return Ok(PoolStep::Idle);
             }
@@ -341,21 +377,12 @@ impl Segments {
                 (self.create(self.full_capacity)?, 0)
             }
         };
-        let step = PREFILL_STEP.min(blank.capacity - done);
-        let zeroes = AlignedBuf::zeroed(step as usize);
-        let name = blank.file.name().to_owned();
-        let filled = blank.file.write_at(done, &zeroes).and_then(|()| {
-            if done + step == blank.capacity { blank.file.sync() } else { Ok(()) }
-        });
-        if let Err(error) = filled {
-            self.discard_slot(blank.slot)?;
-            return Err(Error::io(format!("zero-filling {name}"), error));
-        }
+        let done = self.fill(&blank, done)?;
         let mut pool = self.pool();
-        if done + step == blank.capacity {
+        if done == blank.capacity {
             pool.ready.push(blank);
         } else {
-            pool.filling = Some((blank, done + step));
+            pool.filling = Some((blank, done));
         }
         Ok(PoolStep::Filled)
     }

@@ -11,6 +11,7 @@ use crate::catalogue::BranchRow;
 use crate::clock::Clock;
 use crate::index::TimeIndex;
 use crate::log::LogContext;
+use crate::map::LeafBudget;
 use crate::storage::Storage;
 
 /// Wakes a background thread, or tells it to stop.
@@ -38,8 +39,6 @@ impl Bell {
 /// Limits and habits that a store is opened with.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
-    /// Bytes of leaves that one volume's head map may cache.
-    pub map_budget_bytes: usize,
     /// How long a request waits for space before it fails.
     pub full_wait: Duration,
     /// Largest request, in bytes.
@@ -61,6 +60,8 @@ pub struct Shared {
     pub index: TimeIndex,
     /// Raw clocks, for deadlines.
     pub clock: Arc<dyn Clock>,
+    /// What the head maps may cache.
+    pub leaf_budget: Arc<LeafBudget>,
     /// Limits.
     pub tuning: Tuning,
     /// All branches.

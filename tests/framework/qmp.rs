@@ -40,8 +40,10 @@ impl Qmp {
     /// # Errors
     /// QEMU refuses it, or does not answer in time.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        let request = json!({ "execute": command, "arguments": arguments });
-        writeln!(self.stream.get_mut(), "{request}")?;
+        let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
+        request.push('\n');
+        // In one piece: QEMU obeys at the closing brace, and after `quit` nobody reads the rest.
+        self.stream.get_mut().write_all(request.as_bytes())?;
         loop {
             let mut answer = self.read().with_context(|| format!("QMP {command}"))?;
             if let Some(error) = answer.get("error") {

@@ -235,7 +235,12 @@ impl LogState {
         self.had_failures
     }
 
-    /// Refuses every further append and flush.
+    /// Refuses every further append and flush, because nobody needs them any more.
+    pub fn retire(&mut self, why: &str) {
+        self.poisoned.get_or_insert_with(|| why.to_owned());
+    }
+
+    /// Refuses every further append and flush, because what they would say could not be trusted.
     pub fn poison(&mut self, why: String) {
         if self.poisoned.is_none() {
             tracing::error!(volume = %self.volume, "{why}; the volume takes no writes until the store is opened again");

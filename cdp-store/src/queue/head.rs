@@ -248,6 +248,10 @@ impl DeviceQueue for HeadQueue {
         if !self.handed_over.is_empty() {
             self.deliver();
         }
+        // The last `poll` ended by asking the kernel once more: what that brought must not be slept over.
+        if !self.done.is_empty() {
+            self.take_done();
+        }
         self.pump();
         // What is ready goes out at once, but the kernel is asked all the same: that starts what was pumped.
         let wait = if self.events.is_empty() { self.limit(wait) } else { Wait::No };

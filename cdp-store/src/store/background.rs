@@ -19,6 +19,17 @@ const IDLE_AFTER: Duration = Duration::from_secs(2);
 /// How long the pool's thread sleeps when it has no space.
 const FULL_RETRY: Duration = Duration::from_millis(200);
 
+/// Zero-filling ahead starts when no log has taken a full-sized segment for this long.
+const FILL_DELAY: Duration = Duration::from_secs(2);
+
+/// Whether there is more to do for the pool.
+#[derive(Clone, Copy, Debug)]
+enum Progress {
+    More,
+    Later,
+    None,
+}
+
 /// The background threads.
 #[derive(Debug, Default)]
 pub(super) struct Background {
@@ -53,6 +64,10 @@ impl Store {
     /// # Errors
     /// What the file system says, other than that it is full.
     pub fn pool_step(&self) -> Result<bool> {
+        Ok(matches!(self.pool_progress()?, Progress::More))
+    }
+
+    fn pool_progress(&self) -> Result<Progress> {
         match self.inner.shared.log.segments.step()? {
             PoolStep::Supplied(volume, blank) => {
                 let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
@@ -61,17 +76,18 @@ impl Store {
                 if let Some(found) = found {
                     found.supply(blank);
                 }
-                Ok(true)
+                Ok(Progress::More)
             }
-            PoolStep::Filled => Ok(true),
+            PoolStep::Filled => Ok(Progress::More),
+            PoolStep::Busy => Ok(Progress::Later),
             PoolStep::Full(volume) => {
                 let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
                 if let Some(found) = volumes.get(&volume) {
                     found.starve();
                 }
-                Ok(false)
+                Ok(Progress::Later)
             }
-            PoolStep::Idle => Ok(false),
+            PoolStep::Idle => Ok(Progress::None),
         }
     }
 
@@ -236,10 +252,11 @@ impl Task {
 }
 
 fn pool(store: &Store) -> Duration {
-    match store.pool_step() {
-        Ok(true) => Duration::ZERO,
-        Ok(false) if store.inner.shared.log.segments.is_wanted() => FULL_RETRY,
-        Ok(false) => Duration::from_secs(3600),
+    match store.pool_progress() {
+        Ok(Progress::More) => Duration::ZERO,
+        Ok(Progress::Later) if store.inner.shared.log.segments.is_wanted() => FULL_RETRY,
+        Ok(Progress::Later) => FILL_DELAY,
+        Ok(Progress::None) => Duration::from_secs(3600),
         Err(error) => {
             tracing::error!("supplying segments: {}", chain(&error));
             Duration::from_secs(1)

@@ -165,7 +165,7 @@ impl Store {
         let branch = BranchRow { id: branch, volume: id, parent: None, created_ns };
         self.commit(&mut ledger, &[Change::Create { volume: row.clone(), branch }])?;
         shared.branches.write().unwrap_or_else(PoisonError::into_inner).insert(branch.id, branch);
-        let map = HeadMap::new(cdp_types::Seq::ZERO, shared.tuning.map_budget_bytes);
+        let map = HeadMap::new(cdp_types::Seq::ZERO, Arc::clone(&shared.leaf_budget));
         let recovered = Recovered { end: LogEnd::EMPTY, map, survived: Vec::new(), read_only: None, damaged: false };
         let volume = Volume::new(Arc::clone(shared), row, recovered);
         let mut volumes = self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner);
@@ -299,7 +299,7 @@ impl Store {
         let mut ledger = self.ledger();
         self.commit(&mut ledger, &[Change::Destroy { volume: volume.id() }])?;
         drop(ledger);
-        volume.log().poison("the volume was destroyed".to_owned());
+        volume.log().retire("the volume was destroyed");
         self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner).remove(&volume.id());
         // A write that was reported as failed may land late; a file with such a one is not used again.
         let recycle = !volume.log().had_failures();

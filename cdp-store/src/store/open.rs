@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BatchPlace, FormatError, RecordKind, SUPERBLOCK_LEN, Superblock};
 use crate::index::{IndexBatch, Kv, LogPos, RocksKv, RocksOptions, TimeIndex, Watermark, WriteBatch};
 use crate::log::{BatchAt, LogContext, LogEnd, LogState, Recovery, live_chain, recover};
-use crate::map::HeadMap;
+use crate::map::{HeadMap, LeafBudget};
 use crate::options::StoreOptions;
 use crate::segments::{self, Segment, Segments};
 use crate::shared::{Bell, Shared};
@@ -212,30 +212,34 @@ struct Opening {
     found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>>,
     newest_seq: Seq,
     newest_time_ns: u64,
+    leaf_budget: Arc<LeafBudget>,
 }
 
 impl Opening {
-    /// 1. Claim a new generation in the older superblock slot, and sync it. Crash: the claim is lost or it holds; no
-    ///    `Seq`, origin or incarnation of this opening was given out before.
-    /// 2. Find the segments. Blank slots are removed: whoever held them last may still write to them.
+    /// 1. Find the segments, and claim a new generation in the older superblock slot, and sync it: one that is newer
+    ///    than any segment's too, in case a dead process's claim landed over a newer one. Crash: the claim is lost or
+    ///    it holds; no `Seq`, origin or incarnation of this opening was given out before.
+    /// 2. Remove blank slots: whoever held them last may still write to them.
     fn new(seams: Seams, options: StoreOptions, mode: Mode) -> Result<Self> {
         let storage = &*seams.storage;
         let file = storage.open(SUPERBLOCK).map_err(|e| Error::io("opening superblock", e))?;
         let mut superblock = read_superblock(storage, &*file)?;
-        if mode == Mode::Write {
-            superblock.generation = Generation(superblock.generation.0 + 1);
-            write_slot(storage, &*file, superblock.generation.0 % 2, &superblock)?;
-            file.sync().map_err(|e| Error::io("syncing superblock", e))?;
-        }
         let segments = Arc::new(Segments::new(
             Arc::clone(&seams.storage),
             superblock.segment_bytes,
             options.pool_segments,
             options.reserve_bytes,
-            superblock.generation,
         ));
+        let discovered = segments.discover(superblock.store)?;
+        if mode == Mode::Write {
+            let written = discovered.iter().filter_map(|f| f.segment.as_ref()).map(|s| s.header.generation).max();
+            superblock.generation = Generation(superblock.generation.max(written.unwrap_or_default()).0 + 1);
+            write_slot(storage, &*file, superblock.generation.0 % 2, &superblock)?;
+            file.sync().map_err(|e| Error::io("syncing superblock", e))?;
+            segments.start_generation(superblock.generation);
+        }
         let mut found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>> = BTreeMap::new();
-        for slot in segments.discover(superblock.store)? {
+        for slot in discovered {
             match slot.segment {
                 Some(segment) => found.entry(segment.header.volume).or_default().push((slot.slot, segment)),
                 None if mode == Mode::Write => segments.discard_slot(slot.slot)?,
@@ -246,7 +250,8 @@ impl Opening {
             list.sort_by_key(|(_, s)| s.header.incarnation);
         }
         let (newest_seq, newest_time_ns) = (Seq::ZERO, 0);
-        Ok(Self { seams, options, mode, superblock, segments, found, newest_seq, newest_time_ns })
+        let leaf_budget = LeafBudget::new(options.map_budget_bytes);
+        Ok(Self { seams, options, mode, superblock, segments, found, newest_seq, newest_time_ns, leaf_budget })
     }
 
     /// 3. Recover the store log, and from it the catalogue.
@@ -259,6 +264,7 @@ impl Opening {
         for row in catalogue.volumes.values() {
             recovered.push((row.clone(), self.recover_volume(&index, row)?));
         }
+        self.sort_out_leftovers(&catalogue)?;
         let shared = self.share(index, &catalogue);
         let state = LogState::new(STORE_LOG, cdp_types::BranchId(0), &end);
         let mut ledger = Ledger::new(state, catalogue, Arc::clone(&self.seams.catalogue));
@@ -288,6 +294,27 @@ impl Opening {
         Ok(store)
     }
 
+    /// Segments of volumes that are no longer there: those of a destroyed volume are adopted, so that they can be given
+    /// back; those that were given back already, and whose removal a power cut has undone, are removed again. What the
+    /// store log has never heard of is left alone: then it is the store log that is not whole.
+    fn sort_out_leftovers(&mut self, catalogue: &Catalogue) -> Result<()> {
+        for (volume, list) in std::mem::take(&mut self.found) {
+            for (slot, segment) in list {
+                if catalogue.retiring.contains_key(&volume) {
+                    self.segments.adopt(slot, segment);
+                } else if volume < catalogue.next_volume() {
+                    if self.mode == Mode::Write {
+                        self.segments.discard_slot(slot)?;
+                    }
+                } else {
+                    let name = segment.file.name();
+                    tracing::error!("{name} belongs to volume {volume}, which the store log does not know; it is kept");
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn share(&self, index: TimeIndex, catalogue: &Catalogue) -> Arc<Shared> {
         let generation = self.superblock.generation;
         let branches: HashMap<_, _> = catalogue.branches.iter().map(|(&id, &row)| (id, row)).collect();
@@ -304,6 +331,7 @@ impl Opening {
             storage: Arc::clone(&self.seams.storage),
             index,
             clock,
+            leaf_budget: Arc::clone(&self.leaf_budget),
             tuning: self.options.tuning(self.superblock.segment_bytes),
             branches: RwLock::new(branches),
             next_origin: AtomicU64::new(first_origin(generation)),
@@ -424,7 +452,7 @@ impl Opening {
         watermark: Option<&Watermark>,
     ) -> Result<Recovered> {
         let indexed = watermark.map_or(Seq::ZERO, |w| w.seq);
-        let mut map = HeadMap::new(indexed, self.options.map_budget_bytes);
+        let mut map = HeadMap::new(indexed, Arc::clone(&self.leaf_budget));
         let mut survived: Vec<Origin> = Vec::new();
         if let Some(batch) = watermark.map(|w| first_batch(chain, w)).transpose()?.flatten() {
             collect_origins(&batch, &mut survived);

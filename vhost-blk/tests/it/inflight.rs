@@ -19,7 +19,7 @@ use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost_blk::{Server, ServerConfig};
 
 use crate::guest::*;
-use crate::{DEADLINE, Fixture, slow};
+use crate::{DEADLINE, Fixture, eventually, slow};
 
 const BLOCKS: u64 = 48;
 const SLOTS: u16 = 16;
@@ -208,7 +208,7 @@ fn what_the_log_has_is_completed_and_the_rest_is_run_in_order() {
     let mut guest = Guest::start(&fixture.socket(), Options { inflight: true, ..Options::default() });
     assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
     guest.connection = None;
-    crate::eventually("the end of the connection", || !fixture.server.stats().connected);
+    eventually("the end of the connection", || !fixture.server.stats().connected);
 
     // Slot 1: in the log, and since then overwritten by a later, acknowledged write. Slots 3 and 2, in this order: not
     // in the log, to the same place. Slot 4: a read of what slot 1 wrote. Slot 5: added, never taken.
@@ -249,13 +249,26 @@ fn what_the_log_has_is_completed_and_the_rest_is_run_in_order() {
     assert_eq!((queue.recovered, queue.resubmitted), (1, 3));
 }
 
+/// A server that dies between reporting a request and interrupting the guest leaves it asleep.
+#[test]
+fn a_guest_that_comes_back_is_interrupted_once_for_what_it_may_have_missed() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options { inflight: true, ..Options::default() });
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    guest.connection = None;
+    let _ = guest.rings[0].call.read();
+    guest.connect(&fixture.socket());
+    guest.start_rings(None);
+    eventually("the interrupt", || guest.rings[0].call.read().is_ok());
+}
+
 #[test]
 fn after_a_forced_revert_the_old_guest_is_refused_until_it_resets() {
     let fixture = Fixture::new(1 << 20, None);
     let mut guest = Guest::start(&fixture.socket(), Options { inflight: true, ..Options::default() });
     assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
     guest.connection = None;
-    crate::eventually("the end of the connection", || !fixture.server.stats().connected);
+    eventually("the end of the connection", || !fixture.server.stats().connected);
     fixture.disk.switch_branch(BranchId(2));
     guest.put(0, 1, OUT, 0, &[2; 512], 0);
     guest.rings[0].submit(1);

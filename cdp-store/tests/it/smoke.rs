@@ -1,5 +1,5 @@
 //! A store on a real directory, used as a front end would use it.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
 

@@ -1,0 +1,317 @@
+//! Measures several servers in turn: one after the other, round by round, on the same file system.
+//!
+//! Only ratios of one run mean something on a shared machine. So every round measures all servers, directly one after
+//! the other, each round begins with another one, and the ratio is made per round. Before each phase our daemon has to
+//! be quiet, so that what it does in the background (filling segments with zeroes, flushing its index) is not charged
+//! to others, nor hidden in their time.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::client::{Client, Place, Shape};
+use crate::drive::{self, Job};
+use crate::machine::{Machine, free_bytes, gib, need_space};
+use crate::meter::{self, MemoryWatch};
+use crate::report::{Phase, Report, Settings, TargetReport, WorkloadReport};
+use crate::server::{Ours, StorageDaemon, make_raw_file};
+use crate::workload::{self, Access, Layout, Order, Workload};
+
+/// What a sustained phase writes: eight times the pool of prepared segments.
+const SUSTAINED_BYTES: u64 = 8 << 30;
+/// A sustained phase ends by its bytes, or if that takes longer than this.
+const SUSTAINED_TIME: Duration = Duration::from_secs(300);
+
+/// Which measurements, and where.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Where stores and files are made: a directory on the file system to measure
+    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
+    dir: PathBuf,
+    /// The working set, in GiB
+    #[arg(long, value_name = "GIB", default_value_t = 4)]
+    size_gib: u64,
+    /// Rounds: each measures every server once
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    rounds: usize,
+    /// How long each phase is measured, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 4)]
+    seconds: u64,
+    /// What each phase does before that, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 500)]
+    warmup_ms: u64,
+    /// The most that one workload may write into our store, in GiB [default: half of what is free]
+    #[arg(long, value_name = "GIB")]
+    budget_gib: Option<u64>,
+    /// Only workloads whose name contains this; may be repeated
+    #[arg(long = "workload", value_name = "TEXT")]
+    workloads: Vec<String>,
+    /// Only servers whose name contains this; may be repeated
+    #[arg(long = "server", value_name = "TEXT")]
+    servers: Vec<String>,
+    /// Write everything that was measured to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the tables to this file too
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+}
+
+/// Names of the servers.
+const OURS: &str = "hindsight";
+const QSD: &str = "qemu-storage-daemon";
+const RAW: &str = "raw io_uring";
+
+/// Measures and prints.
+///
+/// # Errors
+/// A program is missing, there is too little space, or a request fails.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    fs::create_dir_all(&args.dir)?;
+    let size_bytes = args.size_gib << 30;
+    need_space(&args.dir, 3 * size_bytes + (4 << 30))?;
+    let workloads: Vec<Workload> = chosen(&workload::ALL, &args.workloads, |workload| workload.name);
+    ensure!(!workloads.is_empty(), "no workload has such a name");
+    let names: Vec<&'static str> = chosen(&[OURS, QSD, RAW], &args.servers, |name| name);
+    ensure!(!names.is_empty(), "no server has such a name");
+    let home = Home::new(&args.dir)?;
+    let settings = Settings {
+        size_bytes,
+        rounds: args.rounds,
+        seconds: args.seconds,
+        warmup_ms: args.warmup_ms,
+        store_budget_bytes: budget(args)?,
+    };
+    let mut report = Report { machine: Machine::look(&args.dir)?, settings, workloads: Vec::new() };
+    let mut bench = Bench::start(&home.0, settings, &names)?;
+    for workload in &workloads {
+        report.workloads.push(bench.measure(workload)?);
+    }
+    bench.end()?;
+    let markdown = report.markdown();
+    println!("{markdown}");
+    if let Some(path) = &args.markdown {
+        fs::write(path, &markdown).with_context(|| path.display().to_string())?;
+    }
+    if let Some(path) = &args.json {
+        fs::write(path, serde_json::to_vec_pretty(&report)?).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn chosen<T: Copy>(all: &[T], wanted: &[String], name: impl Fn(&T) -> &'static str) -> Vec<T> {
+    let is_wanted =
+        |item: &&T| wanted.is_empty() || wanted.iter().any(|text| name(item).contains(text.as_str()));
+    all.iter().filter(is_wanted).copied().collect()
+}
+
+fn budget(args: &Args) -> Result<u64> {
+    match args.budget_gib {
+        Some(gib) => Ok(gib << 30),
+        // The raw file and what the store is filled with come on top.
+        None => Ok((free_bytes(&args.dir)? - (args.size_gib << 30)) / 2),
+    }
+}
+
+/// A directory of this run's own, removed with it.
+#[derive(Debug)]
+pub(crate) struct Home(pub(crate) PathBuf);
+
+impl Home {
+    pub(crate) fn new(parent: &Path) -> Result<Self> {
+        // Short, because a Unix socket's path has at most 107 bytes.
+        let dir = parent.canonicalize()?.join(format!("bench-blk.{}", std::process::id()));
+        fs::create_dir(&dir).with_context(|| dir.display().to_string())?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("bench-blk: {} is left behind: {error}", self.0.display());
+        }
+    }
+}
+
+/// Everything that is measured, running.
+struct Bench<'a> {
+    home: &'a Path,
+    settings: Settings,
+    names: Vec<&'static str>,
+    storage_daemon: Option<StorageDaemon>,
+    ours: Option<Store>,
+}
+
+/// Our daemon, what is in its store, and the most memory it has had.
+struct Store {
+    ours: Ours,
+    memory: MemoryWatch,
+    /// What was written; none once a workload has written over it.
+    layout: Option<Layout>,
+}
+
+impl<'a> Bench<'a> {
+    fn start(home: &'a Path, settings: Settings, names: &[&'static str]) -> Result<Self> {
+        let mut bench = Self { home, settings, names: names.to_vec(), storage_daemon: None, ours: None };
+        if names.iter().any(|name| *name != OURS) {
+            make_raw_file(&bench.raw_file(), settings.size_bytes)?;
+        }
+        if names.contains(&QSD) {
+            bench.storage_daemon = Some(StorageDaemon::start(home, &bench.raw_file())?);
+        }
+        Ok(bench)
+    }
+
+    fn end(&mut self) -> Result<()> {
+        self.storage_daemon = None;
+        self.ours.take().map_or(Ok(()), |store| store.ours.destroy())
+    }
+
+    fn measure(&mut self, workload: &Workload) -> Result<WorkloadReport> {
+        let rounds = if workload.sustained { self.settings.rounds.min(2) } else { self.settings.rounds };
+        let mut targets: Vec<TargetReport> = self.names.iter().map(|name| TargetReport::new(name)).collect();
+        self.prepare_store(workload.layout)?;
+        for round in 0..rounds {
+            for turn in 0..targets.len() {
+                let target = &mut targets[(round + turn) % self.names.len()];
+                let phase = self.phase(workload, target.name, round)?;
+                eprintln!(
+                    "{:28} round {}: {:20} {:9.0}/s in {:.1} s, p99 {:6.0} us",
+                    workload.name,
+                    round + 1,
+                    target.name,
+                    phase.iops,
+                    phase.seconds,
+                    phase.p99_us
+                );
+                target.phases.push(phase);
+            }
+        }
+        let memory = self.ours.as_ref().map(|store| store.memory.most());
+        if workload.writes()
+            && let Some(store) = &mut self.ours
+        {
+            store.layout = None;
+        }
+        Ok(WorkloadReport::new(*workload, targets, memory))
+    }
+
+    /// Sees to a store in which exactly this was written, if our daemon is measured.
+    fn prepare_store(&mut self, layout: Layout) -> Result<()> {
+        if !self.names.contains(&OURS) || self.ours.as_ref().is_some_and(|store| store.layout == Some(layout))
+        {
+            return Ok(());
+        }
+        // What is filled sequentially can still be scattered; nothing else can be made of what is there.
+        if self.ours.as_ref().is_none_or(|store| store.layout != Some(Layout::Sequential)) {
+            if let Some(store) = self.ours.take() {
+                store.ours.destroy()?;
+            }
+            let ours = Ours::create(&self.home.join("ours"), self.settings.size_bytes)?;
+            let memory = MemoryWatch::new(ours.pid()?);
+            self.fill(&ours.place(), Order::Sequential)?;
+            self.ours = Some(Store { ours, memory, layout: Some(Layout::Sequential) });
+        }
+        if let Some(store) = &self.ours
+            && layout == Layout::Scattered
+        {
+            self.fill(&store.ours.place(), Order::Random)?;
+        }
+        if let Some(store) = &mut self.ours {
+            store.layout = Some(layout);
+        }
+        Ok(())
+    }
+
+    /// Writes as many bytes as the working set has.
+    fn fill(&self, place: &Place, order: Order) -> Result<()> {
+        let (bytes, depth) = if order == Order::Sequential { (128 << 10, 16) } else { (4 << 10, 128) };
+        let mut client = Client::connect(place, Shape { queues: 1, depth, request_bytes: bytes })?;
+        let job = Job {
+            access: Access::Write,
+            order,
+            bytes,
+            range_bytes: self.settings.size_bytes,
+            warmup: Duration::ZERO,
+            time: Duration::from_secs(3600),
+            limit_bytes: self.settings.size_bytes,
+            seed: 2,
+        };
+        drive::run(&mut client, &job, || {}).context("filling our store").map(drop)
+    }
+
+    fn phase(&self, workload: &Workload, name: &str, round: usize) -> Result<Phase> {
+        let settled = match &self.ours {
+            Some(store) => meter::settle(store.ours.pid()?)?,
+            None => true,
+        };
+        let (place, pid) = self.target(name)?;
+        let shape = Shape { queues: workload.queues, depth: workload.depth, request_bytes: workload.bytes };
+        let mut client = Client::connect(&place, shape)?;
+        let job = self.job(workload, round);
+        let mut before = Ok(0.0);
+        let outcome = drive::run(&mut client, &job, || before = meter::cpu_seconds(pid))
+            .with_context(|| format!("{}, {name}", workload.name))?;
+        let cpu_seconds = meter::cpu_seconds(pid)? - before?;
+        Ok(Phase::new(&outcome, workload, cpu_seconds, settled))
+    }
+
+    fn job(&self, workload: &Workload, round: usize) -> Job {
+        let rounds = self.settings.rounds as u64;
+        let (warmup, time, limit_bytes) = if workload.sustained {
+            (Duration::ZERO, SUSTAINED_TIME, SUSTAINED_BYTES.min(self.settings.store_budget_bytes / 2))
+        } else {
+            let limit = if workload.writes() { self.settings.store_budget_bytes / rounds } else { u64::MAX };
+            let warmup = Duration::from_millis(self.settings.warmup_ms);
+            (warmup, Duration::from_secs(self.settings.seconds), limit)
+        };
+        Job {
+            access: workload.access,
+            order: workload.order,
+            bytes: workload.bytes,
+            range_bytes: self.settings.size_bytes,
+            warmup,
+            time,
+            limit_bytes,
+            // Everybody gets the same requests in the same round.
+            seed: 1000 * (round as u64 + 1),
+        }
+    }
+
+    /// Where a server is, and the process that does its work.
+    fn target(&self, name: &str) -> Result<(Place, u32)> {
+        match name {
+            OURS => {
+                let store = self.ours.as_ref().context("our daemon is not running")?;
+                Ok((store.ours.place(), store.ours.pid()?))
+            }
+            QSD => {
+                let daemon = self.storage_daemon.as_ref().context("qemu-storage-daemon is not running")?;
+                Ok((daemon.place(), daemon.pid()))
+            }
+            _ => Ok((Place::File(self.raw_file()), std::process::id())),
+        }
+    }
+
+    fn raw_file(&self) -> PathBuf {
+        self.home.join("disk.raw")
+    }
+}
+
+impl Settings {
+    /// One line for people.
+    pub(crate) fn describe(&self) -> String {
+        format!(
+            "Working set {:.0} GiB; {} rounds, each phase {} s after {} ms of warm-up; at most {:.0} GiB of writes per \
+             workload",
+            gib(self.size_bytes),
+            self.rounds,
+            self.seconds,
+            self.warmup_ms,
+            gib(self.store_budget_bytes)
+        )
+    }
+}

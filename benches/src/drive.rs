@@ -1,0 +1,234 @@
+//! Keeps requests in flight for a while and counts what ends: the same loop for every server.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use hdrhistogram::Histogram;
+use rand::rngs::SmallRng;
+use rand::{Rng, RngCore, SeedableRng};
+
+use crate::client::{Client, Lane};
+use crate::workload::{Access, Order};
+
+/// The rate is kept for every stretch of this length.
+pub(crate) const SLICE: Duration = Duration::from_millis(100);
+/// A server that ends no request for so long is broken.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Latencies are kept with this many digits.
+const DIGITS: u8 = 3;
+
+/// What to do with a disk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Job {
+    pub(crate) access: Access,
+    pub(crate) order: Order,
+    /// Bytes of a request.
+    pub(crate) bytes: usize,
+    /// The working set: this many bytes from the disk's start.
+    pub(crate) range_bytes: u64,
+    /// What ends within this time after the start is not measured.
+    pub(crate) warmup: Duration,
+    /// When it ends after that.
+    pub(crate) time: Duration,
+    /// It also ends when so many bytes were asked for.
+    pub(crate) limit_bytes: u64,
+    /// Where random requests go follows from it.
+    pub(crate) seed: u64,
+}
+
+/// What came of a job.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// Operations that ended while it was measured.
+    pub(crate) operations: u64,
+    /// For how long it was measured.
+    pub(crate) seconds: f64,
+    /// How long the operations took, in nanoseconds.
+    pub(crate) latency: Histogram<u64>,
+    /// Operations that ended in each [`SLICE`] since the start, warm-up included.
+    pub(crate) slices: Vec<u64>,
+}
+
+/// Runs a job on every queue of a client at once, as deep as the client was connected for.
+///
+/// `measuring` is called, on this thread, when the warm-up is over.
+///
+/// # Errors
+/// A request failed, or none ended for a long time.
+pub(crate) fn run(client: &mut Client, job: &Job, measuring: impl FnOnce()) -> Result<Outcome> {
+    let lanes = client.lanes();
+    let queues = lanes.len() as u64;
+    let start = Instant::now();
+    let outcomes: Vec<Result<LaneOutcome>> = thread::scope(|scope| {
+        let started: Vec<_> = (0..)
+            .zip(lanes)
+            .map(|(index, lane)| {
+                let places = Places::new(job, index, queues);
+                scope.spawn(move || Loop::new(lane, job, places, start, queues)?.run())
+            })
+            .collect();
+        thread::sleep(job.warmup.saturating_sub(start.elapsed()));
+        measuring();
+        started
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| anyhow!("a queue's thread panicked"))?)
+            .collect()
+    });
+    let mut all =
+        Outcome { operations: 0, seconds: 0.0, latency: Histogram::new(DIGITS)?, slices: Vec::new() };
+    for outcome in outcomes {
+        let outcome = outcome?;
+        all.operations += outcome.latency.len();
+        all.seconds =
+            all.seconds.max(outcome.end.saturating_duration_since(start + job.warmup).as_secs_f64());
+        all.latency.add(&outcome.latency)?;
+        all.slices.resize(all.slices.len().max(outcome.slices.len()), 0);
+        all.slices.iter_mut().zip(&outcome.slices).for_each(|(sum, count)| *sum += count);
+    }
+    ensure!(all.seconds > 0.0 && all.operations > 0, "the work was done before the warm-up was over");
+    Ok(all)
+}
+
+/// Where the requests of one queue go.
+struct Places {
+    order: Order,
+    bytes: u64,
+    /// This queue's part of the working set, in requests.
+    first: u64,
+    count: u64,
+    next: u64,
+    random: SmallRng,
+}
+
+impl Places {
+    fn new(job: &Job, index: u64, queues: u64) -> Self {
+        let bytes = job.bytes as u64;
+        let all = job.range_bytes / bytes;
+        let (first, count) = match job.order {
+            Order::Random => (0, all),
+            Order::Sequential => (all / queues * index, all / queues),
+        };
+        let random = SmallRng::seed_from_u64(job.seed.wrapping_add(index));
+        Self { order: job.order, bytes, first, count, next: 0, random }
+    }
+
+    fn next(&mut self) -> u64 {
+        let request = match self.order {
+            Order::Random => self.random.random_range(0..self.count),
+            Order::Sequential => {
+                self.next += 1;
+                (self.next - 1) % self.count
+            }
+        };
+        (self.first + request) * self.bytes
+    }
+}
+
+struct LaneOutcome {
+    latency: Histogram<u64>,
+    slices: Vec<u64>,
+    end: Instant,
+}
+
+/// One queue's loop.
+struct Loop<'a> {
+    lane: &'a mut Lane,
+    job: &'a Job,
+    places: Places,
+    start: Instant,
+    /// Requests that may still be made.
+    left: u64,
+    /// When each slot's operation began, and whether its flush is in flight.
+    slots: Vec<(Instant, bool)>,
+    latency: Histogram<u64>,
+    slices: Vec<u64>,
+}
+
+impl<'a> Loop<'a> {
+    fn new(
+        lane: &'a mut Lane,
+        job: &'a Job,
+        mut places: Places,
+        start: Instant,
+        queues: u64,
+    ) -> Result<Self> {
+        let depth = lane.shape().depth;
+        let mut content = vec![0; job.bytes];
+        for slot in 0..depth {
+            // No server is to gain from zeroes or from what it has seen before.
+            places.random.fill_bytes(&mut content);
+            lane.fill(slot, &content);
+        }
+        let left = job.limit_bytes / job.bytes as u64 / queues;
+        let slots = vec![(start, false); depth];
+        Ok(Self {
+            lane,
+            job,
+            places,
+            start,
+            left,
+            slots,
+            latency: Histogram::new(DIGITS)?,
+            slices: Vec::new(),
+        })
+    }
+
+    fn run(mut self) -> Result<LaneOutcome> {
+        let measured_from = self.start + self.job.warmup;
+        let deadline = measured_from + self.job.time;
+        for slot in 0..self.slots.len() {
+            self.begin(slot, Instant::now());
+        }
+        let mut ended = Vec::with_capacity(self.slots.len());
+        let mut now = Instant::now();
+        while self.lane.in_flight() > 0 {
+            ended.clear();
+            ended.extend_from_slice(self.lane.reap(1, PATIENCE)?);
+            ensure!(!ended.is_empty(), "no request has ended for {PATIENCE:?}");
+            now = Instant::now();
+            for done in &ended {
+                ensure!(done.ok, "a request failed");
+                let (begun, flushing) = self.slots[done.slot];
+                if self.job.access == Access::WriteFlush && !flushing {
+                    self.slots[done.slot].1 = true;
+                    self.lane.flush(done.slot);
+                    continue;
+                }
+                // What is still in flight at the deadline is waited for, not counted.
+                if now < deadline {
+                    self.count(now, begun, now >= measured_from)?;
+                    self.begin(done.slot, now);
+                }
+            }
+        }
+        Ok(LaneOutcome { latency: self.latency, slices: self.slices, end: now.min(deadline) })
+    }
+
+    /// Begins the next operation in a slot, if there is one left.
+    fn begin(&mut self, slot: usize, now: Instant) {
+        if self.left == 0 {
+            return;
+        }
+        self.left -= 1;
+        self.slots[slot] = (now, false);
+        let offset = self.places.next();
+        match self.job.access {
+            Access::Read => self.lane.read(slot, offset, self.job.bytes),
+            Access::Write | Access::WriteFlush => self.lane.write(slot, offset, self.job.bytes),
+        }
+    }
+
+    fn count(&mut self, now: Instant, begun: Instant, measured: bool) -> Result<()> {
+        let slice = ((now - self.start).as_nanos() / SLICE.as_nanos()) as usize;
+        if slice >= self.slices.len() {
+            self.slices.resize(slice + 1, 0);
+        }
+        self.slices[slice] += 1;
+        if measured {
+            let latency = (now - begun).as_nanos() as u64;
+            self.latency.record(latency).context("a latency beyond all bounds")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,58 @@
+//! `bench-blk`: what a guest gets from a disk that we serve, next to what it gets from others.
+//!
+//! - [`client`] is the guest's side, without a guest: `blkio`'s vhost-user driver, one loop for all servers.
+//! - [`drive`] keeps a number of requests in flight for a while, and counts.
+//! - [`server`] starts and kills what is measured: our `cdpd`, `qemu-storage-daemon`, or nothing but a file.
+//! - [`compare`] measures them in turn; [`report`] makes medians, ratios, JSON and Markdown of it.
+//! - [`verify`] does not measure: it checks every byte, across abrupt disconnects and kills.
+//! - [`recovery`] measures how long a killed daemon with a long log takes to its first read.
+//!
+//! Nothing here links the programs under test, and nothing here passes or fails by the clock.
+
+mod client;
+mod compare;
+mod drive;
+mod machine;
+mod meter;
+mod recovery;
+mod report;
+mod server;
+mod verify;
+mod workload;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Measures and verifies disks through vhost-user, as a guest sees them.
+#[derive(Debug, Parser)]
+#[command(version, after_help = "Exit status: 0 done, 1 the disk has not what it must have, 2 a failure.")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Our server, qemu-storage-daemon on a raw file, and raw io_uring on that file, in turn on one file system
+    Compare(compare::Args),
+    /// How long cdpd takes from its start to its first read, after a kill in the middle of writing
+    Recovery(recovery::Args),
+    /// Random requests with every byte checked, across abrupt disconnects and kills of the daemon
+    Verify(verify::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Compare(args) => compare::run(&args),
+        Command::Recovery(args) => recovery::run(&args),
+        Command::Verify(args) => verify::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench-blk: {error:#}");
+            ExitCode::from(if error.is::<verify::Wrong>() { 1 } else { 2 })
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! What a server costs, as the kernel accounts for it in `/proc`.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+/// How often memory is looked at.
+const WATCH: Duration = Duration::from_millis(20);
+/// A server is quiet when it has done nothing for so long.
+const QUIET: Duration = Duration::from_millis(600);
+/// How long a server may take to become quiet.
+const SETTLE: Duration = Duration::from_secs(60);
+
+/// CPU seconds that a process has used, its ended threads included (proc(5), `stat`).
+///
+/// # Errors
+/// It has ended.
+pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
+    let text = read(pid, "stat")?;
+    // The name in parentheses may contain anything; utime and stime are the 12th and 13th field after it.
+    let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: Vec<u64> = fields.skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
+    let [user, system] = ticks[..] else { anyhow::bail!("/proc/{pid}/stat has another format") };
+    Ok((user + system) as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
+/// Bytes that a process has sent to the disk.
+///
+/// # Errors
+/// It has ended.
+pub(crate) fn written_bytes(pid: u32) -> Result<u64> {
+    number(&read(pid, "io")?, "write_bytes:").context("/proc does not count bytes written")
+}
+
+/// Anonymous resident memory of a process, in bytes: its own, without what it maps of others and of files.
+///
+/// # Errors
+/// It has ended.
+pub(crate) fn rss_anon(pid: u32) -> Result<u64> {
+    Ok(number(&read(pid, "status")?, "RssAnon:").context("/proc does not show RssAnon")? << 10)
+}
+
+fn read(pid: u32, file: &str) -> Result<String> {
+    let path = format!("/proc/{pid}/{file}");
+    fs::read_to_string(&path).with_context(|| path.clone())
+}
+
+fn number(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// Waits until a process neither writes nor computes, so that its background work does not burden whoever is
+/// measured next. Returns whether that came to pass.
+///
+/// # Errors
+/// It has ended.
+pub(crate) fn settle(pid: u32) -> Result<bool> {
+    let deadline = Instant::now() + SETTLE;
+    while Instant::now() < deadline {
+        let before = (written_bytes(pid)?, cpu_seconds(pid)?);
+        thread::sleep(QUIET);
+        let after = (written_bytes(pid)?, cpu_seconds(pid)?);
+        if after.0 == before.0 && after.1 - before.1 < 0.03 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The most anonymous memory that a process has had, watched all the time.
+#[derive(Debug)]
+pub(crate) struct MemoryWatch {
+    most: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl MemoryWatch {
+    /// Watches a process until it ends or the watch is dropped.
+    pub(crate) fn new(pid: u32) -> Self {
+        let most = Arc::new(AtomicU64::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let watch = (Arc::clone(&most), Arc::clone(&stop));
+        let thread = thread::spawn(move || {
+            while !watch.1.load(Ordering::Relaxed) {
+                let Ok(now) = rss_anon(pid) else { return };
+                watch.0.fetch_max(now, Ordering::Relaxed);
+                thread::sleep(WATCH);
+            }
+        });
+        Self { most, stop, thread: Some(thread) }
+    }
+
+    /// The most so far, in bytes.
+    pub(crate) fn most(&self) -> u64 {
+        self.most.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for MemoryWatch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // It cannot panic, and there would be nothing to do about it.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn this_process_uses_cpu_and_memory() {
+        let pid = std::process::id();
+        let watch = MemoryWatch::new(pid);
+        let before = cpu_seconds(pid).unwrap();
+        let start = Instant::now();
+        while cpu_seconds(pid).unwrap() < before + 0.05 {
+            assert!(start.elapsed() < Duration::from_secs(30), "no CPU time counted");
+        }
+        assert!(rss_anon(pid).unwrap() > 100 << 10);
+        written_bytes(pid).unwrap();
+        while watch.most() == 0 {
+            assert!(start.elapsed() < Duration::from_secs(30), "no memory seen");
+        }
+    }
+
+    #[test]
+    fn what_proc_says_is_read() {
+        assert_eq!(number("VmRSS:\t  12 kB\nRssAnon:\t  3456 kB\n", "RssAnon:"), Some(3456));
+        assert_eq!(number("VmRSS:\t  12 kB\n", "RssAnon:"), None);
+    }
+}

@@ -1,0 +1,243 @@
+//! The servers under measurement. Each is a process of its own that ends with this one.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::Tool;
+use e2e::process::{Process, run_ok, tail, tied, wait_for};
+use e2e::programs::{built, system};
+use rand::rngs::SmallRng;
+use rand::{RngCore, SeedableRng};
+use rustix::fs::FallocateFlags;
+use rustix::process::Signal;
+
+use crate::client::Place;
+
+/// How long a server may take until it listens; one that recovers a long log included.
+const READY: Duration = Duration::from_secs(120);
+/// How long a clean stop may take.
+const STOP: Duration = Duration::from_secs(60);
+/// The volume in our store.
+const VOLUME: &str = "bench";
+
+/// Queues that every server offers.
+pub(crate) const QUEUES: usize = 4;
+
+/// Our daemon, on a store of its own with one volume.
+#[derive(Debug)]
+pub(crate) struct Ours {
+    dir: PathBuf,
+    process: Option<Process>,
+}
+
+impl Ours {
+    /// A daemon on a new store in `dir`, which must be empty or missing.
+    ///
+    /// # Errors
+    /// It is not built, or does not start.
+    pub(crate) fn create(dir: &Path, volume_bytes: u64) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let mut ours = Self { dir: dir.to_owned(), process: None };
+        ours.spawn()?;
+        ours.wait_until_it_listens()?;
+        let (size, queues) = (volume_bytes.to_string(), QUEUES.to_string());
+        let socket = ours.socket();
+        let socket = socket.to_str().context("the directory's name is not UTF-8")?;
+        let tool = ours.tool();
+        tool.run(&["volume", "create", VOLUME, "--size", &size])?;
+        tool.run(&["volume", "serve", VOLUME, "--vhost-user", socket, "--queues", &queues])?;
+        Ok(ours)
+    }
+
+    /// Starts it, and waits for nothing.
+    ///
+    /// # Errors
+    /// It is not built.
+    pub(crate) fn spawn(&mut self) -> Result<()> {
+        ensure!(self.process.is_none(), "cdpd is running");
+        let mut command = tied(&built("cdpd")?);
+        command.arg("--store").arg(self.store());
+        self.process = Some(Process::spawn("cdpd", command, &self.log())?);
+        Ok(())
+    }
+
+    /// Waits until its volume can be connected to.
+    ///
+    /// # Errors
+    /// It ends, or takes too long.
+    pub(crate) fn wait_until_it_serves(&mut self) -> Result<()> {
+        let socket = self.socket();
+        self.wait_for(&socket)
+    }
+
+    fn wait_until_it_listens(&mut self) -> Result<()> {
+        let socket = self.store().join("cdpd.sock");
+        self.wait_for(&socket)
+    }
+
+    fn wait_for(&mut self, socket: &Path) -> Result<()> {
+        wait_for(&format!("{}", socket.display()), READY, || {
+            self.must_run()?;
+            Ok(UnixStream::connect(socket).ok().map(drop))
+        })
+    }
+
+    /// An error with the end of its log, if it has ended.
+    ///
+    /// # Errors
+    /// That it has ended.
+    pub(crate) fn must_run(&mut self) -> Result<()> {
+        self.process.as_mut().context("cdpd is not running")?.must_run()
+    }
+
+    /// Kills it: SIGKILL, wherever it is.
+    ///
+    /// # Errors
+    /// It had ended before.
+    pub(crate) fn kill9(&mut self) -> Result<()> {
+        self.must_run()?;
+        self.process.take().context("cdpd is not running")?.kill()
+    }
+
+    /// Stops it cleanly.
+    ///
+    /// # Errors
+    /// It does not stop in time, or not with success.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        self.must_run()?;
+        let mut process = self.process.take().context("cdpd is not running")?;
+        process.signal(Signal::TERM)?;
+        let status = process.wait(STOP)?;
+        ensure!(status.success(), "cdpd's clean stop: {status}\n{}", tail(&self.log(), 20));
+        Ok(())
+    }
+
+    /// Stops it and removes everything it has made, and has the file system finish with that.
+    ///
+    /// # Errors
+    /// It does not stop, or something cannot be removed.
+    pub(crate) fn destroy(mut self) -> Result<()> {
+        self.stop()?;
+        fs::remove_dir_all(&self.dir)?;
+        let parent = File::open(self.dir.parent().unwrap_or(Path::new("/")))?;
+        Ok(rustix::fs::syncfs(parent)?)
+    }
+
+    /// Lines of its log that speak of an error.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub(crate) fn complaints(&self) -> Result<Vec<String>> {
+        let log = fs::read(self.log())?;
+        let log = String::from_utf8_lossy(&log);
+        let bad = |line: &&str| line.contains(" ERROR ") || line.contains("panicked at");
+        Ok(log.lines().filter(bad).map(str::to_owned).collect())
+    }
+
+    /// `cdp-tool` on its store.
+    pub(crate) fn tool(&self) -> Tool {
+        Tool::on(&self.store())
+    }
+
+    /// Where its volume is served.
+    pub(crate) fn place(&self) -> Place {
+        Place::VhostUser(self.socket())
+    }
+
+    /// Its process id.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub(crate) fn pid(&self) -> Result<u32> {
+        Ok(self.process.as_ref().context("cdpd is not running")?.pid())
+    }
+
+    fn store(&self) -> PathBuf {
+        self.dir.join("store")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join("disk.sock")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.join("cdpd.log")
+    }
+}
+
+/// QEMU's server on a raw file, without the page cache.
+#[derive(Debug)]
+pub(crate) struct StorageDaemon {
+    socket: PathBuf,
+    process: Process,
+}
+
+impl StorageDaemon {
+    /// Serves a raw file; its socket and log are made in `dir`.
+    ///
+    /// # Errors
+    /// It is not installed, or does not start.
+    pub(crate) fn start(dir: &Path, file: &Path) -> Result<Self> {
+        let socket = dir.join("qsd.sock");
+        let node =
+            format!("driver=file,node-name=file,filename={},cache.direct=on,aio=io_uring", file.display());
+        let export = format!(
+            "type=vhost-user-blk,id=export,node-name=file,addr.type=unix,addr.path={},writable=on,num-queues={QUEUES}",
+            socket.display()
+        );
+        let mut command = tied(&system("qemu-storage-daemon")?);
+        command.args(["--blockdev", &node, "--export", &export]);
+        let mut process = Process::spawn("qemu-storage-daemon", command, &dir.join("qsd.log"))?;
+        wait_for("qemu-storage-daemon's socket", READY, || {
+            process.must_run()?;
+            Ok(socket.exists().then_some(()))
+        })?;
+        Ok(Self { socket, process })
+    }
+
+    /// Where the file is served.
+    pub(crate) fn place(&self) -> Place {
+        Place::VhostUser(self.socket.clone())
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// What it calls itself.
+    ///
+    /// # Errors
+    /// It is not installed.
+    pub(crate) fn version() -> Result<String> {
+        let program = system("qemu-storage-daemon")?;
+        let text = run_ok(Command::new(program).arg("--version"), Duration::from_secs(20))?;
+        Ok(text.lines().next().unwrap_or_default().to_owned())
+    }
+}
+
+/// Makes a raw file whose blocks have all been written, in as few extents as the file system gives: the best case for
+/// whoever then overwrites it in place.
+///
+/// # Errors
+/// The file system's.
+pub(crate) fn make_raw_file(path: &Path, bytes: u64) -> Result<()> {
+    let mut file = File::create(path).with_context(|| path.display().to_string())?;
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+    let mut random = SmallRng::seed_from_u64(1);
+    let mut content = vec![0; 4 << 20];
+    random.fill_bytes(&mut content);
+    let mut left = bytes;
+    while left > 0 {
+        let len = left.min(content.len() as u64);
+        file.write_all(&content[..len as usize])?;
+        left -= len;
+    }
+    file.sync_all()?;
+    Ok(())
+}

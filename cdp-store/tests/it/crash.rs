@@ -1,0 +1,170 @@
+//! A crash at every I/O step of random workloads, in every way, and what must hold after each: invariants 1 to 6 of
+//! `docs/architecture.md`, asserted by name.
+//!
+//! `CRASH_SEEDS=n` runs that many seeds, `CRASH_SEED=x` one of them; a failure prints its seed.
+
+mod check;
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use cdp_store::storage::sim::OpKind;
+use rand::Rng;
+use rand::seq::IndexedRandom;
+
+use crate::machine::{Crash, Machine};
+use crate::reference::Logged;
+
+/// I/O steps of one workload.
+const STEPS: u64 = 260;
+
+/// What happens to a machine after its process has died.
+#[derive(Clone, Copy, Debug)]
+enum Then {
+    /// It is started again, and checked.
+    Restart(Crash),
+    /// It is started again, and dies while it opens the store; in so many steps.
+    DieOpening(Crash),
+    /// The guests go on for so many I/O steps, until the process dies.
+    Work(u64),
+    /// Every late write lands.
+    LandLate,
+}
+
+use Crash::{Kill, PowerCut};
+use Then::{DieOpening, LandLate, Restart, Work};
+
+const STORIES: &[&[Then]] = &[
+    &[Restart(Kill), Restart(Kill)],
+    &[Restart(Kill), Restart(PowerCut)],
+    &[Restart(PowerCut), Restart(PowerCut)],
+    &[Restart(PowerCut), Restart(Kill)],
+    &[Restart(Kill), LandLate, Restart(Kill)],
+    &[Restart(Kill), Work(20), Restart(Kill)],
+    &[Restart(Kill), Work(30), Restart(PowerCut)],
+    &[Restart(PowerCut), Work(25), Restart(Kill)],
+    &[Restart(PowerCut), Work(40), Restart(PowerCut)],
+    &[Restart(Kill), Work(15), Restart(Kill), LandLate, Restart(PowerCut)],
+    &[DieOpening(Kill), Restart(Kill)],
+    &[DieOpening(Kill), Restart(PowerCut)],
+    &[DieOpening(PowerCut), Restart(Kill)],
+    &[DieOpening(Kill), DieOpening(Kill), LandLate, Restart(Kill), Work(10), Restart(PowerCut)],
+    &[Restart(Kill), Work(60), DieOpening(Kill), Restart(PowerCut), Work(30), Restart(Kill)],
+];
+
+fn seeds(default: u64) -> Vec<u64> {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
+    match number("CRASH_SEED") {
+        Some(seed) => vec![seed],
+        None => (0..number("CRASH_SEEDS").unwrap_or(default)).collect(),
+    }
+}
+
+/// Runs `test` for each seed, and says which one failed.
+fn for_each_seed(default: u64, test: impl Fn(u64)) {
+    for seed in seeds(default) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(seed))) {
+            eprintln!("to replay it: CRASH_SEED={seed}");
+            resume_unwind(panic);
+        }
+    }
+}
+
+/// Faults that a workload meets, by its seed.
+fn order_faults(machine: &mut Machine, seed: u64) {
+    let when = machine.rng.random_range(5..STEPS / 4);
+    let (kind, errno) = match seed % 6 {
+        1 | 3 => (OpKind::Write, libc::EIO),
+        2 => (OpKind::Write, libc::ENOSPC),
+        4 => (OpKind::Sync, libc::EIO),
+        _ => return,
+    };
+    machine.faulty = true;
+    machine.disk.fail_nth(kind, when, errno);
+    if seed % 6 == 3 {
+        machine.disk.fail_nth(kind, when + machine.rng.random_range(0..10), errno);
+    }
+}
+
+/// The workload of a seed, until it has made all its I/O steps or died at one of them.
+fn workload(seed: u64, die_at: Option<u64>) -> Machine {
+    let mut machine = Machine::new(seed);
+    machine.open().unwrap();
+    machine.create();
+    machine.create();
+    let start = machine.disk.io_steps();
+    order_faults(&mut machine, seed);
+    if let Some(step) = die_at {
+        machine.disk.crash_at(start + step);
+    }
+    while machine.is_alive() && machine.disk.io_steps() < start + STEPS {
+        machine.tick();
+    }
+    machine
+}
+
+/// What a crash at one step of a workload leaves, in several ways.
+fn crash_at(seed: u64, step: u64) {
+    let dead = workload(seed, Some(step));
+    if !dead.disk.crashed() {
+        return;
+    }
+    let fork_seed = seed << 20 | step << 4;
+    let (mut killed, mut cut) = (dead.fork(fork_seed), dead.fork(fork_seed + 1));
+    let after_kill = killed.restart(Kill);
+    let after_cut = cut.restart(PowerCut);
+    for (name, log) in &after_cut {
+        if let Some(other) = after_kill.get(name) {
+            check::one_continues_the_other(other, log);
+        }
+    }
+    let mut machine = dead.fork(fork_seed + 2);
+    let story = STORIES.choose(&mut machine.rng).unwrap();
+    for then in *story {
+        machine.go_on(*then);
+    }
+}
+
+impl Machine {
+    /// Starts the machine again after a crash, and checks what it finds.
+    fn restart(&mut self, how: Crash) -> std::collections::BTreeMap<cdp_types::VolumeName, Vec<Logged>> {
+        self.crash(how);
+        if let Err(error) = self.open() {
+            panic!("after {how:?} the store does not open: {error:?}");
+        }
+        self.check(how)
+    }
+
+    fn go_on(&mut self, then: Then) {
+        match then {
+            Restart(how) => drop(self.restart(how)),
+            DieOpening(how) => {
+                self.crash(how);
+                self.disk.crash_at(self.disk.io_steps() + self.rng.random_range(0..40));
+                // It dies, or it is through before it would have died.
+                let _ = self.open();
+            }
+            Work(steps) => {
+                self.disk.crash_at(self.disk.io_steps() + steps);
+                let end = self.disk.io_steps() + steps;
+                while self.is_alive() && self.disk.io_steps() <= end {
+                    self.tick();
+                }
+            }
+            LandLate => self.disk.land_late_writes(),
+        }
+    }
+}
+
+#[test]
+fn a_crash_at_every_step_keeps_the_invariants() {
+    for_each_seed(6, |seed| {
+        let mut whole = workload(seed, None);
+        whole.finish();
+        for step in 0..STEPS {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| crash_at(seed, step))) {
+                eprintln!("seed {seed}, crash at step {step}");
+                resume_unwind(panic);
+            }
+        }
+    });
+}
