@@ -14,7 +14,7 @@ use crate::machine::{Machine, need_space};
 use crate::meter::{self, MemoryWatch};
 use crate::report::Spread;
 use crate::server::Ours;
-use crate::verify::{Mix, Model, SECTOR, Session};
+use crate::verify::{self, Mix, Model, SECTOR, Session};
 
 const BLOCK: usize = 4096;
 /// Requests in flight while the log is written.
@@ -114,7 +114,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// Writes, and kills the daemon when the last requests are in flight; returns how many.
 fn write_and_kill(ours: &mut Ours, writes: u64, model: &mut Model, random: &mut SmallRng) -> Result<usize> {
-    let mut session = Session::connect(&ours.place(), 1, DEPTH, model, random)?;
+    let mut session = Session::new(Client::connect(&ours.place(), verify::shape(1, DEPTH))?, model, random)?;
     session.make(Mix::BlockWrites, writes)?;
     ours.kill9()?;
     Ok(session.cut())
@@ -155,7 +155,7 @@ fn recover(
     lane.copy(0, &mut block);
     model.check(&(0..(BLOCK / SECTOR) as u64), &block)?;
     drop(client);
-    let mut session = Session::connect(&ours.place(), 1, 32, model, random)?;
+    let mut session = Session::new(Client::connect(&ours.place(), verify::shape(1, 32))?, model, random)?;
     session.make(Mix::BlockReads, CHECKED)?;
     session.finish()?;
     Ok(Recovery {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BatchPlace, Record, RecordKind};
 use crate::index::{Family, Kv, WriteBatch};
-use crate::log::{LogContext, LogState};
+use crate::log::{Fence, LogContext, LogState};
 use crate::volume::Serving;
 
 /// The store log's own volume number.
@@ -73,6 +73,12 @@ pub enum Change {
     Generation {
         /// The generation that the opening claimed.
         generation: Generation,
+    },
+    /// Where volumes' logs had ended when the store was opened. Without it, what a dead process has written
+    /// would come back when it lands late and nothing has been appended meanwhile.
+    Fence {
+        /// Each volume's log end.
+        fences: Vec<(VolumeId, Fence)>,
     },
     /// A volume and its first branch begin.
     Create {
@@ -157,6 +163,8 @@ pub struct Catalogue {
     pub branches: BTreeMap<BranchId, BranchRow>,
     /// By volume and name.
     pub marks: BTreeMap<(VolumeId, Label), MarkRow>,
+    /// Where volumes' logs had ended when the store was last opened.
+    pub fences: BTreeMap<VolumeId, Fence>,
     /// Destroyed volumes whose space has not been given back yet.
     pub retiring: BTreeMap<VolumeId, Vec<BranchId>>,
     last_volume: u64,
@@ -191,6 +199,13 @@ impl Catalogue {
     pub fn apply(&mut self, change: &Change, rows: &mut WriteBatch) -> Result<()> {
         let touched = match change {
             Change::Generation { .. } => return Ok(()),
+            Change::Fence { fences } => {
+                for (volume, fence) in fences {
+                    put(rows, &fence_key(*volume), fence);
+                    self.fences.insert(*volume, *fence);
+                }
+                return Ok(());
+            }
             Change::Create { volume, branch } => {
                 self.last_volume = self.last_volume.max(volume.id.0);
                 self.last_branch = self.last_branch.max(branch.id.0);
@@ -242,6 +257,8 @@ impl Catalogue {
     fn destroy(&mut self, volume: VolumeId, rows: &mut WriteBatch) -> Result<()> {
         self.volumes.remove(&volume).ok_or_else(|| gone(volume))?;
         rows.delete(Family::Rows, &volume_key(volume));
+        rows.delete(Family::Rows, &fence_key(volume));
+        self.fences.remove(&volume);
         let marks: Vec<_> = self.marks.keys().filter(|(v, _)| *v == volume).cloned().collect();
         for key in marks {
             rows.delete(Family::Rows, &mark_key(key.0, &key.1));
@@ -285,11 +302,8 @@ impl Catalogue {
                 let row: MarkRow = serde_json::from_slice(value)?;
                 self.marks.insert((row.volume, row.label.clone()), row);
             }
-            Some(b"retiring") => {
-                let volume = key.get(b"retiring/".len()..).unwrap_or_default();
-                let volume = std::str::from_utf8(volume).ok().and_then(|text| text.parse().ok());
-                self.retiring.insert(VolumeId(volume.unwrap_or(0)), serde_json::from_slice(value)?);
-            }
+            Some(b"retiring") => drop(self.retiring.insert(volume_in(key), serde_json::from_slice(value)?)),
+            Some(b"fence") => drop(self.fences.insert(volume_in(key), serde_json::from_slice(value)?)),
             Some(b"position") => {
                 let (at, volume, branch) = serde_json::from_slice(value)?;
                 *position = Some(at);
@@ -311,6 +325,16 @@ fn branch_key(branch: BranchId) -> Vec<u8> {
 
 fn retiring_key(volume: VolumeId) -> Vec<u8> {
     format!("retiring/{:020}", volume.0).into_bytes()
+}
+
+fn fence_key(volume: VolumeId) -> Vec<u8> {
+    format!("fence/{:020}", volume.0).into_bytes()
+}
+
+/// The volume in a key that ends with one.
+fn volume_in(key: &[u8]) -> VolumeId {
+    let number = key.rsplit(|&b| b == b'/').next().and_then(|digits| std::str::from_utf8(digits).ok());
+    VolumeId(number.and_then(|digits| digits.parse().ok()).unwrap_or(0))
 }
 
 fn mark_key(volume: VolumeId, label: &Label) -> Vec<u8> {
@@ -365,7 +389,7 @@ impl Ledger {
             self.log.supply(context.segments.create(capacity)?);
         }
         if self.log.can_cut() {
-            self.log.cut(context)?;
+            self.log.cut(context);
             if let Some(capacity) = self.log.wants_segment(context) {
                 self.log.supply(context.segments.create(capacity)?);
             }

@@ -14,12 +14,16 @@ use cdp_types::{Generation, VolumeId};
 
 use crate::error::{Error, Result};
 use crate::format::{SegmentHeader, header_stride};
+use crate::index::LogPos;
 use crate::storage::{AlignedBuf, Alignment, File, Storage};
 
 /// Where segment files lie, relative to the store.
 pub const DIRECTORY: &str = "segments";
 /// Bits of an incarnation that count within one generation.
 const INCARNATION_COUNTER_BITS: u32 = 20;
+/// Generations from here on have no place in an incarnation.
+pub const GENERATION_LIMIT: Generation =
+    Generation((LogPos::MAX_INCARNATION + 1) >> INCARNATION_COUNTER_BITS);
 /// Capacity of a log's first segment, in bytes; each further one is four times as large, up to the full size.
 const FIRST_CAPACITY: u64 = 4 << 20;
 /// How much is zero-filled by one step, in bytes.
@@ -248,7 +252,8 @@ impl Segments {
     /// The capacity of a log's next segment, `opened` segments after its last cut, in bytes.
     #[must_use]
     pub fn capacity_after(&self, opened: u32) -> u64 {
-        FIRST_CAPACITY.checked_shl(opened.saturating_mul(2)).unwrap_or(u64::MAX).clamp(1, self.full_capacity)
+        // Bits that a shift pushes out are gone without a word, so it is bounded to what any store needs.
+        (FIRST_CAPACITY << opened.saturating_mul(2).min(16)).min(self.full_capacity)
     }
 
     /// Orders a blank segment for a log; [`Segments::step`] will supply it.

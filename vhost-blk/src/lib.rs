@@ -28,6 +28,7 @@
 
 mod back_channel;
 mod chain;
+mod complaints;
 mod config;
 mod config_space;
 mod error;

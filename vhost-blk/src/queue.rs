@@ -3,11 +3,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cdp_types::{BlockDevice, DeviceQueue, IoError, IoErrorKind, Op, Origin, RequestId, Wait};
 
 use crate::chain::Chain;
+use crate::complaints::Complaints;
 use crate::eventfd::EventFd;
 use crate::features::Features;
 use crate::guest::{DirtyLog, GuestMemory, GuestRange, MemoryMap, Ring, RingAddresses, RingFault};
@@ -449,24 +450,5 @@ pub(crate) fn complain_of_ring(context: &Context, wiring: &Wiring, fault: RingFa
     tracing::error!(socket = %name, queue, "the ring is stopped until the guest resets: {fault}");
     if let Some(err) = &wiring.err {
         err.signal();
-    }
-}
-
-/// At most one line a second, with the number of those that were kept back: a guest must not fill the log.
-#[derive(Default)]
-struct Complaints {
-    last: Option<Instant>,
-    kept_back: u64,
-}
-
-impl Complaints {
-    fn say(&mut self, line: impl FnOnce(u64)) {
-        let now = Instant::now();
-        if self.last.is_some_and(|last| now.duration_since(last) < Duration::from_secs(1)) {
-            self.kept_back += 1;
-            return;
-        }
-        line(std::mem::take(&mut self.kept_back));
-        self.last = Some(now);
     }
 }

@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError, VhostUserProtocolFeatures};
 
 use crate::back_channel::{BackChannel, peek};
+use crate::complaints::Complaints;
 use crate::eventfd::EventFd;
 use crate::session::{Disk, Session};
 use crate::socket::Socket;
@@ -179,6 +180,8 @@ impl Shared {
             stream,
             session,
             back_channel: None,
+            told: false,
+            complaints: Complaints::default(),
         };
         let left = self.serve_messages(socket, &mut connection);
         // In this order: what is in flight is reported while the client can still see it, then it hears the end.
@@ -210,8 +213,11 @@ impl Shared {
                 connection.config_changed(&self.disk.name);
             }
             // The connection before the listener: a client that replaces one that has gone is not turned away.
-            if message && !connection.handle(&self.disk.name)? {
-                return Ok(Left::Client);
+            if message {
+                if !connection.handle(&self.disk.name)? {
+                    return Ok(Left::Client);
+                }
+                connection.tell_of_configuration(&self.disk.name);
             }
             if client && !message {
                 self.turn_away(socket);
@@ -237,6 +243,9 @@ struct Connection {
     handler: BackendReqHandler<Mutex<Session>>,
     session: Arc<Mutex<Session>>,
     back_channel: Option<BackChannel>,
+    /// Whether the front end has been told, since its rings run, to look at the configuration.
+    told: bool,
+    complaints: Complaints,
 }
 
 impl Connection {
@@ -260,7 +269,10 @@ impl Connection {
                 let Some(refusal) = session.take_refusal() else { return Err(io::Error::other(error)) };
                 // The front end has been told no and can go on; if it cannot be told, it must not go on believing.
                 if session.reply_ack() && header.is_some_and(|header| header.refusal_is_heard()) {
-                    tracing::warn!(socket = %name, "a message was refused: {refusal}");
+                    drop(session);
+                    self.complaints.say(|more| {
+                        tracing::warn!(socket = %name, more, "a message was refused: {refusal}");
+                    });
                     return Ok(true);
                 }
                 Err(io::Error::new(io::ErrorKind::InvalidInput, refusal))
@@ -268,7 +280,16 @@ impl Connection {
         }
     }
 
-    fn config_changed(&mut self, name: &str) {
+    /// The disk may have been resized while the front end was away, and it does not ask again when it comes back. It
+    /// listens only while its rings run, and passes on to the guest only what is new.
+    fn tell_of_configuration(&mut self, name: &str) {
+        if !self.told && self.back_channel.is_some() && locked(&self.session).any_running() {
+            self.told = true;
+            self.config_changed(name);
+        }
+    }
+
+    fn config_changed(&self, name: &str) {
         let Some(channel) = &self.back_channel else { return };
         if let Err(error) = channel.config_changed() {
             tracing::warn!(socket = %name, "the front end cannot be told that the disk has changed: {error}");

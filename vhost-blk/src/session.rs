@@ -90,6 +90,10 @@ impl Session {
         self.negotiated(VhostUserProtocolFeatures::REPLY_ACK)
     }
 
+    pub(crate) fn any_running(&self) -> bool {
+        self.rings.any_running()
+    }
+
     /// Ends the connection: nothing is in flight, and no thread is left, when this returns. While the front end is
     /// `there`, everything is reported to the guest first.
     pub(crate) fn end(&mut self, there: bool) {

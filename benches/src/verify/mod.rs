@@ -11,20 +11,23 @@ mod session;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use e2e::process::wait_for;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 pub(crate) use content::SECTOR;
 pub(crate) use model::{Model, Wrong};
-pub(crate) use session::{Mix, Session};
+pub(crate) use session::{Mix, Session, shape};
 
-use crate::client::Place;
+use crate::client::{Client, Place};
 use crate::compare::Home;
 use crate::server::{Ours, QUEUES, StorageDaemon};
 
+/// How long a server of others may take until it lets us in again.
+const RECONNECT: Duration = Duration::from_secs(20);
 /// The depths that are tried, at random.
 const DEPTHS: [usize; 6] = [1, 2, 8, 32, 64, 128];
 
@@ -79,6 +82,17 @@ impl Target {
             Self::Socket(socket) => Place::VhostUser(socket.clone()),
         }
     }
+
+    fn connect(&self, queues: usize, depth: usize) -> Result<Client> {
+        let connect = || Client::connect(&self.place(), shape(queues, depth));
+        match self {
+            // Others may refuse a connection until they have done with the one before; guests try again.
+            Self::StorageDaemon(_) | Self::Socket(_) => {
+                wait_for("a connection", RECONNECT, || Ok(connect().ok()))
+            }
+            Self::Ours(_) => connect(),
+        }
+    }
 }
 
 /// Verifies.
@@ -112,7 +126,7 @@ fn verify(args: &Args, target: &mut Target, seed: u64) -> Result<()> {
     let start = Instant::now();
     let mut random = SmallRng::seed_from_u64(seed);
     let mut model = Model::new(seed, args.size_mib << 20);
-    let mut in_flight = 0;
+    let (mut in_flight, mut doubtful) = (0, 0);
     for cut in 0..args.cuts {
         let (queues, depth) =
             (random.random_range(1..=args.queues), DEPTHS[random.random_range(0..DEPTHS.len())]);
@@ -120,20 +134,22 @@ fn verify(args: &Args, target: &mut Target, seed: u64) -> Result<()> {
         let kill = (cut + 1) * args.kills / args.cuts > cut * args.kills / args.cuts;
         in_flight += between_cuts(args, target, queues, depth, kill, &mut model, &mut random)
             .with_context(|| format!("cut {} of {}, {queues} queues, depth {depth}", cut + 1, args.cuts))?;
+        doubtful += model.doubtful();
     }
-    let mut session = Session::connect(&target.place(), 1, 16, &mut model, &mut random)?;
+    let mut session = Session::new(target.connect(1, 16)?, &mut model, &mut random)?;
     session.check_everything().context("after the last cut")?;
     drop(session);
     if let Target::Ours(ours) = target {
         finish_ours(ours)?;
     }
     println!(
-        "verify: {} requests on {} MiB, {} cuts ({} of them kills) with {in_flight} requests in flight, {:.0} s: all well",
+        "verify: {} requests on {} MiB in {:.0} s, {} cuts ({} of them kills) with {in_flight} requests in flight that \
+         left {doubtful} sectors open: all well",
         u64::from(args.cuts) * args.requests,
         args.size_mib,
+        start.elapsed().as_secs_f64(),
         args.cuts,
         args.kills,
-        start.elapsed().as_secs_f64()
     );
     Ok(())
 }
@@ -148,7 +164,7 @@ fn between_cuts(
     model: &mut Model,
     random: &mut SmallRng,
 ) -> Result<usize> {
-    let mut session = Session::connect(&target.place(), queues, depth, model, random)?;
+    let mut session = Session::new(target.connect(queues, depth)?, model, random)?;
     session.check_everything()?;
     session.make(Mix::Everything, args.requests)?;
     match target {

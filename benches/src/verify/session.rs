@@ -9,14 +9,19 @@ use rand::rngs::SmallRng;
 
 use super::content::SECTOR;
 use super::model::{Change, Model};
-use crate::client::{Client, Place, Shape};
+use crate::client::{Client, Shape};
 
 /// A server that ends no request for so long is broken.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long one queue is waited for before the others are looked at again.
 const LOOK: Duration = Duration::from_millis(1);
 /// The longest request.
-pub(crate) const MAX_REQUEST: usize = 128 << 10;
+const MAX_REQUEST: usize = 128 << 10;
+
+/// How the client of a session connects.
+pub(crate) fn shape(queues: usize, depth: usize) -> Shape {
+    Shape { queues, depth, request_bytes: MAX_REQUEST }
+}
 
 /// Which requests are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,22 +61,15 @@ pub(crate) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// Connects.
+    /// Goes on with a connection that has been made in the [`shape`] of a session.
     ///
     /// # Errors
-    /// The server refuses, or its disk has another size than the model.
-    pub(crate) fn connect(
-        place: &Place,
-        queues: usize,
-        depth: usize,
-        model: &'a mut Model,
-        random: &'a mut SmallRng,
-    ) -> Result<Self> {
-        let client = Client::connect(place, Shape { queues, depth, request_bytes: MAX_REQUEST })?;
+    /// The disk has another size than the model.
+    pub(crate) fn new(mut client: Client, model: &'a mut Model, random: &'a mut SmallRng) -> Result<Self> {
         let (capacity, expected) = (client.capacity()?, model.sectors() * SECTOR as u64);
         ensure!(capacity == expected, "the disk has {capacity} bytes instead of {expected}");
         let can_zero = client.can_zero()?;
-        let requests = vec![vec![None; depth]; queues];
+        let requests = client.lanes().iter().map(|lane| vec![None; lane.shape().depth]).collect();
         Ok(Self {
             client,
             model,

@@ -40,7 +40,7 @@ pub enum RecordKind {
     Zero = 2,
     /// The blocks were discarded; they read as zeroes.
     Discard = 3,
-    /// A guest's flush that had completed: everything up to ordinal `aux` is durable.
+    /// A guest's flush that had completed: everything up to `Seq` `aux` is durable.
     Flush = 4,
     /// A cut across all disks of a machine; the body names the members.
     Epoch = 5,
@@ -217,6 +217,13 @@ impl BatchHeader {
     #[must_use]
     pub fn seq_count(&self) -> u64 {
         self.records.iter().filter(|r| !r.flags.more()).count() as u64
+    }
+
+    /// Everything up to here was durable, by the header's word and by that of *durable* records.
+    #[must_use]
+    pub fn claimed(&self) -> Ordinal {
+        let noted = self.records.iter().filter(|r| r.kind == RecordKind::Durable).map(|r| Ordinal(r.aux)).max();
+        self.durable.max(noted.unwrap_or_default())
     }
 
     /// `Seq` of its last request, or that before its first if it has none.

@@ -4,7 +4,7 @@ use std::fmt;
 
 /// A physical place in the log: segment incarnation ‖ byte offset in the segment / 512.
 ///
-/// The incarnation has 40 bits and the offset 24, so a segment holds up to 8 GiB. It is kept as two halves so
+/// The incarnation has 44 bits and the offset 20, so a segment holds up to 512 MiB. It is kept as two halves so
 /// that a [`BlockState`] has 16 bytes instead of 24; the order of places is that of (incarnation, offset).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LogPos {
@@ -20,7 +20,7 @@ impl LogPos {
     /// The last incarnation that a place can name.
     pub const MAX_INCARNATION: u64 = (1 << (64 - Self::OFFSET_BITS)) - 1;
 
-    const OFFSET_BITS: u32 = 24;
+    const OFFSET_BITS: u32 = 20;
 
     /// The place `offset_bytes` into the segment of this incarnation; `None` if the offset is no multiple of
     /// [`Self::UNIT_BYTES`] or either number is too large.

@@ -11,5 +11,5 @@ mod state;
 
 pub use draft::{Draft, Pending};
 pub use recover::{LogEnd, Recovery, recover};
-pub use scan::{BatchAt, ChainReader, live_chain};
+pub use scan::{BatchAt, ChainReader, Fence, live_chain};
 pub use state::{Acked, Append, Failed, LogContext, LogState, Placement, SyncPlan};

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use cdp_types::{Ordinal, Seq};
 
-use super::scan::{BatchAt, ChainReader};
+use super::scan::{BatchAt, ChainReader, Fence};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{BatchPlace, RecordKind};
+use crate::format::BatchPlace;
 use crate::index::Watermark;
 use crate::segments::Segment;
 
@@ -66,27 +66,31 @@ pub struct Recovery {
 /// batch *after* the watermark that is part of it, in order, and whether it is known to be durable. Reads only headers up to the last ordinal that is known to
 /// be durable, and payloads beyond it: there, a batch may be torn.
 ///
-/// Writes nothing: that the tail is cut is recorded by the first append ([`super::LogState::cut`]).
+/// Writes nothing: where the log ends is recorded in the store log, as its `fence` for later openings, and by a cut
+/// before the first append ([`super::LogState::cut`]).
 ///
 /// # Errors
 /// If a file cannot be read or is of a newer format; [`ErrorKind::Corrupt`] if the watermark does not match the log (the
 /// caller then replays from the start).
 pub fn recover(
     chain: &[Arc<Segment>],
+    fence: Fence,
     watermark: Option<&Watermark>,
+    known_durable: Ordinal,
     visit: &mut dyn FnMut(BatchAt, bool) -> Result<()>,
 ) -> Result<Recovery> {
-    let mut walk = Walk { end: LogEnd::EMPTY, durable: Ordinal(0), undecided: VecDeque::new() };
+    let mut walk = Walk { end: LogEnd::EMPTY, durable: known_durable, undecided: VecDeque::new() };
     let mut reader = match watermark.filter(|w| w.ordinal > Ordinal(0)) {
         None => ChainReader::new(chain),
         Some(watermark) => walk.start_at(chain, watermark)?,
-    };
+    }
+    .fenced(fence);
     while let Some(batch) = reader.next()? {
         walk.claim(&batch);
         walk.undecided.push_back(batch);
         walk.release(visit)?;
     }
-    let claimed = reader.claims_beyond()?;
+    let claimed = reader.claims_beyond()?.max(known_durable);
     let next = walk.undecided.back().map_or(walk.end.ordinal, |b| b.header.ordinal).next();
     let damage = (claimed >= next).then(|| describe(&reader, next, claimed));
     walk.durable = walk.durable.max(Ordinal(claimed.0.min(next.0 - 1)));
@@ -132,17 +136,12 @@ impl Walk {
         }
         self.end = self.end.after(&batch);
         self.end.seq = self.end.seq.max(watermark.seq);
-        self.durable = watermark.ordinal;
+        self.durable = self.durable.max(watermark.ordinal);
         Ok(reader)
     }
 
     fn claim(&mut self, batch: &BatchAt) {
-        self.durable = self.durable.max(batch.header.durable);
-        for record in &batch.header.records {
-            if record.kind == RecordKind::Durable {
-                self.durable = self.durable.max(Ordinal(record.aux));
-            }
-        }
+        self.durable = self.durable.max(batch.header.claimed());
     }
 
     fn release(&mut self, visit: &mut dyn FnMut(BatchAt, bool) -> Result<()>) -> Result<()> {

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use cdp_types::Ordinal;
+use cdp_types::{Generation, Ordinal};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::format::{BatchHeader, BatchPlace, Cut, FormatError, RecordKind, data_start};
@@ -80,10 +81,29 @@ pub fn live_chain(segments: impl IntoIterator<Item = Arc<Segment>>) -> Vec<Arc<S
     chain
 }
 
+/// Where a log had ended when an opening took it over: what earlier generations have placed behind that is not part
+/// of it, whenever it reaches the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fence {
+    /// The last batch that counted then.
+    pub last: Ordinal,
+    /// The opening.
+    pub generation: Generation,
+}
+
+impl Fence {
+    /// Whether a batch, or the first one of a segment, lies behind it.
+    #[must_use]
+    pub fn excludes(&self, ordinal: Ordinal, generation: Generation) -> bool {
+        ordinal > self.last && generation < self.generation
+    }
+}
+
 /// Walks the batches of a log.
 #[derive(Debug)]
 pub struct ChainReader<'a> {
     chain: &'a [Arc<Segment>],
+    fence: Fence,
     at: usize,
     offset: u64,
     last: Option<(Ordinal, u32)>,
@@ -97,7 +117,7 @@ impl<'a> ChainReader<'a> {
     pub fn new(chain: &'a [Arc<Segment>]) -> Self {
         let offset = chain.first().map_or(0, |s| data_start(s.header.physical_block));
         let window = AlignedBuf::zeroed(WINDOW);
-        Self { chain, at: 0, offset, last: None, window, window_at: None }
+        Self { chain, fence: Fence::default(), at: 0, offset, last: None, window, window_at: None }
     }
 
     /// A reader that starts with the batch at `place`, if that segment is on the chain.
@@ -113,6 +133,12 @@ impl<'a> ChainReader<'a> {
         let at = chain.partition_point(|s| s.header.first_ordinal <= ordinal).saturating_sub(1);
         let offset = chain.get(at).map_or(0, |s| data_start(s.header.physical_block));
         Self { at, offset, ..Self::new(chain) }
+    }
+
+    /// The same reader, which ends at a fence.
+    #[must_use]
+    pub fn fenced(self, fence: Fence) -> Self {
+        Self { fence, ..self }
     }
 
     /// Where the batch that `next` looked for last would be: segment and byte.
@@ -152,7 +178,8 @@ impl<'a> ChainReader<'a> {
             && (!is_first || found == opening)
             // The first batch of a walk is taken at its word.
             && self.last.is_none_or(|(last, crc)| found == (last.next(), crc))
-            && cut_agrees(&batch.header);
+            && cut_agrees(&batch.header)
+            && !self.fence.excludes(batch.header.ordinal, batch.header.generation);
         Ok(fits.then_some(batch))
     }
 
@@ -209,7 +236,7 @@ impl<'a> ChainReader<'a> {
         for index in self.at + 1..self.chain.len() {
             let mut reader = ChainReader::new(&self.chain[index..=index]);
             while let Some(batch) = reader.next()? {
-                highest = highest.max(batch.header.durable);
+                highest = highest.max(batch.header.claimed());
             }
         }
         Ok(highest)
@@ -265,7 +292,7 @@ fn claims_in(segment: &Arc<Segment>, from: u64) -> Result<Ordinal> {
             let mut bytes = AlignedBuf::zeroed(len.next_multiple_of(unit));
             read(&segment.file, offset, &mut bytes)?;
             if let Some((header, _)) = decode(&bytes[..len], segment, offset)? {
-                highest = highest.max(header.durable);
+                highest = highest.max(header.claimed());
             }
         }
         at += CHUNK as u64;

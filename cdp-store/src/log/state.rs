@@ -257,8 +257,9 @@ impl LogState {
     /// Whether a blank segment should be supplied through [`LogState::supply`], and how large.
     #[must_use]
     pub fn wants_segment(&self, context: &LogContext) -> Option<u64> {
+        // A cut always needs a fresh one, however little of the present one is used.
         let half_full = self.open.as_ref().is_none_or(|o| 2 * o.offset > o.segment.header.capacity);
-        (self.blank.is_none() && half_full).then(|| context.segments.capacity_after(self.opened_since_cut))
+        (self.blank.is_none() && (half_full || self.needs_cut)).then(|| context.segments.capacity_after(self.opened_since_cut))
     }
 
     /// Hands over a blank segment.
@@ -469,13 +470,31 @@ impl LogState {
         self.undelivered.remove(&ordinal);
     }
 
-    /// Whether a cut is due and possible: nothing of the old tail is under way any more.
+    /// Whether a cut is due and possible: nothing of the old tail is under way any more, and no sync either, whose
+    /// failure the cut would not hear of. Of a poisoned log only the requests are left to be ended.
     #[must_use]
     pub fn can_cut(&self) -> bool {
-        self.needs_cut
-            && self.poisoned.is_none()
-            && self.blank.is_some()
-            && !self.in_flight.iter().any(|b| matches!(b.fate, Fate::Writing))
+        if self.poisoned.is_some() {
+            return self.tail_is_still() && !self.in_flight.is_empty();
+        }
+        self.tail_is_still() && !self.syncing && self.blank.is_some()
+    }
+
+    /// Whether requests wait for a cut that only lacks a segment.
+    #[must_use]
+    pub fn cut_wants_segment(&self) -> bool {
+        let possible = self.poisoned.is_none() && self.tail_is_still() && !self.syncing;
+        possible && self.blank.is_none() && !self.in_flight.is_empty()
+    }
+
+    fn tail_is_still(&self) -> bool {
+        self.needs_cut && !self.in_flight.iter().any(|b| matches!(b.fate, Fate::Writing))
+    }
+
+    /// Whether a sync is under way.
+    #[must_use]
+    pub fn is_syncing(&self) -> bool {
+        self.syncing
     }
 
     /// Whether appending waits for a cut.
@@ -491,24 +510,31 @@ impl LogState {
     /// 2. Write the cut, in a fresh segment. Crash: there is a valid cut or there is none; both end at the same batch.
     /// 3. Sync it. Crash: every later opening obeys it.
     ///
-    /// Blocks for a few milliseconds; only openings and I/O errors need it.
-    ///
-    /// # Errors
-    /// If it cannot be written and synced. The log is poisoned then.
-    pub fn cut(&mut self, context: &LogContext) -> Result<Vec<Failed>> {
-        let result = self.try_cut(context);
-        if let Err(error) = &result {
+    /// Blocks for a few milliseconds; only openings and I/O errors need it. If it cannot be written and synced, the log
+    /// is poisoned: nothing is appended any more, and what becomes of the tail is decided by the next opening.
+    pub fn cut(&mut self, context: &LogContext) -> Vec<Failed> {
+        let removed = std::mem::take(&mut self.in_flight);
+        self.overlay.clear();
+        if self.poisoned.is_none()
+            && let Err(error) = self.try_cut(context)
+        {
             self.poison(format!("cutting the log's tail failed: {error}"));
         }
-        result
+        let failed = |b: InFlight| Failed {
+            error: match b.fate {
+                Fate::Failed(kind) => Some(kind),
+                Fate::Done | Fate::Writing => None,
+            },
+            owner: b.owner,
+            requests: b.requests,
+        };
+        removed.into_iter().map(failed).collect()
     }
 
-    fn try_cut(&mut self, context: &LogContext) -> Result<Vec<Failed>> {
+    fn try_cut(&mut self, context: &LogContext) -> Result<()> {
         for segment in std::mem::take(&mut self.dirty) {
             segment.file.sync().map_err(|e| Error::io(format!("syncing {}", segment.file.name()), e))?;
         }
-        let removed = std::mem::take(&mut self.in_flight);
-        self.overlay.clear();
         (self.placed, self.placed_crc) = (self.acked, self.acked_crc);
         self.durable = self.acked;
         self.open = None;
@@ -521,19 +547,10 @@ impl LogState {
         };
         self.needs_cut = false;
         let record = Record::event(RecordKind::Cut, 0);
-        self.append_synced(context, record, cut.encode())?;
-        let failed = removed.into_iter().map(|b| Failed {
-            error: match b.fate {
-                Fate::Failed(kind) => Some(kind),
-                Fate::Done | Fate::Writing => None,
-            },
-            owner: b.owner,
-            requests: b.requests,
-        });
-        Ok(failed.collect())
+        self.append_synced(context, record, cut.encode()).map(drop)
     }
 
-    /// Appends one event, blocking, and makes the log durable up to it. Nothing else may be in flight.
+    /// Appends one event, blocking, and makes the log durable up to it. Nothing else may be in flight, no sync either.
     ///
     /// # Durability
     /// The event, and everything before it, survives a power cut once this returns.
@@ -544,6 +561,9 @@ impl LogState {
     pub fn append_synced(&mut self, context: &LogContext, record: Record, body: Vec<u8>) -> Result<Acked> {
         if let Some(why) = &self.poisoned {
             return Err(Error::new(ErrorKind::ReadOnly, why.clone()));
+        }
+        if self.syncing {
+            return Err(Error::new(ErrorKind::Busy, "the log is being synced"));
         }
         let draft = Draft::event(record, body, context.segments.alignment());
         let (placement, buffer) = match self.append(context, draft, &Inbox::nobody()) {

@@ -48,6 +48,17 @@ impl Flushes {
     }
 }
 
+impl Flushes {
+    /// Forgets what waits, and returns the batches whose completions nobody has been told of.
+    pub(super) fn abandon(&mut self) -> Vec<Ordinal> {
+        let batches = self.waiting.drain(..).filter_map(|waiting| match waiting.reason {
+            Reason::Batch(ordinal) => Some(ordinal),
+            Reason::Flush(_) => None,
+        });
+        batches.chain(self.finished.drain(..)).collect()
+    }
+}
+
 impl HeadQueue {
     /// Everything acknowledged so far, on any queue, is durable once this request completes.
     pub(super) fn start_flush(&mut self, id: RequestId) {
@@ -142,7 +153,10 @@ impl HeadQueue {
     fn end_sync(&mut self) {
         let Some(running) = self.flushes.running.take() else { return };
         let result = running.error.map_or(Ok(()), Err);
-        let waiters = self.volume.log().end_sync(&running.plan, result);
+        let mut log = self.volume.log();
+        let waiters = log.end_sync(&running.plan, result);
+        self.volume.cut_if_due(&mut log, Some(&self.inbox));
+        drop(log);
         for waiter in waiters {
             waiter.send(super::Mail::Retry, Some(&self.inbox));
         }

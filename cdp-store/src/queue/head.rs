@@ -21,6 +21,9 @@ use crate::log::{Draft, Pending};
 use crate::storage::{AlignedBuf, Done, Lane, Token};
 use crate::volume::Volume;
 
+/// How long a queue that is being dropped sleeps at a time, while the kernel works on what it has begun.
+const DROP_PATIENCE: Duration = Duration::from_secs(1);
+
 /// What one lane operation of a queue, other than a request's read, was for.
 #[derive(Debug)]
 pub(super) enum Job {
@@ -216,6 +219,38 @@ fn changed_ranges(op: &Op) -> (Ranges, bool) {
         }
         Op::WriteZeroes { ranges, .. } | Op::Discard { ranges, .. } => (ranges.clone(), false),
         Op::Read { .. } | Op::Flush => (Ranges::new(), false),
+    }
+}
+
+impl Drop for HeadQueue {
+    /// The volume's log cannot go on before it knows how the writes and syncs ended that this queue has begun. Requests
+    /// that were not begun are forgotten, and completions that nobody has fetched count as delivered: who needs
+    /// them polls until nothing is in flight.
+    fn drop(&mut self) {
+        let mut unfetched = self.flushes.abandon();
+        unfetched.append(&mut self.handed_over);
+        for mail in self.inbox.close() {
+            if let Mail::Acked { ordinal, .. } = mail {
+                unfetched.push(ordinal);
+            }
+        }
+        let mut log = self.volume.log();
+        unfetched.into_iter().for_each(|ordinal| log.deliver(ordinal));
+        drop(log);
+        self.partial = None;
+        let mut broken = false;
+        while !self.jobs.is_empty() && !broken {
+            broken = self.lane.poll(Wait::For(DROP_PATIENCE), &mut self.done).is_err();
+            self.take_done();
+        }
+        for job in std::mem::take(&mut self.jobs) {
+            let lost = Err(io::Error::other("the queue's ring is broken"));
+            match job {
+                (_, Job::Batch(ordinal)) => self.batch_written(ordinal, lost, None),
+                (_, Job::Sync) => self.file_synced(lost),
+                (_, Job::Base(_)) => {}
+            }
+        }
     }
 }
 

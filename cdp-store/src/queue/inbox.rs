@@ -1,7 +1,7 @@
 //! What other threads have to tell a queue.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cdp_types::{IoErrorKind, Ordinal};
 
@@ -31,7 +31,8 @@ pub enum Mail {
 
 /// A queue's mailbox, and the bell that wakes its thread.
 pub struct Inbox {
-    mail: Mutex<Vec<Mail>>,
+    /// `None` once nobody reads it any more.
+    mail: Mutex<Option<Vec<Mail>>>,
     waker: Option<Arc<dyn Waker>>,
 }
 
@@ -39,27 +40,42 @@ impl Inbox {
     /// The mailbox of the queue that `waker` wakes.
     #[must_use]
     pub fn new(waker: Arc<dyn Waker>) -> Arc<Self> {
-        Arc::new(Self { mail: Mutex::default(), waker: Some(waker) })
+        Arc::new(Self { mail: Mutex::new(Some(Vec::new())), waker: Some(waker) })
     }
 
     /// A mailbox that nobody reads, for batches without requests.
     #[must_use]
     pub fn nobody() -> Arc<Self> {
-        Arc::new(Self { mail: Mutex::default(), waker: None })
+        Arc::new(Self { mail: Mutex::new(None), waker: None })
     }
 
-    /// Leaves a message, and wakes the queue's thread unless it is the one that calls.
-    pub fn send(self: &Arc<Self>, mail: Mail, from: Option<&Arc<Self>>) {
-        let Some(waker) = &self.waker else { return };
-        self.mail.lock().unwrap_or_else(PoisonError::into_inner).push(mail);
-        if !from.is_some_and(|from| Arc::ptr_eq(from, self)) {
+    fn mail(&self) -> MutexGuard<'_, Option<Vec<Mail>>> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves a message, and wakes the queue's thread unless it is the one that calls; says whether anybody is there
+    /// to read it.
+    pub fn send(self: &Arc<Self>, mail: Mail, from: Option<&Arc<Self>>) -> bool {
+        match &mut *self.mail() {
+            Some(list) => list.push(mail),
+            None => return false,
+        }
+        if let Some(waker) = self.waker.as_ref().filter(|_| !from.is_some_and(|from| Arc::ptr_eq(from, self))) {
             waker.wake();
         }
+        true
     }
 
     /// Takes all messages, oldest first, into `out`, which is empty.
     pub fn take(&self, out: &mut Vec<Mail>) {
-        std::mem::swap(&mut *self.mail.lock().unwrap_or_else(PoisonError::into_inner), out);
+        if let Some(list) = &mut *self.mail() {
+            std::mem::swap(list, out);
+        }
+    }
+
+    /// Takes all messages, and no more after them.
+    pub fn close(&self) -> Vec<Mail> {
+        self.mail().take().unwrap_or_default()
     }
 }
 

@@ -75,13 +75,18 @@ impl HeadQueue {
             if work.edges[edge].base.is_none()
                 && let Err(error) = self.start_base(&mut work, edge)
             {
-                self.finish(work.pending.id, Err(error));
-                return true;
+                work.error = Some(error);
+                break;
             }
         }
         if work.reads > 0 {
+            // One that cannot go on stays until its reads have ended: their completions know it only by its place.
             self.partial = Some(work);
             return false;
+        }
+        if let Some(error) = work.error.take() {
+            self.finish(work.pending.id, Err(error));
+            return true;
         }
         self.append_partial(work)
     }

@@ -183,6 +183,7 @@ impl HeadQueue {
             Some(kind) if kind != IoErrorKind::NoSpace => {
                 self.fail_all(requests, kind, "writing to the log failed");
             }
+            Some(_) if self.volume.is_starved() => self.fail_all(requests, IoErrorKind::NoSpace, STORE_FULL),
             _ => {
                 for pending in requests.into_iter().rev() {
                     if is_partial(&pending.op) {

@@ -279,7 +279,7 @@ impl Store {
         self.commit(&mut ledger, &[Change::Unmark { volume: volume.id(), label: label.clone() }])
     }
 
-    /// Removes a volume and its history, and gives its segments back. Who reads it at this moment can finish.
+    /// Removes a volume and its history, and gives its segments back. Reads that are under way can finish.
     ///
     /// # Durability
     /// It is gone after a power cut once this returns.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, RwLock};
 
-use cdp_types::{Generation, Origin, Seq, VolumeId};
+use cdp_types::{Generation, Ordinal, Origin, Seq, VolumeId};
 
 use super::{Inner, Store};
 use crate::catalogue::{Catalogue, Change, Ledger, STORE_LOG, VolumeRow};
@@ -13,7 +13,7 @@ use crate::clock::{Clock, StoreClock, SystemClock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BatchPlace, FormatError, RecordKind, SUPERBLOCK_LEN, Superblock};
 use crate::index::{IndexBatch, Kv, LogPos, RocksKv, RocksOptions, TimeIndex, Watermark, WriteBatch};
-use crate::log::{BatchAt, LogContext, LogEnd, LogState, Recovery, live_chain, recover};
+use crate::log::{BatchAt, Fence, LogContext, LogEnd, LogState, Recovery, live_chain, recover};
 use crate::map::{HeadMap, LeafBudget};
 use crate::options::StoreOptions;
 use crate::segments::{self, Segment, Segments};
@@ -43,6 +43,9 @@ pub struct Seams {
     pub secrets: fn() -> u64,
 }
 
+/// Fences in one record of the store log.
+const FENCES_PER_RECORD: usize = 4096;
+
 /// Whether an opening may write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -70,12 +73,19 @@ impl Store {
     pub fn create(dir: &Path, options: &StoreOptions) -> Result<()> {
         let at = dir.display();
         std::fs::create_dir_all(dir).map_err(|e| Error::io(format!("making {at}"), e))?;
-        let mut entries = std::fs::read_dir(dir).map_err(|e| Error::io(format!("reading {at}"), e))?;
-        if entries.next().is_some() {
+        let entries = std::fs::read_dir(dir).map_err(|e| Error::io(format!("reading {at}"), e))?;
+        if entries.flatten().any(|entry| !Self::tolerates(&entry.file_name())) {
             return Err(Error::new(ErrorKind::Exists, format!("{at} is not empty")));
         }
         let storage = DirectoryStorage::open(dir).map_err(|e| Error::io(format!("opening {at}"), e))?;
         Self::create_on(&storage, &SystemClock, options)
+    }
+
+    /// Whether a store can be made in a directory that holds a file of this name: what a fresh file system brings along,
+    /// or a configuration that was put there first.
+    #[must_use]
+    pub fn tolerates(name: &std::ffi::OsStr) -> bool {
+        name == "lost+found" || name == "cdpd.toml"
     }
 
     /// The same on any storage.
@@ -236,15 +246,28 @@ impl Opening {
             superblock.generation = Generation(superblock.generation.max(written.unwrap_or_default()).0 + 1);
             write_slot(storage, &*file, superblock.generation.0 % 2, &superblock)?;
             file.sync().map_err(|e| Error::io("syncing superblock", e))?;
+            if superblock.generation >= segments::GENERATION_LIMIT {
+                let text = "the store has been opened 16 million times; copy its volumes into a new one";
+                return Err(Error::new(ErrorKind::Invalid, text));
+            }
             segments.start_generation(superblock.generation);
         }
         let mut found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>> = BTreeMap::new();
+        let mut discarded = false;
         for slot in discovered {
             match slot.segment {
                 Some(segment) => found.entry(segment.header.volume).or_default().push((slot.slot, segment)),
-                None if mode == Mode::Write => segments.discard_slot(slot.slot)?,
+                None if mode == Mode::Write => {
+                    segments.discard_slot(slot.slot)?;
+                    discarded = true;
+                }
                 None => {}
             }
+        }
+        if discarded {
+            // A name that a power cut brought back could bring back what a dead process wrote under it.
+            let synced = storage.sync_directory(segments::DIRECTORY);
+            synced.map_err(|e| Error::io(format!("syncing {}/", segments::DIRECTORY), e))?;
         }
         for list in found.values_mut() {
             list.sort_by_key(|(_, s)| s.header.incarnation);
@@ -256,13 +279,22 @@ impl Opening {
 
     /// 3. Recover the store log, and from it the catalogue.
     /// 4. Recover every volume. What is acknowledged in a log's tail is synced before anything new can be.
-    /// 5. Finish what was being given back; record the generation in the store log, behind a cut of its tail.
+    /// 5. Record the generation in the store log, behind a cut of its tail, and where every volume's log ends: from here
+    ///    on nothing that an earlier process has written can join them any more.
+    /// 6. Finish what was being given back.
     fn run(mut self) -> Result<Store> {
         let (catalogue, end, rows) = self.recover_catalogue()?;
         let index = TimeIndex::new(Arc::clone(&self.seams.index));
         let mut recovered = Vec::new();
+        let mut fences = Vec::new();
         for row in catalogue.volumes.values() {
-            recovered.push((row.clone(), self.recover_volume(&index, row)?));
+            let fence = catalogue.fences.get(&row.id).copied().unwrap_or_default();
+            let volume = self.recover_volume(&index, row, fence)?;
+            // A damaged log goes on behind what could be read of it.
+            if !volume.damaged {
+                fences.push((row.id, Fence { last: volume.end.ordinal, generation: self.superblock.generation }));
+            }
+            recovered.push((row.clone(), volume));
         }
         self.sort_out_leftovers(&catalogue)?;
         let shared = self.share(index, &catalogue);
@@ -272,6 +304,9 @@ impl Opening {
             ledger.write_rows(rows);
             let change = Change::Generation { generation: self.superblock.generation };
             ledger.commit(&shared.log, &[change])?;
+            for fences in fences.chunks(FENCES_PER_RECORD) {
+                ledger.commit(&shared.log, &[Change::Fence { fences: fences.to_vec() }])?;
+            }
         }
         let volumes: BTreeMap<VolumeId, Arc<Volume>> = recovered
             .into_iter()
@@ -343,9 +378,10 @@ impl Opening {
 
     /// Takes a volume's live segments into use. Those that a cut has superseded are left where they are until the
     /// chain that supersedes them has been walked.
-    fn chain_of(&mut self, volume: VolumeId) -> Vec<Arc<Segment>> {
+    fn chain_of(&mut self, volume: VolumeId, fence: Fence) -> Vec<Arc<Segment>> {
         let list = self.found.remove(&volume).unwrap_or_default();
-        let chain = live_chain(list.iter().map(|(_, s)| Arc::clone(s)));
+        let counts = |s: &&Arc<Segment>| !fence.excludes(s.header.first_ordinal, s.header.generation);
+        let chain = live_chain(list.iter().map(|(_, s)| s).filter(counts).cloned());
         for (slot, segment) in list {
             self.segments.adopt(slot, segment);
         }
@@ -353,7 +389,8 @@ impl Opening {
     }
 
     fn recover_catalogue(&mut self) -> Result<(Catalogue, LogEnd, WriteBatch)> {
-        let chain = self.chain_of(STORE_LOG);
+        // The store log needs no fence: each opening appends to it before anyone sees the store.
+        let chain = self.chain_of(STORE_LOG, Fence::default());
         let loaded = Catalogue::load(&*self.seams.catalogue)?;
         if let Some((catalogue, position)) = loaded {
             let place = BatchPlace { incarnation: position.incarnation, offset: position.offset };
@@ -384,7 +421,7 @@ impl Opening {
         from: Option<&Watermark>,
     ) -> Result<(Catalogue, LogEnd, WriteBatch)> {
         let mut rows = WriteBatch::new();
-        let recovery = recover(chain, from, &mut |batch, _| {
+        let recovery = recover(chain, Fence::default(), from, Ordinal(0), &mut |batch, _| {
             if batch.header.records.first().is_some_and(|r| r.kind == RecordKind::Store) {
                 let place = batch.header.place.offset;
                 let at = || format!("{}, byte {place}: a store record", batch.segment.file.name());
@@ -418,16 +455,18 @@ impl Opening {
         Ok(())
     }
 
-    fn recover_volume(&mut self, index: &TimeIndex, row: &VolumeRow) -> Result<Recovered> {
-        let chain = self.chain_of(row.id);
+    fn recover_volume(&mut self, index: &TimeIndex, row: &VolumeRow, fence: Fence) -> Result<Recovered> {
+        let chain = self.chain_of(row.id, fence);
         let failed = |e| Error::new(ErrorKind::Io, format!("reading the time index of volume '{}'", row.name)).with(e);
         let watermark = index.watermark(row.id).map_err(failed)?;
-        match self.replay_volume(index, row, &chain, watermark.as_ref()) {
+        match self.replay_volume(index, row, &chain, fence, watermark.as_ref(), Ordinal(0)) {
             Err(error) if error.kind() == ErrorKind::Corrupt && watermark.is_some() => {
                 tracing::warn!(volume = %row.name, "{error}; its index is rebuilt from the log");
+                // The index only ever says what was durable, so what it speaks of and the log lacks was not torn off.
+                let known = watermark.map_or(Ordinal(0), |w| w.ordinal);
                 if self.mode == Mode::Write {
                     self.forget_index(index, row)?;
-                    self.replay_volume(index, row, &chain, None)
+                    self.replay_volume(index, row, &chain, fence, None, known)
                 } else {
                     Err(error)
                 }
@@ -449,7 +488,9 @@ impl Opening {
         index: &TimeIndex,
         row: &VolumeRow,
         chain: &[Arc<Segment>],
+        fence: Fence,
         watermark: Option<&Watermark>,
+        known_durable: Ordinal,
     ) -> Result<Recovered> {
         let indexed = watermark.map_or(Seq::ZERO, |w| w.seq);
         let mut map = HeadMap::new(indexed, Arc::clone(&self.leaf_budget));
@@ -458,7 +499,7 @@ impl Opening {
             collect_origins(&batch, &mut survived);
         }
         let writable = self.mode == Mode::Write;
-        let recovery = recover(chain, watermark, &mut |batch, durable| {
+        let recovery = recover(chain, fence, watermark, known_durable, &mut |batch, durable| {
             collect_origins(&batch, &mut survived);
             map.apply(&batch.header, batch.crc, batch.payload_at);
             // A long replay, after the index was lost, is written to it on the way: memory stays bounded.

@@ -86,7 +86,10 @@ impl Volume {
             }
         }
         let outcome = result.clone();
-        let waiters = self.log().end_sync(&plan, result);
+        let mut log = self.log();
+        let waiters = log.end_sync(&plan, result);
+        self.cut_if_due(&mut log, None);
+        drop(log);
         for waiter in waiters {
             waiter.send(crate::queue::Mail::Retry, None);
         }
@@ -132,7 +135,8 @@ impl Volume {
     pub(crate) fn note_durable(&self) -> Result<()> {
         let mut log = self.log();
         let nothing_new = log.acked() == Ordinal(0) || log.claimed() >= log.acked();
-        if nothing_new || log.in_flight() > 0 || log.needs_cut() || log.poisoned().is_some() {
+        let busy = log.in_flight() > 0 || log.is_syncing() || log.needs_cut() || log.durable() < log.acked();
+        if nothing_new || busy || log.poisoned().is_some() {
             return Ok(());
         }
         let record = Record::event(RecordKind::Durable, log.acked().0);

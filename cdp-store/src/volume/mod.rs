@@ -17,6 +17,7 @@ use smallvec::SmallVec;
 
 use crate::catalogue::VolumeRow;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::data_start;
 use crate::index::{BlockState, FANOUT};
 use crate::log::{Acked, Append, Draft, Failed, LogEnd, LogState};
 use crate::map::{HeadMap, Leaf, apply_changes};
@@ -195,14 +196,18 @@ impl Volume {
 
     pub(crate) fn append_locked(&self, log: &mut LogState, draft: Draft, owner: &Arc<Inbox>) -> Append {
         let outcome = log.append(&self.shared.log, draft, owner);
-        if let Some(capacity) = log.wants_segment(&self.shared.log) {
-            self.shared.log.segments.order(self.id, capacity);
-            self.shared.pool_bell.ring();
-        }
+        self.order_segment(log);
         if let Append::Blocked(_) = outcome {
             self.wait_for_change(owner);
         }
         outcome
+    }
+
+    fn order_segment(&self, log: &LogState) {
+        if let Some(capacity) = log.wants_segment(&self.shared.log) {
+            self.shared.log.segments.order(self.id, capacity);
+            self.shared.pool_bell.ring();
+        }
     }
 
     /// Has `inbox` told to try again when a segment comes, a cut is made or a batch is acknowledged.
@@ -228,15 +233,19 @@ impl Volume {
     ) {
         let mut log = self.log();
         let acked = log.complete(ordinal, result);
-        self.publish(acked, from);
+        self.publish(&mut log, acked, from);
         self.cut_if_due(&mut log, Some(from));
+        if log.needs_cut() {
+            // Nobody may come to append anything: the cut itself has to ask for its segment.
+            self.order_segment(&log);
+        }
         drop(log);
         self.wake_waiters(Some(from));
     }
 
     /// The map takes in what is acknowledged before anyone hears of it: whoever has seen a write's completion
     /// reads what it wrote. Called under the log's lock, so that two queues cannot swap their order.
-    fn publish(&self, acked: Vec<Acked>, from: &Arc<Inbox>) {
+    fn publish(&self, log: &mut LogState, acked: Vec<Acked>, from: &Arc<Inbox>) {
         if acked.is_empty() {
             return;
         }
@@ -260,7 +269,9 @@ impl Volume {
         for batch in acked {
             if !batch.requests.is_empty() {
                 let mail = Mail::Acked { ordinal: batch.header.ordinal, requests: batch.requests };
-                batch.owner.send(mail, Some(from));
+                if !batch.owner.send(mail, Some(from)) {
+                    log.deliver(batch.header.ordinal);
+                }
             }
         }
     }
@@ -270,11 +281,12 @@ impl Volume {
         if !log.can_cut() {
             return;
         }
-        // On failure the log is poisoned and says so; the queues fail what they hold.
-        let failed: Vec<Failed> = log.cut(&self.shared.log).unwrap_or_default();
+        // If that poisons the log, the queues fail what they get back.
+        let failed: Vec<Failed> = log.cut(&self.shared.log);
         for batch in failed {
             batch.owner.send(Mail::Failed { error: batch.error, requests: batch.requests }, from);
         }
+        self.wake_waiters(from);
     }
 
     /// Notes that there is no space for the segment that was ordered.
@@ -283,6 +295,17 @@ impl Volume {
         if self.starved_since_ns.compare_exchange(0, now, Memory::Relaxed, Memory::Relaxed).is_ok() {
             tracing::warn!(volume = %self.id, "the store is full: writes wait, then fail");
         }
+        let mut log = self.log();
+        if log.cut_wants_segment() {
+            // What is in flight can only end behind a cut, and for a cut there is space kept back.
+            let unit = self.shared.log.segments.alignment().physical_block;
+            match self.shared.log.segments.create(data_start(unit) + u64::from(unit)) {
+                Ok(blank) => log.supply(blank),
+                Err(error) => tracing::error!(volume = %self.id, "no segment for a cut: {error}"),
+            }
+            self.cut_if_due(&mut log, None);
+        }
+        drop(log);
         self.wake_waiters(None);
     }
 
@@ -419,16 +442,18 @@ impl Volume {
             (!found && generation.0 + 1 < current.0).then_some(generation)
         };
         let Some(oldest) = origins.iter().zip(&found).filter_map(missing).min() else { return found };
-        let mut chain = self.chain();
-        chain.retain(|s| s.header.generation >= oldest && s.header.generation < current);
-        for segment in chain.chunks(1) {
-            let mut reader = crate::log::ChainReader::new(segment);
-            // What cannot be read was not acknowledged by this opening either; its volume says so elsewhere.
-            while let Ok(Some(batch)) = reader.next() {
-                for record in &batch.header.records {
-                    if let Some(index) = origins.iter().position(|o| o.0 != 0 && *o == record.origin) {
-                        found[index] = true;
-                    }
+        let (chain, until) = (self.chain(), self.log().acked());
+        let from = chain.partition_point(|s| s.header.generation < oldest);
+        let mut reader = crate::log::ChainReader::new(&chain[from..]);
+        // Along the chain, not segment by segment: what was cut off did not survive. What cannot be read was not
+        // acknowledged by this opening either; its volume says so elsewhere.
+        while let Ok(Some(batch)) = reader.next() {
+            if batch.header.generation >= current || batch.header.ordinal > until {
+                break;
+            }
+            for record in &batch.header.records {
+                if let Some(index) = origins.iter().position(|o| o.0 != 0 && *o == record.origin) {
+                    found[index] = true;
                 }
             }
         }

@@ -21,6 +21,8 @@ const SECTORS_PER_BLOCK: u64 = 8;
 pub enum Fate {
     /// No completion has been seen.
     InFlight,
+    /// Its guest went away and does not ask after it.
+    Abandoned,
     /// It completed without an error.
     Acknowledged,
     /// It completed with an error.

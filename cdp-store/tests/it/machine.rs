@@ -369,7 +369,7 @@ impl Machine {
             let memory = self.volumes.get_mut(&name).unwrap();
             for asked in lane.asked.values() {
                 if let Asked::Change(origin) = asked {
-                    memory.requests.get_mut(origin).unwrap().orphaned = true;
+                    memory.requests.get_mut(origin).unwrap().fate = Fate::Abandoned;
                 }
             }
         }

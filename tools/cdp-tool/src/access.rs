@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow, bail};
 use cdp_store::{ExtentInfo, SegmentInfo, Store, VerifyReport};
 use cdp_types::{VolumeAt, VolumeName};
-use cdpd::api::{self, ApiError, Count, ErrorKind, MapEnd, Progress, Record, RecordsEnd, ServingStatus, StoreStatus};
+use cdpd::api::{
+    self, ApiError, Count, ErrorKind, MapEnd, Progress, Record, RecordsEnd, ServingStatus, StoreStatus,
+};
 use cdpd::client::{Client, Step};
 use cdpd::content::Sink;
 use cdpd::frames::Frame;

@@ -64,10 +64,12 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Inspect(InspectCommand),
     /// Check every checksum of the logs, and the index against them
-    #[command(after_help = "Exit status: 0 if all is well, 1 if something is damaged, 2 if that could not be found out.
+    #[command(
+        after_help = "Exit status: 0 if all is well, 1 if something is damaged, 2 if that could not be found out.
 
 Example:
-  cdp-tool --store /srv/cdp verify")]
+  cdp-tool --store /srv/cdp verify"
+    )]
     Verify,
     /// Make the index again from the logs alone; cdpd must be stopped
     #[command(after_help = "Example:

@@ -37,7 +37,8 @@ pub(crate) fn open(path: &Path, format: Option<ImageFormat>) -> anyhow::Result<R
         Some(format) => (format.name().to_owned(), None),
         None => {
             let info = info(&path)?;
-            let backing = info.backing_filename.map(|f| format!(", over the backing file {f}")).unwrap_or_default();
+            let backing =
+                info.backing_filename.map(|f| format!(", over the backing file {f}")).unwrap_or_default();
             let note = format!(
                 "{} looks like {}{backing} and is read as such; --format raw would take its bytes as they are",
                 path.display(),

@@ -239,7 +239,8 @@ mod tests {
     fn a_file_that_shrinks_is_an_error() {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&vec![7; 2 << 20], 0).unwrap();
-        let mut source = Source::new(Path::new("shrinking"), file.try_clone().unwrap(), 2 << 20, 512).unwrap();
+        let mut source =
+            Source::new(Path::new("shrinking"), file.try_clone().unwrap(), 2 << 20, 512).unwrap();
         source.next().unwrap();
         source.next().unwrap();
         file.set_len(CHUNK + 1).unwrap();

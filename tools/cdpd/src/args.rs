@@ -13,11 +13,15 @@ use crate::logging::LogFormat;
 /// The store is steered with cdp-tool, through the socket cdpd.sock in its directory. SIGTERM and SIGINT stop the
 /// daemon cleanly; a second one stops it at once, which loses nothing that was acknowledged.
 #[derive(Debug, Parser)]
-#[command(name = "cdpd", version, after_help = "Examples:
+#[command(
+    name = "cdpd",
+    version,
+    after_help = "Examples:
   cdpd --store /srv/cdp
   cdpd --store /srv/cdp --http 127.0.0.1:8080 --log-format json
 
-Exit status: 0 after a clean stop, 2 after a failure.")]
+Exit status: 0 after a clean stop, 2 after a failure."
+)]
 pub struct Args {
     /// The store's directory; a store is made in it if it is empty or missing
     #[arg(long, value_name = "DIR", env = "CDP_STORE")]

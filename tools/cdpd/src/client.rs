@@ -94,7 +94,8 @@ impl Client {
         path: &str,
         step: &mut dyn FnMut(Step<T>) -> bool,
     ) -> Result<Option<D>, ApiError> {
-        let response = self.runtime.block_on(request(&self.store, method, path, "application/json", empty()))?;
+        let response =
+            self.runtime.block_on(request(&self.store, method, path, "application/json", empty()))?;
         read_lines(self.answer(response)?, step)
     }
 

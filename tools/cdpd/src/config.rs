@@ -135,7 +135,9 @@ impl<'de> Deserialize<'de> for SocketMode {
             "0600" | "600" => Ok(Self(0o600)),
             "0660" | "660" => Ok(Self(0o660)),
             // Whoever can write to the socket can destroy volumes.
-            other => Err(serde::de::Error::custom(format!("mode \"{other}\": \"0600\" or \"0660\" is possible"))),
+            other => {
+                Err(serde::de::Error::custom(format!("mode \"{other}\": \"0600\" or \"0660\" is possible")))
+            }
         }
     }
 }

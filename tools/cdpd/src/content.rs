@@ -187,7 +187,9 @@ impl Writer {
     /// The range is unaligned, out of order or outside the volume, or an earlier write has failed.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), ApiError> {
         let range = ByteRange::new(offset, bytes.len() as u64);
-        range.check(self.size_bytes, self.block).map_err(|e| ApiError::new(ErrorKind::Invalid, e.to_string()))?;
+        range
+            .check(self.size_bytes, self.block)
+            .map_err(|e| ApiError::new(ErrorKind::Invalid, e.to_string()))?;
         if offset < self.position {
             let message = format!("data at byte {offset} comes after data up to byte {}", self.position);
             return Err(ApiError::new(ErrorKind::Invalid, message));

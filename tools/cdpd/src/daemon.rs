@@ -99,7 +99,9 @@ impl Daemon {
         // 3. Let the API's clients have their answers.
         let answered = async { while self.listeners.join_next().await.is_some() {} };
         if tokio::time::timeout(ANSWERS_DEADLINE, answered).await.is_err() {
-            tracing::warn!("clients have not taken their answers in {ANSWERS_DEADLINE:?}; closing their connections");
+            tracing::warn!(
+                "clients have not taken their answers in {ANSWERS_DEADLINE:?}; closing their connections"
+            );
             self.listeners.shutdown().await;
         }
         // 4. Close the store. Only then may another daemon's socket take the place of ours, so ours goes first.
@@ -128,7 +130,9 @@ fn open(config: &Config) -> anyhow::Result<Store> {
     let directory = config.store.display();
     if is_vacant(&config.store).with_context(|| format!("cannot look into {directory}"))? {
         if !config.create {
-            bail!("there is no store in {directory} (is its file system mounted? without --no-create, one is made)");
+            bail!(
+                "there is no store in {directory} (is its file system mounted? without --no-create, one is made)"
+            );
         }
         Store::create(&config.store, &config.options)
             .with_context(|| format!("cannot make a store in {directory}"))?;
@@ -143,7 +147,11 @@ fn open(config: &Config) -> anyhow::Result<Store> {
 /// Whether a directory is missing or empty: the only ones in which a store is made.
 fn is_vacant(directory: &Path) -> io::Result<bool> {
     match std::fs::read_dir(directory) {
-        Ok(mut entries) => Ok(entries.next().is_none()),
+        // What a fresh file system brings along, and a configuration that was put there first, do not count.
+        Ok(entries) => {
+            let names: Vec<_> = entries.map(|e| e.map(|e| e.file_name())).collect::<io::Result<_>>()?;
+            Ok(names.iter().all(|name| cdp_store::Store::tolerates(name)))
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
         Err(error) => Err(error),
     }
@@ -155,7 +163,9 @@ fn advice(kind: ErrorKind) -> &'static str {
         ErrorKind::Locked => " (stop the other cdpd, or use another directory)",
         ErrorKind::Foreign => " (choose an empty directory, or one that holds a store)",
         ErrorKind::Newer => " (use the version of cdpd that wrote it, or a newer one)",
-        ErrorKind::Corrupt => " (see what is damaged: cdp-tool verify; a damaged index: cdp-tool rebuild-index)",
+        ErrorKind::Corrupt => {
+            " (see what is damaged: cdp-tool verify; a damaged index: cdp-tool rebuild-index)"
+        }
         ErrorKind::NoSpace => " (free some space on its file system)",
         _ => "",
     }

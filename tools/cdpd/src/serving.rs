@@ -9,8 +9,8 @@ use cdp_store::{Serving, Store};
 use cdp_types::{NoVmControl, VolumeId, VolumeName};
 use vhost_blk::{Server, ServerConfig, ServerStats};
 
-use crate::config::VhostUser;
 use crate::api::{ApiError, ErrorKind, ServingStatus, one_line};
+use crate::config::VhostUser;
 
 /// Queues that a volume offers unless told otherwise: QEMU asks for one per virtual processor and refuses to start
 /// if there are fewer. One that is not started costs nothing.
@@ -81,7 +81,8 @@ impl Servers {
         check(&serving, &self.reserved)?;
         if let Some(entry) = lock(&self.running).get(&id) {
             if entry.serving != serving {
-                let message = format!("volume '{name}' is served on {}: unserve it first", entry.serving.socket);
+                let message =
+                    format!("volume '{name}' is served on {}: unserve it first", entry.serving.socket);
                 return Err(ApiError::new(ErrorKind::Busy, message));
             }
             if entry.outcome.is_ok() {
@@ -121,7 +122,8 @@ impl Servers {
         let _changing = lock(&self.changing);
         let info = self.store.volume_info(name)?;
         if let Some(serving) = info.serving.filter(|_| !force) {
-            let message = format!("volume '{name}' is served on {}: unserve it first, or force it", serving.socket);
+            let message =
+                format!("volume '{name}' is served on {}: unserve it first, or force it", serving.socket);
             return Err(ApiError::new(ErrorKind::Busy, message));
         }
         self.stop(info.id);
@@ -171,9 +173,9 @@ impl Servers {
     }
 
     fn start(&self, name: &VolumeName, id: VolumeId, serving: &Serving) -> Result<Server, ApiError> {
-        let taken = lock(&self.running).iter().any(|(other, entry)| {
-            *other != id && entry.serving.socket == serving.socket
-        });
+        let taken = lock(&self.running)
+            .iter()
+            .any(|(other, entry)| *other != id && entry.serving.socket == serving.socket);
         if taken {
             let message = format!("{} already belongs to another volume", serving.socket);
             return Err(ApiError::new(ErrorKind::Busy, message));

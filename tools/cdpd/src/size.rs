@@ -117,7 +117,8 @@ mod tests {
 
     #[test]
     fn display_is_short() {
-        for (bytes, text) in [(0, "0 B"), (1023, "1023 B"), (10 << 30, "10 GiB"), (1_610_612_737, "1.50 GiB")] {
+        for (bytes, text) in [(0, "0 B"), (1023, "1023 B"), (10 << 30, "10 GiB"), (1_610_612_737, "1.50 GiB")]
+        {
             assert_eq!(ByteSize(bytes).to_string(), text);
         }
     }

@@ -58,7 +58,9 @@ pub fn connect(directory: &Path) -> io::Result<Option<UnixStream>> {
     let attempt = Place::new(directory, NAME).and_then(|place| UnixStream::connect(&place.path));
     match attempt {
         Ok(stream) => Ok(Some(stream)),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            Ok(None)
+        }
         Err(error) => Err(error),
     }
 }

@@ -160,13 +160,8 @@ fn what_is_imported_can_be_inspected_and_extracted_at_every_instant() {
     let mut bench = Bench::new();
     let size = 8 * MIB + 4096;
     let tail = 8 * MIB;
-    let frames = vec![
-        start(size),
-        data(4096, 1, 8192),
-        data(MIB, 2, MIB as usize),
-        data(tail, 3, 512),
-        Frame::End,
-    ];
+    let frames =
+        vec![start(size), data(4096, 1, 8192), data(MIB, 2, MIB as usize), data(tail, 3, 512), Frame::End];
     let volume = bench.import("img", frames).unwrap();
     assert_eq!(volume.size_bytes, size);
 
@@ -188,8 +183,7 @@ fn what_is_imported_can_be_inspected_and_extracted_at_every_instant() {
         .unwrap()
         .unwrap();
     assert_eq!((end.count, end.more, end.to.seq), (records.len() as u64, false, volume.head.seq));
-    let writes: u64 =
-        records.iter().filter(|r| r.record.kind == "write").map(|r| r.record.block_count).sum();
+    let writes: u64 = records.iter().filter(|r| r.record.kind == "write").map(|r| r.record.block_count).sum();
     assert_eq!(writes, 259);
     assert!(records.is_sorted_by_key(|r| r.record.seq));
 
@@ -204,7 +198,10 @@ fn what_is_imported_can_be_inspected_and_extracted_at_every_instant() {
     let end: MapEnd = bench
         .client
         .lines(Method::GET, "/v1/volumes/img/map?at=head", &mut |step| {
-            if let Step::Item(ExtentInfo { block_count, state: cdp_store::ExtentState::Mapped { .. }, .. }) = step {
+            if let Step::Item(ExtentInfo {
+                block_count, state: cdp_store::ExtentState::Mapped { .. }, ..
+            }) = step
+            {
                 mapped += block_count;
             }
             true
@@ -264,7 +261,8 @@ fn an_import_that_does_not_end_leaves_nothing() {
         assert_eq!(bench.show(name).unwrap_err().kind, ErrorKind::NotFound, "{name}");
     }
     // A refusal in the middle of much more than any buffer holds is read all the same.
-    let endless = [start(1 << 40), data(0, 1, 100)].into_iter().chain((1..500).map(|n| data(n * MIB, 1, 1 << 20)));
+    let endless =
+        [start(1 << 40), data(0, 1, 100)].into_iter().chain((1..500).map(|n| data(n * MIB, 1, 1 << 20)));
     let refusal = bench.import("endless", endless.collect()).unwrap_err();
     assert!(refusal.message.contains("not aligned"), "{refusal}");
     let volumes: Vec<Volume> = bench.client.get("/v1/volumes").unwrap();
@@ -362,17 +360,26 @@ fn bad_requests_get_json_and_do_no_harm() {
         let refusal = bench.show(name).unwrap_err();
         assert!(refusal.message.contains(part), "{name}: {refusal}");
     }
-    for body in [json!({}), json!({ "name": "x", "size_bytes": 1, "sise": 2 }), json!({ "name": "-", "size_bytes": 1 })] {
+    for body in [
+        json!({}),
+        json!({ "name": "x", "size_bytes": 1, "sise": 2 }),
+        json!({ "name": "-", "size_bytes": 1 }),
+    ] {
         let refusal = bench.client.send::<Volume>(Method::POST, "/v1/volumes", &body).unwrap_err();
         assert_eq!(refusal.kind, ErrorKind::Invalid, "{body}");
     }
     let refusal = bench.client.send::<Volume>(Method::PUT, "/v1/volumes", &json!({})).unwrap_err();
     assert!(refusal.message.contains("does not take this method"), "{refusal}");
     let long = json!({ "name": "x".repeat(100_000), "size_bytes": 1 });
-    assert_eq!(bench.client.send::<Volume>(Method::POST, "/v1/volumes", &long).unwrap_err().kind, ErrorKind::Invalid);
+    assert_eq!(
+        bench.client.send::<Volume>(Method::POST, "/v1/volumes", &long).unwrap_err().kind,
+        ErrorKind::Invalid
+    );
 
     bench.create("web1", MIB).unwrap();
-    for (query, part) in [("at=-5x", "is no instant"), ("when=head", "unknown field"), ("at=mark:none", "none")] {
+    for (query, part) in
+        [("at=-5x", "is no instant"), ("when=head", "unknown field"), ("at=mark:none", "none")]
+    {
         let refusal = bench.data(&format!("/v1/volumes/web1/data?{query}")).unwrap_err();
         assert!(refusal.message.contains(part), "{query}: {refusal}");
     }
@@ -387,7 +394,8 @@ fn too_much_at_once_is_refused() {
     let frames = vec![start(64 * MIB), data(0, 7, 1 << 20), Frame::End];
     bench.import("img", frames).unwrap();
     // Big enough to stay under way while nobody reads it.
-    let frames = [start(64 * MIB)].into_iter().chain((0..64).map(|n| data(n * MIB, 7, 1 << 20))).chain([Frame::End]);
+    let frames =
+        [start(64 * MIB)].into_iter().chain((0..64).map(|n| data(n * MIB, 7, 1 << 20))).chain([Frame::End]);
     bench.import("big", frames.collect()).unwrap();
     let mut stream = bench.client.content("/v1/volumes/big/data").unwrap();
     Frame::read(&mut stream).unwrap();
@@ -406,7 +414,8 @@ fn too_much_at_once_is_refused() {
 #[test]
 fn a_stop_does_not_wait_for_a_client_that_reads_nothing() {
     let mut bench = Bench::new();
-    let frames = [start(64 * MIB)].into_iter().chain((0..64).map(|n| data(n * MIB, 7, 1 << 20))).chain([Frame::End]);
+    let frames =
+        [start(64 * MIB)].into_iter().chain((0..64).map(|n| data(n * MIB, 7, 1 << 20))).chain([Frame::End]);
     bench.import("big", frames.collect()).unwrap();
     let mut stream = bench.client.content("/v1/volumes/big/data").unwrap();
     Frame::read(&mut stream).unwrap();

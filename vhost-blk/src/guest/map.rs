@@ -146,7 +146,7 @@ impl MemoryMap {
         (host as usize).is_multiple_of(align).then_some(host)
     }
 
-    /// Where 16 bytes at a guest address are mapped in one piece.
+    /// Where `len` bytes at a guest address are mapped, if they are in one piece. As `host_of_user` otherwise.
     pub(crate) fn host_of_guest(&self, addr: u64, len: u64) -> Option<*mut u8> {
         let mut whole = None;
         self.pieces(addr, len, |base, part| {

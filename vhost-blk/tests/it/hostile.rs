@@ -3,6 +3,8 @@
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
@@ -281,4 +283,48 @@ fn garbage_on_the_socket_ends_only_that_connection() {
     }
     let mut guest = Guest::start(&fixture.socket(), Options::default());
     assert_eq!(guest.request(IN, 0, &[], 512).0, OK);
+}
+
+/// Rings full of nonsense, whose buffers lie anywhere, over the rings themselves too.
+#[test]
+fn random_rings_neither_end_nor_hang_the_server() {
+    let fixture = Fixture::new(1 << 20, None);
+    let seed = u64::from(std::process::id());
+    println!("seed {seed}");
+    let mut random = SmallRng::seed_from_u64(seed);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    for _ in 0..1000 {
+        for index in 0..64 {
+            let addr = match random.random_range(0..10) {
+                0 => random.random(),
+                1 => OUTSIDE - random.random_range(0..600),
+                2 => BASE + random.random_range(0..0x2_0000),
+                _ => BASE + (20 << 20) + random.random_range(0..4096) * 16,
+            };
+            let len =
+                [0, 1, 15, 16, 17, 48, 512, 4096, 1 << 20, 64 << 20, u32::MAX][random.random_range(0..11)];
+            let flags = if random.random_ratio(1, 50) { random.random() } else { random.random_range(0..8) };
+            let next = if random.random_ratio(1, 20) { random.random() } else { random.random_range(0..64) };
+            guest.rings[0].descriptor(index, addr, len, flags, next);
+            let table = BASE + (20 << 20) + random.random_range(0..4096) * 16;
+            guest.memory.write(table, &descriptor(addr, len, flags, next));
+            let kind = [IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 99][random.random_range(0..7)];
+            let other = BASE + (20 << 20) + random.random_range(0..4096) * 16;
+            guest.memory.write(other, &header(kind, random.random_range(0..2100)));
+        }
+        for _ in 0..random.random_range(1..64) {
+            let head = if random.random_ratio(1, 100) { random.random() } else { random.random_range(0..64) };
+            guest.rings[0].put(head);
+        }
+        guest.rings[0].submit(64);
+        guest.rings[0].kick.write(1).unwrap();
+        if random.random() {
+            guest.frontend().set_vring_enable(0, false).unwrap();
+        }
+        guest.frontend().get_vring_base(0).unwrap();
+        guest.rings[0].reset();
+        guest.start_rings(Some(&[0]));
+    }
+    assert_eq!(guest.request(IN, 0, &[], 512).0, OK);
+    assert_eq!(fixture.server.stats().connections, 1, "the connection has held");
 }

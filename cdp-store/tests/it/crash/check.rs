@@ -210,7 +210,7 @@ fn assert_nothing_dead(name: &VolumeName, memory: &Memory, log: &[Logged]) {
         let tracked = memory.requests.get(&logged.origin);
         let fate = tracked.map(|t| t.fate);
         assert!(
-            matches!(fate, Some(Fate::InFlight | Fate::Acknowledged)),
+            matches!(fate, Some(Fate::InFlight | Fate::Abandoned | Fate::Acknowledged)),
             "invariant 4 violated: {name} has request {} in its log: {tracked:?}",
             logged.origin
         );

@@ -67,11 +67,7 @@ pub(super) fn extract(
 }
 
 /// Fills `file`; the instant, the size and the data in it.
-fn receive(
-    access: &Access,
-    what: &VolumeAt,
-    file: &fs::File,
-) -> anyhow::Result<(Option<At>, u64, u64)> {
+fn receive(access: &Access, what: &VolumeAt, file: &fs::File) -> anyhow::Result<(Option<At>, u64, u64)> {
     let progress = Progress::new("extracting");
     let mut begun: Option<(Option<At>, u64, Target<'_>)> = None;
     let mut complete = false;
@@ -84,7 +80,10 @@ fn receive(
             (Frame::Data { offset, bytes }, Some((_, size_bytes, target))) => {
                 let end = offset.saturating_add(bytes.len() as u64);
                 if end > *size_bytes {
-                    return Err(ApiError::new(ErrorKind::Internal, format!("data up to byte {end} is too long")));
+                    return Err(ApiError::new(
+                        ErrorKind::Internal,
+                        format!("data up to byte {end} is too long"),
+                    ));
                 }
                 target.write(offset, &bytes).map_err(|e| unwritten(&e))?;
                 progress.at(end, *size_bytes);

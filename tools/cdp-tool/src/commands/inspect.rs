@@ -19,7 +19,9 @@ pub(super) fn store(access: &Access, output: &mut Output) -> anyhow::Result<()> 
     }
     let store = &status.store;
     let daemon = match &status.daemon {
-        Some(daemon) => format!("version {}, process {}, since {}", daemon.version, daemon.pid, daemon.started),
+        Some(daemon) => {
+            format!("version {}, process {}, since {}", daemon.version, daemon.pid, daemon.started)
+        }
         None => "none: the store is stopped".to_owned(),
     };
     output.facts(&[

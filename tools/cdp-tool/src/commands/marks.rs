@@ -15,8 +15,7 @@ pub(super) fn mark(
     label: Label,
     output: &mut Output,
 ) -> anyhow::Result<()> {
-    let mark: Mark =
-        client.send(Method::POST, &format!("/v1/volumes/{volume}/marks"), &NewMark { label })?;
+    let mark: Mark = client.send(Method::POST, &format!("/v1/volumes/{volume}/marks"), &NewMark { label })?;
     if output.is_json() {
         return output.value(&mark);
     }
@@ -35,7 +34,9 @@ pub(super) fn list(access: &Access, volume: &VolumeName, output: &mut Output) ->
 
 /// Writes marks as a table.
 pub(super) fn table(marks: &[Mark], output: &mut Output) -> anyhow::Result<()> {
-    let rows: Vec<_> =
-        marks.iter().map(|mark| vec![mark.label.to_string(), mark.seq.to_string(), output.time(mark.time_ns)]).collect();
+    let rows: Vec<_> = marks
+        .iter()
+        .map(|mark| vec![mark.label.to_string(), mark.seq.to_string(), output.time(mark.time_ns)])
+        .collect();
     output.table(&[Column::Left("MARK"), Column::Right("SEQ"), Column::Left("TIME")], &rows)
 }

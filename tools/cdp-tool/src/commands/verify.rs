@@ -3,8 +3,10 @@
 use std::path::Path;
 
 use anyhow::Context;
-use cdp_store::{Store, StoreOptions};
+use cdp_store::Store;
 use cdp_types::VolumeId;
+use cdpd::Config;
+use cdpd::config::Overrides;
 
 use crate::access::Access;
 use crate::commands::Outcome;
@@ -39,9 +41,11 @@ pub(super) fn verify(access: &Access, output: &mut Output) -> anyhow::Result<Out
 
 /// Makes the index again.
 pub(super) fn rebuild_index(directory: &Path, output: &mut Output) -> anyhow::Result<()> {
-    let progress = Progress::new("rebuilding");
-    let report = Store::rebuild_index(directory, StoreOptions::default())
-    .with_context(|| format!("cannot rebuild the index of the store in {}", directory.display()))?;
+    // As the daemon would open it: its configuration may lie in the store's directory.
+    let options = Config::load(directory, &Overrides::default())?.options;
+    let progress = Progress::alive("rebuilding the index");
+    let report = Store::rebuild_index(directory, options)
+        .with_context(|| format!("cannot rebuild the index of the store in {}", directory.display()))?;
     drop(progress);
     if output.is_json() {
         return output.value(&report);

@@ -52,7 +52,9 @@ pub(super) async fn import(
     }
     let mut inlet = Inlet::new(&app, request.into_body());
     lines::<(), api::Volume>(&app, move |app, lines| {
-        import_from(app, &name, params.logical_block_size, &mut inlet, &mut |progress| lines.progress(progress))?;
+        import_from(app, &name, params.logical_block_size, &mut inlet, &mut |progress| {
+            lines.progress(progress)
+        })?;
         volumes::view(app, &name)
     })
     .await
@@ -93,7 +95,9 @@ fn import_from(
 
 fn broken(error: &io::Error) -> ApiError {
     match error.kind() {
-        io::ErrorKind::UnexpectedEof => ApiError::new(ErrorKind::Invalid, "the content stream stopped before its end"),
+        io::ErrorKind::UnexpectedEof => {
+            ApiError::new(ErrorKind::Invalid, "the content stream stopped before its end")
+        }
         io::ErrorKind::InvalidData => ApiError::new(ErrorKind::Invalid, error.to_string()),
         _ => ApiError::new(ErrorKind::Unavailable, error.to_string()),
     }

@@ -33,7 +33,8 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let Query(value) = Query::from_request_parts(parts, state).await.map_err(|e| invalid(e.body_text()))?;
+        let Query(value) =
+            Query::from_request_parts(parts, state).await.map_err(|e| invalid(e.body_text()))?;
         Ok(Self(value))
     }
 }

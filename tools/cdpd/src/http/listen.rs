@@ -166,7 +166,8 @@ mod tests {
     use super::*;
 
     fn checked(peer: Peer, pairs: &[(&'static str, &str)]) -> bool {
-        let headers = pairs.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
+        let headers =
+            pairs.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
         check_origin(Some(peer), &headers).is_ok()
     }
 

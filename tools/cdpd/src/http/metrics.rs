@@ -61,7 +61,8 @@ fn of_store(text: &mut Text, app: &App) -> Result<(), ApiError> {
 
 fn of_volumes(text: &mut Text, volumes: &[VolumeInfo]) {
     let mut each = |name: &str, kind: &str, help: &str, value: fn(&VolumeInfo) -> f64| {
-        let samples: Vec<_> = volumes.iter().map(|v| (format!("{{volume=\"{}\"}}", v.name), value(v))).collect();
+        let samples: Vec<_> =
+            volumes.iter().map(|v| (format!("{{volume=\"{}\"}}", v.name), value(v))).collect();
         text.family(name, kind, help, &samples);
     };
     each("cdpd_volume_size_bytes", "gauge", "The volume's size.", |v| v.size_bytes as f64);
@@ -120,24 +121,36 @@ fn of_servers(text: &mut Text, volumes: &[VolumeInfo], servers: &BTreeMap<Volume
         }
         text.family(name, kind, help, &samples);
     };
-    by("cdpd_vhost_requests_total", "counter", "Requests answered.", "op", &[
-        ("read", |q| q.reads),
-        ("write", |q| q.writes),
-        ("flush", |q| q.flushes),
-        ("discard", |q| q.discards),
-        ("write_zeroes", |q| q.write_zeroes),
-        ("other", |q| q.others),
-    ]);
-    by("cdpd_vhost_bytes_total", "counter", "Bytes carried.", "direction", &[
-        ("read", |q| q.bytes_read),
-        ("write", |q| q.bytes_written),
-    ]);
+    by(
+        "cdpd_vhost_requests_total",
+        "counter",
+        "Requests answered.",
+        "op",
+        &[
+            ("read", |q| q.reads),
+            ("write", |q| q.writes),
+            ("flush", |q| q.flushes),
+            ("discard", |q| q.discards),
+            ("write_zeroes", |q| q.write_zeroes),
+            ("other", |q| q.others),
+        ],
+    );
+    by(
+        "cdpd_vhost_bytes_total",
+        "counter",
+        "Bytes carried.",
+        "direction",
+        &[("read", |q| q.bytes_read), ("write", |q| q.bytes_written)],
+    );
     by("cdpd_vhost_errors_total", "counter", "Requests answered with an error.", "", &[("", |q| q.errors)]);
     by("cdpd_vhost_in_flight", "gauge", "Requests taken and not yet answered.", "", &[("", |q| q.in_flight)]);
     by("cdpd_vhost_interrupts_total", "counter", "Interrupts sent to guests.", "", &[("", |q| q.interrupts)]);
     by("cdpd_vhost_sleeps_total", "counter", "Times that a queue's thread slept.", "", &[("", |q| q.sleeps)]);
-    by("cdpd_vhost_recovered_total", "counter", "Requests in flight at a reconnection.", "how", &[
-        ("completed", |q| q.recovered),
-        ("repeated", |q| q.resubmitted),
-    ]);
+    by(
+        "cdpd_vhost_recovered_total",
+        "counter",
+        "Requests in flight at a reconnection.",
+        "how",
+        &[("completed", |q| q.recovered), ("repeated", |q| q.resubmitted)],
+    );
 }

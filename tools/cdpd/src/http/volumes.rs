@@ -26,9 +26,8 @@ fn view_of(app: &App, info: VolumeInfo) -> Volume {
 
 /// `GET /v1/volumes`
 pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Json<Vec<Volume>>, ApiError> {
-    let volumes = blocking(&app, |app| {
-        Ok(app.store.volumes().into_iter().map(|info| view_of(app, info)).collect())
-    });
+    let volumes =
+        blocking(&app, |app| Ok(app.store.volumes().into_iter().map(|info| view_of(app, info)).collect()));
     volumes.await.map(Json)
 }
 
