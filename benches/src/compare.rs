@@ -13,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::client::{Client, Place, Shape};
 use crate::drive::{self, Job};
+use crate::home::Home;
 use crate::machine::{Machine, free_bytes, gib, need_space};
 use crate::meter::{self, MemoryWatch};
 use crate::report::{Phase, Report, Settings, TargetReport, WorkloadReport};
@@ -85,11 +86,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         store_budget_bytes: budget(args)?,
     };
     let mut report = Report { machine: Machine::look(&args.dir)?, settings, workloads: Vec::new() };
-    let mut bench = Bench::start(&home.0, settings, &names)?;
-    for workload in &workloads {
-        report.workloads.push(bench.measure(workload)?);
-    }
-    bench.end()?;
+    home.explain(measure(&home, &workloads, &names, &mut report))?;
     let markdown = report.markdown();
     println!("{markdown}");
     if let Some(path) = &args.markdown {
@@ -99,6 +96,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         fs::write(path, serde_json::to_vec_pretty(&report)?).with_context(|| path.display().to_string())?;
     }
     Ok(())
+}
+
+fn measure(home: &Home, workloads: &[Workload], names: &[&'static str], report: &mut Report) -> Result<()> {
+    let mut bench = Bench::start(home.dir(), report.settings, names)?;
+    for workload in workloads {
+        report.workloads.push(bench.measure(workload)?);
+    }
+    bench.end()
 }
 
 fn chosen<T: Copy>(all: &[T], wanted: &[String], name: impl Fn(&T) -> &'static str) -> Vec<T> {
@@ -112,27 +117,6 @@ fn budget(args: &Args) -> Result<u64> {
         Some(gib) => Ok(gib << 30),
         // The raw file and what the store is filled with come on top.
         None => Ok((free_bytes(&args.dir)? - (args.size_gib << 30)) / 2),
-    }
-}
-
-/// A directory of this run's own, removed with it.
-#[derive(Debug)]
-pub(crate) struct Home(pub(crate) PathBuf);
-
-impl Home {
-    pub(crate) fn new(parent: &Path) -> Result<Self> {
-        // Short, because a Unix socket's path has at most 107 bytes.
-        let dir = parent.canonicalize()?.join(format!("bench-blk.{}", std::process::id()));
-        fs::create_dir(&dir).with_context(|| dir.display().to_string())?;
-        Ok(Self(dir))
-    }
-}
-
-impl Drop for Home {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("bench-blk: {} is left behind: {error}", self.0.display());
-        }
     }
 }
 

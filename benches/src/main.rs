@@ -12,6 +12,7 @@
 mod client;
 mod compare;
 mod drive;
+mod home;
 mod machine;
 mod meter;
 mod recovery;

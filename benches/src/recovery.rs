@@ -9,7 +9,7 @@ use rand::rngs::SmallRng;
 use serde::Serialize;
 
 use crate::client::{Client, Shape};
-use crate::compare::Home;
+use crate::home::Home;
 use crate::machine::{Machine, need_space};
 use crate::meter::{self, MemoryWatch};
 use crate::report::Spread;
@@ -79,12 +79,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(args.runs > 0 && args.writes > 0 && args.size_gib > 0, "nothing to do");
     let all = args.writes + MORE * args.runs as u64;
     need_space(&args.dir, all * BLOCK as u64 / 100 * 108 + (3 << 30))?;
-    let machine = Machine::look(&args.dir)?;
     let home = Home::new(&args.dir)?;
+    let report = home.explain(measure(args, &home))?;
+    println!("{}", markdown(&report));
+    if let Some(path) = &args.json {
+        std::fs::write(path, serde_json::to_vec_pretty(&report)?)
+            .with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn measure(args: &Args, home: &Home) -> Result<RecoveryReport> {
+    let machine = Machine::look(home.dir())?;
     let disk_bytes = args.size_gib << 30;
     let mut model = Model::new(1, disk_bytes);
     let mut random = SmallRng::seed_from_u64(1);
-    let mut ours = Ours::create(&home.0.join("ours"), disk_bytes)?;
+    let mut ours = Ours::create(&home.dir().join("ours"), disk_bytes)?;
     let watch = MemoryWatch::new(ours.pid()?);
     let mut acknowledged = 0;
     let mut runs = Vec::new();
@@ -93,23 +103,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let start = Instant::now();
         let in_flight = write_and_kill(&mut ours, writes, &mut model, &mut random)?;
         acknowledged += writes - in_flight as u64;
-        eprintln!(
-            "{writes} writes in {:.0} s, killed with {in_flight} of them in flight",
-            start.elapsed().as_secs_f64()
-        );
+        let seconds = start.elapsed().as_secs_f64();
+        eprintln!("{writes} writes in {seconds:.0} s, killed with {in_flight} of them in flight");
         let recovery = recover(&mut ours, acknowledged, in_flight, &mut model, &mut random)?;
         eprintln!("first read after {:.0} ms", recovery.first_read_ms);
         runs.push(recovery);
     }
     let first_read_ms = Spread::of(runs.iter().map(|run| run.first_read_ms).collect());
-    let report =
-        RecoveryReport { machine, disk_bytes, rss_anon_max_writing_bytes: watch.most(), first_read_ms, runs };
-    println!("{}", markdown(&report));
-    if let Some(path) = &args.json {
-        std::fs::write(path, serde_json::to_vec_pretty(&report)?)
-            .with_context(|| path.display().to_string())?;
-    }
-    Ok(())
+    Ok(RecoveryReport { machine, disk_bytes, rss_anon_max_writing_bytes: watch.most(), first_read_ms, runs })
 }
 
 /// Writes, and kills the daemon when the last requests are in flight; returns how many.

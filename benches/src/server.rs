@@ -17,6 +17,7 @@ use rustix::fs::FallocateFlags;
 use rustix::process::Signal;
 
 use crate::client::Place;
+use crate::home::STORE;
 
 /// How long a server may take until it listens; one that recovers a long log included.
 const READY: Duration = Duration::from_secs(120);
@@ -158,7 +159,7 @@ impl Ours {
     }
 
     fn store(&self) -> PathBuf {
-        self.dir.join("store")
+        self.dir.join(STORE)
     }
 
     fn socket(&self) -> PathBuf {

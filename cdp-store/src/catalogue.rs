@@ -368,6 +368,12 @@ impl Ledger {
         &self.catalogue
     }
 
+    /// The last batch of the store log.
+    #[must_use]
+    pub fn end(&self) -> Ordinal {
+        self.log.acked()
+    }
+
     /// Commits changes, all or none.
     ///
     /// 1. Append one record and sync it: the commit point. Crash before: nothing happened.

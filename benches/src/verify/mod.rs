@@ -23,7 +23,7 @@ pub(crate) use model::{Model, Wrong};
 pub(crate) use session::{Mix, Session, shape};
 
 use crate::client::{Client, Place};
-use crate::compare::Home;
+use crate::home::Home;
 use crate::server::{Ours, QUEUES, StorageDaemon};
 
 /// How long a server of others may take until it lets us in again.
@@ -113,13 +113,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut target = if let Some(socket) = &args.socket {
         Target::Socket(socket.clone())
     } else if args.storage_daemon {
-        let file = home.0.join("disk.raw");
+        let file = home.dir().join("disk.raw");
         File::create(&file)?.set_len(bytes)?;
-        Target::StorageDaemon(StorageDaemon::start(&home.0, &file)?)
+        Target::StorageDaemon(StorageDaemon::start(home.dir(), &file)?)
     } else {
-        Target::Ours(Ours::create(&home.0.join("ours"), bytes)?)
+        Target::Ours(Ours::create(&home.dir().join("ours"), bytes)?)
     };
-    verify(args, &mut target, seed).with_context(|| format!("seed {seed}"))
+    home.explain(verify(args, &mut target, seed)).with_context(|| format!("seed {seed}"))
 }
 
 fn verify(args: &Args, target: &mut Target, seed: u64) -> Result<()> {

@@ -34,12 +34,15 @@ impl BatchAt {
         (self.payload_at + self.header.payload_len()).next_multiple_of(unit)
     }
 
-    /// Whether every block of the payload matches its checksum.
+    /// Whether every block of the payload is there and matches its checksum. What lies past the end of the file would
+    /// read as zeroes here, which may be just what the block held, but its readers would get an error.
     ///
     /// # Errors
     /// If the file cannot be read.
     pub fn payload_is_whole(&self) -> Result<bool> {
-        Ok(self.first_bad_block()?.is_none())
+        let file = &self.segment.file;
+        let len = file.len().map_err(|e| Error::io(format!("asking the length of {}", file.name()), e))?;
+        Ok(len >= self.payload_at + self.header.payload_len() && self.first_bad_block()?.is_none())
     }
 
     /// The first block of the payload that does not match its checksum.

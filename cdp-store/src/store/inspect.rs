@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY};
 use super::Store;
+use crate::catalogue::STORE_LOG;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMAT_VERSION;
 use crate::index::RocksKv;
@@ -16,7 +17,6 @@ use crate::log::{ChainReader, live_chain};
 use crate::options::StoreOptions;
 use crate::segments::Segment;
 use crate::storage::uring::DirectoryStorage;
-use crate::volume::Volume;
 
 /// A store as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -203,55 +203,25 @@ impl Store {
         let total_bytes = self.info()?.log_bytes;
         let mut report = VerifyReport::default();
         let mut done_bytes = 0;
+        let mut advance = |bytes| {
+            done_bytes += bytes;
+            progress(VerifyProgress { done_bytes: done_bytes.min(total_bytes), total_bytes });
+        };
+        let of_store = |(_, s): (u64, Arc<Segment>)| (s.header.volume == STORE_LOG).then_some(s);
+        let store_log = live_chain(self.inner.shared.log.segments.all().into_iter().filter_map(of_store));
+        let end = self.ledger().end();
+        verify_log(STORE_LOG, &store_log, end, &mut report, &mut advance)?;
         for volume in self.all_volumes() {
-            self.verify_volume(&volume, &mut report, &mut |bytes| {
-                done_bytes += bytes;
-                progress(VerifyProgress { done_bytes: done_bytes.min(total_bytes), total_bytes });
-            })?;
+            if let Some((_, what)) = volume.refusal().filter(|_| volume.is_damaged()) {
+                report.findings.push(Finding { volume: volume.id(), file: String::new(), offset: 0, what });
+            }
+            let head = volume.head();
+            if verify_log(volume.id(), &volume.chain(), head.ordinal, &mut report, &mut advance)? {
+                super::compare::compare_with_log(&volume, head, &mut report)?;
+            }
         }
         progress(VerifyProgress { done_bytes: total_bytes, total_bytes });
         Ok(report)
-    }
-
-    fn verify_volume(
-        &self,
-        volume: &Arc<Volume>,
-        report: &mut VerifyReport,
-        advance: &mut dyn FnMut(u64),
-    ) -> Result<()> {
-        if let Some((_, reason)) = volume.refusal().filter(|_| volume.is_damaged()) {
-            let file = String::new();
-            report.findings.push(Finding { volume: volume.id(), file, offset: 0, what: reason });
-        }
-        let end = volume.head();
-        let chain = volume.chain();
-        let mut reader = ChainReader::new(&chain);
-        let mut last = Ordinal(0);
-        while last < end.ordinal {
-            let Some(batch) = reader.next()? else { break };
-            last = batch.header.ordinal;
-            report.batches += 1;
-            report.blocks_checked += batch.header.block_crcs.len() as u64;
-            if let Some(block) = batch.first_bad_block()? {
-                let offset = batch.payload_at + block as u64 * cdp_types::BLOCK_SIZE;
-                let what = format!("block {block} of batch {last} does not match its checksum");
-                report.findings.push(Finding {
-                    volume: volume.id(),
-                    file: batch.segment.file.name().to_owned(),
-                    offset,
-                    what,
-                });
-            }
-            advance(batch.end() - batch.header.place.offset);
-        }
-        if last < end.ordinal {
-            let (file, offset) =
-                reader.position().map_or((String::new(), 0), |(s, at)| (s.file.name().to_owned(), at));
-            let what = format!("batch {} is damaged; the log goes on to batch {}", last.next(), end.ordinal);
-            report.findings.push(Finding { volume: volume.id(), file, offset, what });
-            return Ok(());
-        }
-        super::compare::compare_with_log(volume, end, report)
     }
 
     /// Deletes both databases of a store that is not open, and builds them again from the logs alone.
@@ -282,6 +252,38 @@ impl Store {
         store.close()?;
         Ok(report)
     }
+}
+
+/// Checks a log's batches up to `end`; says whether they are all there.
+fn verify_log(
+    volume: VolumeId,
+    chain: &[Arc<Segment>],
+    end: Ordinal,
+    report: &mut VerifyReport,
+    advance: &mut dyn FnMut(u64),
+) -> Result<bool> {
+    let mut reader = ChainReader::new(chain);
+    let mut last = Ordinal(0);
+    while last < end {
+        let Some(batch) = reader.next()? else { break };
+        last = batch.header.ordinal;
+        report.batches += 1;
+        report.blocks_checked += batch.header.block_crcs.len() as u64;
+        if let Some(block) = batch.first_bad_block()? {
+            let offset = batch.payload_at + block as u64 * cdp_types::BLOCK_SIZE;
+            let file = batch.segment.file.name().to_owned();
+            let what = format!("block {block} of batch {last} does not match its checksum");
+            report.findings.push(Finding { volume, file, offset, what });
+        }
+        advance(batch.end() - batch.header.place.offset);
+    }
+    if last < end {
+        let (file, offset) =
+            reader.position().map_or((String::new(), 0), |(s, at)| (s.file.name().to_owned(), at));
+        let what = format!("batch {} is damaged; the log goes on to batch {end}", last.next());
+        report.findings.push(Finding { volume, file, offset, what });
+    }
+    Ok(last >= end)
 }
 
 fn length(segment: &Segment) -> Result<u64> {

@@ -120,6 +120,9 @@ fn crash_at(seed: u64, step: u64) {
     let mut machine = dead.fork(fork_seed + 2);
     let story = STORIES.choose(&mut machine.rng).unwrap();
     for then in *story {
+        if std::env::var_os("CRASH_TRACE").is_some() {
+            eprintln!("-- {then:?}");
+        }
         machine.go_on(*then);
     }
 }
@@ -127,11 +130,45 @@ fn crash_at(seed: u64, step: u64) {
 impl Machine {
     /// Starts the machine again after a crash, and checks what it finds.
     fn restart(&mut self, how: Crash) -> std::collections::BTreeMap<cdp_types::VolumeName, Vec<Logged>> {
+        if std::env::var_os("CRASH_TRACE").is_some() {
+            for name in self.disk.files() {
+                let bytes = self.disk.contents(&name).unwrap();
+                let blocks: Vec<_> = bytes.chunks(4096).take(12).map(|b| b.iter().any(|&x| x != 0) as u8).collect();
+                eprintln!("before: {name} {} {blocks:?}", bytes.len());
+            }
+        }
         self.crash(how);
+        if std::env::var_os("CRASH_TRACE").is_some() {
+            for name in self.disk.files() {
+                let bytes = self.disk.contents(&name).unwrap();
+                let blocks: Vec<_> = bytes.chunks(4096).take(12).map(|b| b.iter().any(|&x| x != 0) as u8).collect();
+                eprintln!("after: {name} {} {blocks:?}", bytes.len());
+            }
+        }
         if let Err(error) = self.open() {
             panic!("after {how:?} the store does not open: {error:?}");
         }
-        self.check(how)
+        self.trace(how);
+        self.check()
+    }
+
+    /// With `CRASH_TRACE` set, tells what a crash has left.
+    fn trace(&self, how: Crash) {
+        if std::env::var_os("CRASH_TRACE").is_none() {
+            return;
+        }
+        eprintln!("-- after {how:?}, at I/O step {}", self.disk.io_steps());
+        for segment in self.store().segments().unwrap() {
+            eprintln!("{segment:?}");
+        }
+        for info in self.store().volumes() {
+            eprintln!("{} {}: {:?} {:?}", info.name, info.id, info.head, info.state);
+            let told = self.volume(&info.name).records(cdp_types::Seq::ZERO, cdp_types::Seq::MAX, &mut |r| {
+                eprintln!("  {} {} {} {}+{} origin {}", r.ordinal, r.seq, r.kind, r.first_block, r.block_count, r.origin);
+                true
+            });
+            told.unwrap();
+        }
     }
 
     fn go_on(&mut self, then: Then) {
@@ -160,7 +197,8 @@ fn a_crash_at_every_step_keeps_the_invariants() {
     for_each_seed(6, |seed| {
         let mut whole = workload(seed, None);
         whole.finish();
-        for step in 0..STEPS {
+        let only = std::env::var("CRASH_STEP").ok().map(|text| text.parse::<u64>().unwrap());
+        for step in only.map_or(0..STEPS, |step| step..step + 1) {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| crash_at(seed, step))) {
                 eprintln!("seed {seed}, crash at step {step}");
                 resume_unwind(panic);

@@ -74,6 +74,8 @@ pub struct Machine {
     index: SimKv,
     catalogue: SimKv,
     next_number: u64,
+    /// The power was cut since the store was last checked.
+    pub power_was_cut: bool,
     running: Option<Running>,
 }
 
@@ -97,10 +99,11 @@ fn options() -> StoreOptions {
     }
 }
 
-/// Different for each segment, and the same in each run of a thread's test.
+thread_local!(static NEXT_SECRET: std::cell::Cell<u64> = const { std::cell::Cell::new(1) });
+
+/// Different for each segment, and the same whenever a machine of the same seed is made.
 fn secrets() -> u64 {
-    thread_local!(static NEXT: std::cell::Cell<u64> = const { std::cell::Cell::new(1) });
-    NEXT.with(|next| {
+    NEXT_SECRET.with(|next| {
         next.set(next.get().wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1));
         next.get()
     })
@@ -109,6 +112,7 @@ fn secrets() -> u64 {
 impl Machine {
     /// A machine with an empty store on it.
     pub fn new(seed: u64) -> Self {
+        NEXT_SECRET.set(seed | 1);
         let disk = SimDisk::new(seed);
         Store::create_on(&disk.open(), &disk.clock(), &options()).unwrap();
         Self {
@@ -120,6 +124,7 @@ impl Machine {
             index: SimKv::new(),
             catalogue: SimKv::synced(),
             next_number: 1,
+            power_was_cut: false,
             running: None,
         }
     }
@@ -135,6 +140,7 @@ impl Machine {
             index: self.index.fork(),
             catalogue: self.catalogue.fork(),
             next_number: self.next_number,
+            power_was_cut: self.power_was_cut,
             running: None,
         }
     }
@@ -165,6 +171,7 @@ impl Machine {
             Crash::Kill => self.disk.kill_restart(),
             Crash::PowerCut => self.disk.power_cut(),
         }
+        self.power_was_cut |= how == Crash::PowerCut;
         self.running = None;
         self.faulty = false;
         self.disk.clear_faults();

@@ -159,7 +159,8 @@ impl Access {
     }
 }
 
-/// An instant in its canonical form, which needs no escapes in a query: it has no space, `+`, `&`, `#` or `%`.
+/// An instant in its canonical form, which needs no escapes in a query: it has no space, `+`, `&`, `#` or
+/// `%`.
 fn plain(instant: &cdp_types::Instant) -> String {
     instant.to_string()
 }

@@ -18,7 +18,8 @@ const INSTANTS: &str = "Instants:
 
 /// Volumes that remember every write: make them, serve them, look into their past.
 ///
-/// Commands that change something need a running cdpd. The others also work on a stopped store, or on a copy of one.
+/// Commands that change something need a running cdpd. The others also work on a stopped store, or on a copy
+/// of one.
 #[derive(Debug, Parser)]
 #[command(
     name = "cdp-tool",
@@ -85,7 +86,8 @@ Example:
         /// The volume and the instant: web1, web1@-5m, web1@mark:before-upgrade
         #[arg(value_name = "VOLUME@INSTANT", allow_hyphen_values = true)]
         what: String,
-        /// The file: raw and sparse, or qcow2 if its name ends in .qcow2. One that exists is replaced once the new one is complete
+        /// The file: raw and sparse, or qcow2 if its name ends in .qcow2. One that exists is replaced once
+        /// the new one is complete
         file: PathBuf,
     },
     /// Print shell completions

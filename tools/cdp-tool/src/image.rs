@@ -27,10 +27,12 @@ struct Info {
     backing_filename: Option<String>,
 }
 
-/// Opens an image as a raw one, by way of a copy if it is none. Without `format` it is what qemu-img takes it for, and if
-/// that is not raw, the user is told: the first bytes of a raw image belong to a guest, which can write there what it likes.
+/// Opens an image as a raw one, by way of a copy if it is none. Without `format` it is what qemu-img takes it
+/// for, and if that is not raw, the user is told: the first bytes of a raw image belong to a guest, which can
+/// write there what it likes.
 pub(crate) fn open(path: &Path, format: Option<ImageFormat>) -> anyhow::Result<RawImage> {
-    // Opened first for the plainest error message, and held: an absolute path has no `nbd:` or `json:` in front.
+    // Opened first for the plainest error message, and held: an absolute path has no `nbd:` or `json:` in
+    // front.
     let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     let path = std::path::absolute(path)?;
     let (format, note) = match format {

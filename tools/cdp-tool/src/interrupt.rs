@@ -17,7 +17,8 @@ const INTERRUPTED: i32 = 2;
 /// A new file in `directory`, removed unless it is kept: also when SIGINT or SIGTERM ends the program.
 pub(crate) fn unfinished_file(directory: &Path) -> anyhow::Result<Unfinished> {
     WATCH.call_once(|| {
-        // Without the watcher an interruption leaves the file behind, which is no reason to do nothing at all.
+        // Without the watcher an interruption leaves the file behind, which is no reason to do nothing at
+        // all.
         let _ = std::thread::Builder::new().name("signals".to_owned()).spawn(watch);
     });
     let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);

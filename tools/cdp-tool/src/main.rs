@@ -1,7 +1,7 @@
 //! `cdp-tool`: what an administrator does with a store.
 //!
-//! Exit status: 0 for success, 1 for a negative finding, 2 for a failure. A reader of the output that goes away early
-//! is no failure.
+//! Exit status: 0 for success, 1 for a negative finding, 2 for a failure. A reader of the output that goes
+//! away early is no failure.
 
 mod access;
 mod cli;

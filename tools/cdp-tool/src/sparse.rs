@@ -58,7 +58,8 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// A source over `file`, for a volume of `size_bytes` with blocks of `block_size`; both must be at least the file's.
+    /// A source over `file`, for a volume of `size_bytes` with blocks of `block_size`; both must be at least
+    /// the file's.
     pub(crate) fn new(path: &Path, mut file: File, size_bytes: u64, block_size: u32) -> io::Result<Self> {
         Ok(Self {
             path: path.to_owned(),

@@ -15,10 +15,10 @@
 //! | `/v1/verify` | POST: lines with progress, then [`VerifyReport`](cdp_store::VerifyReport) |
 //! | `/v1/metrics` | GET: Prometheus text |
 //!
-//! `?at=`, `?from=` and `?to=` take instants as [`cdp_types::Instant::parse`] does; local times are UTC here. An
-//! answer in *lines* is NDJSON: one [`Line`] each, the last of which is `done` or `error`; one that stops without
-//! either is incomplete. Any other refusal is an [`ApiError`] with a matching status. Sizes are integers of bytes,
-//! times are given twice: exactly in nanoseconds since 1970 and readably in RFC 3339.
+//! `?at=`, `?from=` and `?to=` take instants as [`cdp_types::Instant::parse`] does; local times are UTC here.
+//! An answer in *lines* is NDJSON: one [`Line`] each, the last of which is `done` or `error`; one that stops
+//! without either is incomplete. Any other refusal is an [`ApiError`] with a matching status. Sizes are
+//! integers of bytes, times are given twice: exactly in nanoseconds since 1970 and readably in RFC 3339.
 
 use std::fmt;
 

@@ -10,8 +10,8 @@ use crate::logging::LogFormat;
 
 /// Serves the volumes of one store to virtual machines, and keeps every write that they make.
 ///
-/// The store is steered with cdp-tool, through the socket cdpd.sock in its directory. SIGTERM and SIGINT stop the
-/// daemon cleanly; a second one stops it at once, which loses nothing that was acknowledged.
+/// The store is steered with cdp-tool, through the socket cdpd.sock in its directory. SIGTERM and SIGINT stop
+/// the daemon cleanly; a second one stops it at once, which loses nothing that was acknowledged.
 #[derive(Debug, Parser)]
 #[command(
     name = "cdpd",

@@ -83,8 +83,8 @@ impl Client {
         self.json(Method::DELETE, path, empty())
     }
 
-    /// A request that is answered in lines. `step` sees them as they come; when it returns false, the request is
-    /// given up, and the answer is `None`.
+    /// A request that is answered in lines. `step` sees them as they come; when it returns false, the request
+    /// is given up, and the answer is `None`.
     ///
     /// # Errors
     /// As for [`Client::get`]; also when the answer stops before its end.

@@ -22,7 +22,8 @@ use crate::socket;
 const RETRY_EVERY: Duration = Duration::from_secs(5);
 /// How long clients of the API get to take their answers when the daemon stops.
 const ANSWERS_DEADLINE: Duration = Duration::from_secs(5);
-/// How long guests' requests in flight get. Those left are failed by closing the store; none is acknowledged falsely.
+/// How long guests' requests in flight get. Those left are failed by closing the store; none is acknowledged
+/// falsely.
 const GUESTS_DEADLINE: Duration = Duration::from_secs(30);
 
 /// A running daemon. Dropping it without [`Daemon::stop`] is like killing it: nothing acknowledged is lost.
@@ -38,8 +39,8 @@ impl Daemon {
     /// Opens the store, serves what it remembers as served, and answers the API.
     ///
     /// # Errors
-    /// The store cannot be opened, or a socket of the API cannot be made. A volume's socket that cannot be made is
-    /// no error: it is logged, shown, and tried again.
+    /// The store cannot be opened, or a socket of the API cannot be made. A volume's socket that cannot be
+    /// made is no error: it is logged, shown, and tried again.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         let opening = config.clone();
         let store = on_thread(move || open(&opening)).await?;
@@ -78,8 +79,8 @@ impl Daemon {
         let _ = on_thread(move || Ok(app.store.volumes().len())).await;
     }
 
-    /// Stops cleanly: the guests' requests in flight end, everything is made durable, the next start has nothing to
-    /// recover.
+    /// Stops cleanly: the guests' requests in flight end, everything is made durable, the next start has
+    /// nothing to recover.
     ///
     /// # Errors
     /// The store could not be closed cleanly; the next start recovers it, as after a kill.

@@ -1,7 +1,8 @@
 //! The stream in which a volume's content goes over the API, in both directions.
 //!
-//! It is a sequence of frames: first one *start*, then *data* in ascending order of offset without overlap, then one
-//! *end* or one *error*. What no data frame covers is zero. A stream that stops without an end is incomplete.
+//! It is a sequence of frames: first one *start*, then *data* in ascending order of offset without overlap,
+//! then one *end* or one *error*. What no data frame covers is zero. A stream that stops without an end is
+//! incomplete.
 //!
 //! ```text
 //!  byte   0        4        8                16
@@ -74,8 +75,8 @@ impl Frame {
     /// Reads one frame.
     ///
     /// # Errors
-    /// `UnexpectedEof` when the stream stops, even between two frames, since only [`Frame::End`] completes one;
-    /// `InvalidData` when it is none; else what the source says.
+    /// `UnexpectedEof` when the stream stops, even between two frames, since only [`Frame::End`] completes
+    /// one; `InvalidData` when it is none; else what the source says.
     pub fn read(from: &mut impl Read) -> io::Result<Self> {
         let mut header = [0; HEADER_BYTES];
         from.read_exact(&mut header)?;

@@ -1,8 +1,8 @@
 //! The daemon: one store, its volumes served to guests, and an HTTP API to steer it.
 //!
-//! [`Daemon`] is the whole of it, for the `cdpd` program and for tests in one process. [`api`] holds what goes
-//! over the API's wire, [`frames`] the stream in which a volume's content goes, and [`client`] the other end of both;
-//! with [`inspect`] and [`content`], `cdp-tool` looks into a stopped store without a daemon.
+//! [`Daemon`] is the whole of it, for the `cdpd` program and for tests in one process. [`api`] holds what
+//! goes over the API's wire, [`frames`] the stream in which a volume's content goes, and [`client`] the other
+//! end of both; with [`inspect`] and [`content`], `cdp-tool` looks into a stopped store without a daemon.
 //!
 //! # Where things may block
 //! Every call of the store may block, so none is made from an asynchronous task: requests go through

@@ -37,8 +37,8 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
     .map_err(|error| anyhow::anyhow!("cannot start the log: {error}"))
 }
 
-/// Makes a panic in any thread end the process, once it is in the log: a daemon that lost a thread would look alive
-/// and answer nobody. What was acknowledged is in the log, as after any kill.
+/// Makes a panic in any thread end the process, once it is in the log: a daemon that lost a thread would look
+/// alive and answer nobody. What was acknowledged is in the log, as after any kill.
 pub fn abort_on_panic() {
     panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();

@@ -104,6 +104,7 @@ async fn feed_watchdog(daemon: &Daemon) -> Infallible {
 
 /// Ends the process without running anything more: static destructors would run beside live threads.
 fn exit_now(status: i32) -> ! {
-    // SAFETY: `_exit` takes any status and returns to nobody; it runs no handler that could expect anything of us.
+    // SAFETY: `_exit` takes any status and returns to nobody; it runs no handler that could expect anything
+    // of us.
     unsafe { libc::_exit(status) }
 }

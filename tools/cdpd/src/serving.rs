@@ -12,16 +12,16 @@ use vhost_blk::{Server, ServerConfig, ServerStats};
 use crate::api::{ApiError, ErrorKind, ServingStatus, one_line};
 use crate::config::VhostUser;
 
-/// Queues that a volume offers unless told otherwise: QEMU asks for one per virtual processor and refuses to start
-/// if there are fewer. One that is not started costs nothing.
+/// Queues that a volume offers unless told otherwise: QEMU asks for one per virtual processor and refuses to
+/// start if there are fewer. One that is not started costs nothing.
 pub const DEFAULT_QUEUES: u16 = 16;
 /// The most queues that a volume can offer.
 pub(crate) const MAX_QUEUES: u16 = 256;
 
 /// The servers of one store.
 ///
-/// What is served is remembered in the store; this is what runs of it. A socket that cannot be made when the daemon
-/// starts (its directory may come later) is kept as failed and tried again by [`Servers::retry`].
+/// What is served is remembered in the store; this is what runs of it. A socket that cannot be made when the
+/// daemon starts (its directory may come later) is kept as failed and tried again by [`Servers::retry`].
 pub(crate) struct Servers {
     store: Store,
     /// The control socket, which no volume may take.
@@ -48,11 +48,10 @@ impl Servers {
         for volume in self.store.volumes() {
             let Some(serving) = volume.serving else { continue };
             let outcome = self.start(&volume.name, volume.id, &serving).map_err(|error| error.message);
+            let (name, socket) = (&volume.name, &serving.socket);
             match &outcome {
-                Ok(_) => tracing::info!(volume = %volume.name, socket = serving.socket, "serving"),
-                Err(error) => {
-                    tracing::error!(volume = %volume.name, socket = serving.socket, error, "cannot serve; will retry");
-                }
+                Ok(_) => tracing::info!(volume = %name, socket, "serving"),
+                Err(error) => tracing::error!(volume = %name, socket, error, "cannot serve; will retry"),
             }
             lock(&self.running).insert(volume.id, Entry { serving, outcome });
         }
@@ -74,7 +73,8 @@ impl Servers {
     /// Serves a volume from now on, and again whenever the daemon starts.
     ///
     /// # Errors
-    /// No such volume, a socket that cannot be made or belongs to another volume, or one that is served differently.
+    /// No such volume, a socket that cannot be made or belongs to another volume, or one that is served
+    /// differently.
     pub(crate) fn serve(&self, name: &VolumeName, serving: Serving) -> Result<(), ApiError> {
         let _changing = lock(&self.changing);
         let id = self.store.volume(name)?.id();

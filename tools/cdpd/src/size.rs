@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer};
 
-/// Suffixes and how far they shift. All are binary: a disk is bought in other units, but never divided in them.
+/// Suffixes and how far they shift. All are binary: a disk is bought in other units, but never divided in
+/// them.
 const SUFFIXES: [(char, u32); 6] = [('K', 10), ('M', 20), ('G', 30), ('T', 40), ('P', 50), ('E', 60)];
 
 /// A number of bytes: `4096`, `512M`, `10G`, `1TiB`.
@@ -58,7 +59,7 @@ impl fmt::Display for ByteSize {
             return write!(f, "{} B", self.0);
         };
         let unit = 1_u64 << shift;
-        if self.0 % unit == 0 {
+        if self.0.is_multiple_of(unit) {
             write!(f, "{} {suffix}iB", self.0 / unit)
         } else {
             write!(f, "{:.2} {suffix}iB", self.0 as f64 / unit as f64)

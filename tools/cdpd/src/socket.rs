@@ -31,8 +31,8 @@ impl Place {
     }
 }
 
-/// Makes the socket in `directory`, in place of one that an earlier daemon left behind. The caller owns the store's
-/// lock, so no other daemon can be using it.
+/// Makes the socket in `directory`, in place of one that an earlier daemon left behind. The caller owns the
+/// store's lock, so no other daemon can be using it.
 ///
 /// # Errors
 /// What the operating system says.

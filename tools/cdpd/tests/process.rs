@@ -214,6 +214,8 @@ fn a_failure_to_start_is_one_line_with_what_to_do() {
     assert!(refusal.contains("choose an empty directory"), "{refusal}");
     assert_eq!(fs::read_dir(bench.store()).unwrap().count(), 1, "something was made beside it");
     fs::remove_file(bench.store().join("letter.txt")).unwrap();
+    // A configuration that waits for its store is no obstacle.
+    fs::write(bench.store().join("cdpd.toml"), "").unwrap();
     let (_daemon, _client) = bench.start(&[]);
     assert!(complain(&[]).contains("stop the other cdpd"));
 }

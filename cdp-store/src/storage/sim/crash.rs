@@ -18,7 +18,9 @@ impl World {
                     1 => self.land_torn(inode, &write),
                     2 => self.late.push(Late { inode, write }),
                     3 => {
-                        let parts = write.tear(&mut self.rng);
+                        // The kernel hands whole blocks to the device: parts of one do not come at different times.
+                        let block = u64::from(self.alignment.physical_block);
+                        let parts = write.tear_into(block, &mut self.rng);
                         self.late.extend(parts.into_iter().map(|write| Late { inode, write }));
                     }
                     _ => {}

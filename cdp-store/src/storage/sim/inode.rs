@@ -29,13 +29,21 @@ impl Write {
 
     /// What is left of it when it is torn: some of its sectors, at random.
     pub(super) fn tear(&self, rng: &mut SmallRng) -> Vec<Self> {
-        let sectors = self.bytes.len() / SECTOR;
-        // Half of the time it simply stops somewhere; otherwise sectors are missing anywhere.
-        let reached = if rng.random() { rng.random_range(0..=sectors) } else { sectors };
-        let sieve = reached == sectors;
+        self.tear_into(SECTOR as u64, rng)
+    }
+
+    /// Some of the units of the disk that it covers, at random.
+    pub(super) fn tear_into(&self, unit: u64, rng: &mut SmallRng) -> Vec<Self> {
+        let first = self.offset / unit;
+        let units = self.end().div_ceil(unit) - first;
+        // Half of the time it simply stops somewhere; otherwise units are missing anywhere.
+        let reached = if rng.random() { rng.random_range(0..=units) } else { units };
+        let sieve = reached == units;
         let mut parts: Vec<Range<usize>> = Vec::new();
-        for sector in (0..reached).filter(|_| !sieve || rng.random()).collect::<Vec<_>>() {
-            let range = sector * SECTOR..(sector + 1) * SECTOR;
+        for number in (0..reached).filter(|_| !sieve || rng.random()).collect::<Vec<_>>() {
+            let start = ((first + number) * unit).max(self.offset) - self.offset;
+            let end = ((first + number + 1) * unit).min(self.end()) - self.offset;
+            let range = start as usize..end as usize;
             match parts.last_mut() {
                 Some(last) if last.end == range.start => last.end = range.end,
                 _ => parts.push(range),

@@ -30,6 +30,7 @@
 //!   block of a later write that was torn), and a kill takes back nothing that was executed.
 //! - Two executed writes to one sector do not change places; but one that lands late lands over newer data.
 //! - A running process never sees a write half executed.
+//! - Of what lands late, a physical block comes at once.
 
 mod clock;
 mod content;

@@ -7,7 +7,7 @@ use rand::Rng;
 
 use crate::content::{SECTOR, stamps_of};
 use crate::guest::{AREAS, Fate, Memory, area};
-use crate::machine::{Crash, Machine, Undecided, read};
+use crate::machine::{Machine, Undecided, read};
 use crate::reference::{Image, Logged, logged};
 
 /// Of two recoveries from one crash, one log continues the other: both are prefixes of what was appended.
@@ -40,14 +40,15 @@ pub fn assert_holds(device: &dyn BlockDevice, image: &Image, what: &str) {
 
 impl Machine {
     /// Checks everything, and takes what was found for the truth from here on.
-    pub fn check(&mut self, how: Crash) -> BTreeMap<VolumeName, Vec<Logged>> {
+    pub fn check(&mut self) -> BTreeMap<VolumeName, Vec<Logged>> {
         self.check_catalogue();
         let names: Vec<VolumeName> = self.volumes.keys().cloned().collect();
         let mut logs = BTreeMap::new();
         for name in &names {
-            let log = self.check_volume(name, how);
+            let log = self.check_volume(name);
             logs.insert(name.clone(), log);
         }
+        self.power_was_cut = false;
         if self.rng.random() {
             self.flush_all();
         }
@@ -105,16 +106,17 @@ impl Machine {
         }
     }
 
-    fn check_volume(&mut self, name: &VolumeName, how: Crash) -> Vec<Logged> {
+    fn check_volume(&mut self, name: &VolumeName) -> Vec<Logged> {
         let volume = self.volume(name);
         if let Some((_, why)) = volume.refusal() {
             panic!("invariant 5 violated: a crash is taken for rot: {why}");
         }
         let log = logged(&volume, Seq::ZERO);
         let memory = &self.volumes[name];
-        match how {
-            Crash::Kill => assert_nothing_lost(name, memory, &log, |t| t.fate == Fate::Acknowledged, "1"),
-            Crash::PowerCut => assert_nothing_lost(name, memory, &log, |t| t.flushed, "2"),
+        if self.power_was_cut {
+            assert_nothing_lost(name, memory, &log, |t| t.flushed, "2");
+        } else {
+            assert_nothing_lost(name, memory, &log, |t| t.fate == Fate::Acknowledged, "1");
         }
         assert_nothing_dead(name, memory, &log);
         one_continues_the_other(&memory.order, &log);

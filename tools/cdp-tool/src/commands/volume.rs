@@ -38,7 +38,8 @@ pub(super) fn create(client: &Client, args: CreateArgs, output: &mut Output) -> 
 
 /// Makes a volume of an image.
 fn import(client: &Client, args: &CreateArgs, from: &Path) -> anyhow::Result<Volume> {
-    // A name that is taken had better be known before an image is converted for it; who comes second is told in any case.
+    // A name that is taken had better be known before an image is converted for it; who comes second is told
+    // in any case.
     if client.get::<Volume>(&format!("/v1/volumes/{}", args.name)).is_ok() {
         bail!("volume '{}' exists already", args.name);
     }
@@ -118,7 +119,7 @@ pub(super) fn show(access: &Access, name: &VolumeName, output: &mut Output) -> a
 
 /// Writes a volume's statistics, whichever there are.
 fn statistics(volume: &Volume, output: &mut Output) -> anyhow::Result<()> {
-    let serde_json::Value::Object(statistics) = serde_json::to_value(&volume.stats)? else { return Ok(()) };
+    let serde_json::Value::Object(statistics) = serde_json::to_value(volume.stats)? else { return Ok(()) };
     let numbers: Vec<_> = statistics
         .iter()
         .filter(|(_, value)| value.is_number())

@@ -20,7 +20,8 @@ use crate::api::{ApiError, ErrorKind};
 
 /// How long a connection may take to say what it wants, idle time between two requests included.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long accepting pauses after a failure: mostly for want of descriptors, which others must give back first.
+/// How long accepting pauses after a failure: mostly for want of descriptors, which others must give back
+/// first.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// The most bytes of a request's head, and of what is read ahead of a body.
 const MAX_BUFFER_BYTES: usize = 256 << 10;
@@ -63,7 +64,8 @@ pub(crate) struct Listening {
     pub(crate) stopping: watch::Receiver<bool>,
 }
 
-/// Accepts and serves connections until the daemon stops, and then until those that are open have got their answers.
+/// Accepts and serves connections until the daemon stops, and then until those that are open have got their
+/// answers.
 pub(crate) async fn listen(listener: Listener, mut on: Listening) {
     let mut connections = JoinSet::new();
     loop {
@@ -138,8 +140,8 @@ async fn serve(stream: Box<dyn Stream>, peer: Peer, mut on: Listening) {
     }
 }
 
-/// Refuses what a browser sends over TCP on behalf of somebody else's web page: the API has no passwords, so a page
-/// that could reach it could destroy volumes.
+/// Refuses what a browser sends over TCP on behalf of somebody else's web page: the API has no passwords, so
+/// a page that could reach it could destroy volumes.
 pub(super) fn check_origin(peer: Option<Peer>, headers: &HeaderMap) -> Result<(), ApiError> {
     let Some(Peer::Remote(_)) = peer else { return Ok(()) };
     let refuse = |why: &str| Err(ApiError::new(ErrorKind::Invalid, why));

@@ -14,7 +14,8 @@ use vhost_blk::{QueueStats, ServerStats};
 use super::{App, blocking};
 use crate::api::ApiError;
 
-/// One family of metrics under construction. Label values are names, numbers and words of our own: none needs escapes.
+/// One family of metrics under construction. Label values are names, numbers and words of our own: none needs
+/// escapes.
 struct Text(String);
 
 impl Text {

@@ -62,8 +62,8 @@ impl App {
     }
 }
 
-/// One of so many. It is waited for only so long that a client can follow one request with the next, which may begin
-/// before the thread of the first has ended; a queue of requests would hide the overload.
+/// One of so many. It is waited for only so long that a client can follow one request with the next, which
+/// may begin before the thread of the first has ended; a queue of requests would hide the overload.
 async fn permit(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
     match tokio::time::timeout(PERMIT_WAIT, Arc::clone(of).acquire_owned()).await {
         Ok(Ok(permit)) => Ok(permit),

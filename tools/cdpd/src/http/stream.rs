@@ -77,7 +77,8 @@ impl Outlet {
     }
 }
 
-/// Runs `work` on a thread of its own and answers with what it sends; `last` puts a late error into the stream.
+/// Runs `work` on a thread of its own and answers with what it sends; `last` puts a late error into the
+/// stream.
 pub(super) async fn stream(
     app: &Arc<App>,
     media_type: &'static str,
@@ -162,8 +163,8 @@ impl<T: Serialize> Lines<'_, T> {
     }
 }
 
-/// Appends a line. Nothing that the API says can fail to be JSON; if it did, a line would be missing its end and
-/// the client would refuse it.
+/// Appends a line. Nothing that the API says can fail to be JSON; if it did, a line would be missing its end
+/// and the client would refuse it.
 fn append(lines: &mut Vec<u8>, line: &impl Serialize) {
     let _ = serde_json::to_writer(&mut *lines, line);
     lines.push(b'\n');
@@ -204,8 +205,8 @@ impl Inlet {
         tokio::spawn(async move {
             while let Some(Ok(frame)) = body.frame().await {
                 if let Ok(data) = frame.into_data() {
-                    // When nobody reads any more, the rest is taken all the same: a client that is still writing
-                    // must not be cut off before it has read why.
+                    // When nobody reads any more, the rest is taken all the same: a client that is still
+                    // writing must not be cut off before it has read why.
                     let _ = sender.send(data).await;
                 }
             }
@@ -222,7 +223,9 @@ impl Read for Inlet {
                     chunk = tokio::time::timeout(STALL, self.chunks.recv()) => {
                         chunk.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the client sends nothing"))
                     }
-                    _ = self.stopping.wait_for(|stopping| *stopping) => Err(io::Error::other("the daemon is stopping")),
+                    _ = self.stopping.wait_for(|stopping| *stopping) => {
+                        Err(io::Error::other("the daemon is stopping"))
+                    }
                 }
             })?;
             match chunk {
