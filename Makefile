@@ -65,10 +65,19 @@ test-long: build ## The tests that take longer (marked #[ignore]); run before a 
 	$(call section,long tests)
 	$(CARGO) test --release --workspace -- --ignored
 
+# The file system that is measured, and the writes that recovery is measured after (44 GB for ten million).
+BENCH_DIR ?= /var/tmp
+BENCH_WRITES ?= 10000000
+BENCH_REPORTS := $(CARGO_TARGET_DIR)/bench
+
 .PHONY: bench
-bench: build ## Benchmarks, against qemu-storage-daemon in the same run
+bench: build ## Benchmarks, against qemu-storage-daemon in the same run; reports in $CARGO_TARGET_DIR/bench
 	$(call section,benchmarks)
-	$(CARGO) bench --workspace
+	@mkdir -p $(BENCH_REPORTS)
+	$(CARGO_TARGET_DIR)/release/bench-blk compare --dir $(BENCH_DIR) \
+		--json $(BENCH_REPORTS)/compare.json --markdown $(BENCH_REPORTS)/compare.md
+	$(CARGO_TARGET_DIR)/release/bench-blk recovery --dir $(BENCH_DIR) --writes $(BENCH_WRITES) \
+		--json $(BENCH_REPORTS)/recovery.json
 
 .PHONY: audit
 audit: deps ## Licences, bans and sources of all dependencies; advisories if their database can be had

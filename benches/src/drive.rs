@@ -232,3 +232,73 @@ impl<'a> Loop<'a> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::client::{Place, Shape};
+
+    const BYTES: u64 = 1 << 20;
+
+    fn job(access: Access, order: Order) -> Job {
+        Job {
+            access,
+            order,
+            bytes: 4096,
+            range_bytes: BYTES,
+            warmup: Duration::ZERO,
+            time: Duration::from_secs(60),
+            limit_bytes: BYTES,
+            seed: 1,
+        }
+    }
+
+    #[test]
+    fn queues_share_sequential_work_and_roam_in_random_work() {
+        let places = |order, index| {
+            let mut places = Places::new(&job(Access::Read, order), index, 4);
+            (0..64).map(|_| places.next()).collect::<BTreeSet<_>>()
+        };
+        let sequential: BTreeSet<u64> = (0..4).flat_map(|index| places(Order::Sequential, index)).collect();
+        assert_eq!(sequential.len() as u64, BYTES / 4096);
+        assert_eq!(places(Order::Sequential, 3).first(), Some(&(BYTES / 4 * 3)));
+        assert!(places(Order::Random, 0).iter().any(|offset| *offset > BYTES / 4 * 3));
+        assert_ne!(places(Order::Random, 0), places(Order::Random, 1));
+    }
+
+    #[test]
+    fn a_job_ends_with_its_bytes_and_counts_every_operation() {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        file.as_file().set_len(BYTES).unwrap();
+        let place = Place::File(file.path().to_owned());
+        let shape = Shape { queues: 2, depth: 8, request_bytes: 4096 };
+        for access in [Access::Write, Access::WriteFlush, Access::Read] {
+            let mut client = Client::connect(&place, shape).unwrap();
+            let mut called = 0;
+            let outcome = run(&mut client, &job(access, Order::Sequential), || called += 1).unwrap();
+            assert_eq!((outcome.operations, called), (BYTES / 4096, 1), "{access:?}");
+            assert_eq!(outcome.slices.iter().sum::<u64>(), BYTES / 4096);
+        }
+        let content = std::fs::read(file.path()).unwrap();
+        assert!(
+            content.chunks(4096).all(|block| block.iter().any(|byte| *byte != 0)),
+            "a block was not written"
+        );
+    }
+
+    #[test]
+    fn a_job_ends_with_its_time() {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        file.as_file().set_len(BYTES).unwrap();
+        let shape = Shape { queues: 1, depth: 2, request_bytes: 4096 };
+        let mut client = Client::connect(&Place::File(file.path().to_owned()), shape).unwrap();
+        let (warmup, time) = (Duration::from_millis(50), Duration::from_millis(200));
+        let job = Job { warmup, time, limit_bytes: u64::MAX, ..job(Access::Read, Order::Random) };
+        let outcome = run(&mut client, &job, || {}).unwrap();
+        assert!(outcome.seconds <= 0.2, "{}", outcome.seconds);
+        assert!(outcome.slices.iter().sum::<u64>() > outcome.operations, "the warm-up is in the slices only");
+    }
+}

@@ -118,13 +118,6 @@ pub enum Change {
         /// The mark.
         mark: MarkRow,
     },
-    /// A name of an instant is gone.
-    Unmark {
-        /// The volume.
-        volume: VolumeId,
-        /// The mark's name.
-        label: Label,
-    },
     /// A volume is gone; what it held is being given back.
     Destroy {
         /// The volume.
@@ -233,11 +226,6 @@ impl Catalogue {
             Change::Mark { mark } => {
                 put(rows, &mark_key(mark.volume, &mark.label), mark);
                 self.marks.insert((mark.volume, mark.label.clone()), mark.clone());
-                return Ok(());
-            }
-            Change::Unmark { volume, label } => {
-                rows.delete(Family::Rows, &mark_key(*volume, label));
-                self.marks.remove(&(*volume, label.clone()));
                 return Ok(());
             }
             Change::Destroy { volume } => return self.destroy(*volume, rows),

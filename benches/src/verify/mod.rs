@@ -50,7 +50,7 @@ pub(crate) struct Args {
     /// The disk's size, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     size_mib: u64,
-    /// What follows from it: which requests are made, and when; a seed of a failed run makes the same ones
+    /// Fixes what is drawn at random; not when the server answers, so a failure may need several runs to show again
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u64>,
     /// Where a store is made

@@ -268,3 +268,63 @@ impl<'a> Session<'a> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use rand::SeedableRng;
+
+    use super::*;
+    use crate::client::Place;
+    use crate::verify::Wrong;
+
+    const BYTES: u64 = 4 << 20;
+
+    /// Runs a session on a file, as if it were a disk.
+    fn on_a_file(body: impl FnOnce(&mut dyn FnMut(&mut dyn FnMut(Session<'_>)), &File)) {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        file.as_file().set_len(BYTES).unwrap();
+        let mut model = Model::new(5, BYTES);
+        let mut random = SmallRng::seed_from_u64(5);
+        let mut connect = |work: &mut dyn FnMut(Session<'_>)| {
+            let client = Client::connect(&Place::File(file.path().to_owned()), shape(2, 8)).unwrap();
+            work(Session::new(client, &mut model, &mut random).unwrap());
+        };
+        body(&mut connect, file.as_file());
+    }
+
+    #[test]
+    fn a_good_disk_passes_and_a_flipped_bit_is_found() {
+        on_a_file(|connect, file| {
+            connect(&mut |mut session| {
+                session.make(Mix::Everything, 500).unwrap();
+                session.finish().unwrap();
+                session.check_everything().unwrap();
+            });
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, 70_000).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], 70_000).unwrap();
+            connect(&mut |mut session| {
+                let wrong = session.check_everything().unwrap_err();
+                assert!(wrong.is::<Wrong>() && wrong.to_string().contains("sector 136 "), "{wrong:#}");
+            });
+        });
+    }
+
+    #[test]
+    fn a_write_that_is_lost_at_a_cut_is_found() {
+        on_a_file(|connect, file| {
+            connect(&mut |mut session| {
+                session.make(Mix::BlockWrites, 16_000).unwrap();
+                session.finish().unwrap();
+                assert_eq!(session.cut(), 0);
+            });
+            // As if the server had kept the last write of a block to itself.
+            file.write_all_at(&[0; 4096], 8 * 4096).unwrap();
+            connect(&mut |mut session| assert!(session.check_everything().unwrap_err().is::<Wrong>()));
+        });
+    }
+}

@@ -85,9 +85,9 @@ fn common() -> Options {
     // What RocksDB has to say goes where all else goes, and the directory holds nothing but the database.
     options.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Warn, |level, text| match level {
         LogLevel::Error | LogLevel::Fatal => tracing::error!(target: "rocksdb", "{}", text.trim_end()),
+        LogLevel::Warn => tracing::warn!(target: "rocksdb", "{}", text.trim_end()),
         // Hundreds of lines about its settings at every opening, whatever level is asked for.
-        LogLevel::Header => tracing::trace!(target: "rocksdb", "{}", text.trim_end()),
-        _ => tracing::warn!(target: "rocksdb", "{}", text.trim_end()),
+        _ => tracing::trace!(target: "rocksdb", "{}", text.trim_end()),
     }));
     options.set_stats_dump_period_sec(0);
     options.set_stats_persist_period_sec(0);

@@ -37,20 +37,27 @@ impl Draft {
     /// An empty draft that can take `payload` bytes of blocks.
     #[must_use]
     pub fn new(payload: usize, alignment: Alignment) -> Self {
-        let head_room = data_start(alignment.physical_block) as usize
-            + HEADER_ROOM.next_multiple_of(alignment.physical_block as usize);
-        let tail = alignment.physical_block as usize;
-        Self::over(AlignedBuf::zeroed(head_room + payload.next_multiple_of(BLOCK) + tail), alignment)
+        Self::over(AlignedBuf::zeroed(Self::buffer_len(payload, alignment)), alignment)
+    }
+
+    /// Length of the buffer of a draft that takes `payload` bytes of blocks: with room for the headers before them, and
+    /// for the last physical block to be filled up.
+    #[must_use]
+    pub fn buffer_len(payload: usize, alignment: Alignment) -> usize {
+        Self::room_for_headers(alignment) + payload.next_multiple_of(BLOCK) + alignment.physical_block as usize
+    }
+
+    fn room_for_headers(alignment: Alignment) -> usize {
+        data_start(alignment.physical_block) as usize
+            + HEADER_ROOM.next_multiple_of(alignment.physical_block as usize)
     }
 
     /// The same in a buffer that an earlier draft has left.
     #[must_use]
     pub fn over(buffer: AlignedBuf, alignment: Alignment) -> Self {
-        let head_room = data_start(alignment.physical_block) as usize
-            + HEADER_ROOM.next_multiple_of(alignment.physical_block as usize);
         Self {
             buffer,
-            head_room,
+            head_room: Self::room_for_headers(alignment),
             payload: 0,
             records: Vec::new(),
             crcs: Vec::new(),

@@ -597,8 +597,12 @@ impl LogState {
     }
 
     /// Starts making everything acknowledged durable; `None` if a sync is under way already, which may have begun too
-    /// early for the caller: `waiter` is called when it has ended.
+    /// early for the caller: `waiter` is called when it has ended. `None` too if the log is poisoned: another sync would
+    /// succeed, and say nothing of what the failed one has lost.
     pub fn begin_sync(&mut self, waiter: &Arc<Inbox>) -> Option<SyncPlan> {
+        if self.poisoned.is_some() {
+            return None;
+        }
         if self.syncing {
             if !self.sync_waiters.iter().any(|w| Arc::ptr_eq(w, waiter)) {
                 self.sync_waiters.push(Arc::clone(waiter));
@@ -614,7 +618,8 @@ impl LogState {
     pub fn end_sync(&mut self, plan: &SyncPlan, result: std::result::Result<(), String>) -> Vec<Arc<Inbox>> {
         self.syncing = false;
         match result {
-            Ok(()) => self.durable = self.durable.max(plan.target),
+            Ok(()) if self.poisoned.is_none() => self.durable = self.durable.max(plan.target),
+            Ok(()) => {}
             Err(why) => self.poison(why),
         }
         std::mem::take(&mut self.sync_waiters)

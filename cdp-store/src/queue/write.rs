@@ -98,7 +98,17 @@ impl HeadQueue {
                 None => Draft::new(room, alignment),
             }
         };
+        // Half of what waits, if nothing is under way: the other half is copied while this one is written.
+        let mut quota = if self.batches_in_flight == 0 && self.waiting.len() >= 16 {
+            self.waiting.len().div_ceil(2)
+        } else {
+            usize::MAX
+        };
         while let Some(pending) = self.waiting.front() {
+            if quota == 0 {
+                break;
+            }
+            quota -= 1;
             let records = record_count(&pending.op);
             if !draft.has_room(payload_blocks(&pending.op), records) {
                 break;
@@ -157,10 +167,9 @@ impl HeadQueue {
 
     pub(super) fn recycle(&mut self, buffer: AlignedBuf) {
         let shared = self.volume.shared();
-        let draft = Draft::over(buffer, shared.log.segments.alignment());
-        let fits = draft.payload_room() == shared.tuning.batch_bytes;
-        if fits && self.spare.len() < SPARE_BUFFERS {
-            self.spare.push(draft.into_parts().0);
+        let usual = Draft::buffer_len(shared.tuning.batch_bytes, shared.log.segments.alignment());
+        if buffer.len() == usual && self.spare.len() < SPARE_BUFFERS {
+            self.spare.push(buffer);
         }
     }
 

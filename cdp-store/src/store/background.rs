@@ -22,10 +22,18 @@ const FULL_RETRY: Duration = Duration::from_millis(200);
 /// Zero-filling ahead starts when no log has taken a full-sized segment for this long.
 const FILL_DELAY: Duration = Duration::from_secs(2);
 
+/// A pause after each MiB that is zero-filled: guests come first.
+const FILL_PACE_BUSY: Duration = Duration::from_millis(20);
+/// The same while no guest writes.
+const FILL_PACE_IDLE: Duration = Duration::from_millis(2);
+/// How recent a write makes a store busy.
+const BUSY_FOR: Duration = Duration::from_secs(1);
+
 /// Whether there is more to do for the pool.
 #[derive(Clone, Copy, Debug)]
 enum Progress {
     More,
+    Filled,
     Later,
     None,
 }
@@ -64,7 +72,7 @@ impl Store {
     /// # Errors
     /// What the file system says, other than that it is full.
     pub fn pool_step(&self) -> Result<bool> {
-        Ok(matches!(self.pool_progress()?, Progress::More))
+        Ok(matches!(self.pool_progress()?, Progress::More | Progress::Filled))
     }
 
     fn pool_progress(&self) -> Result<Progress> {
@@ -78,7 +86,7 @@ impl Store {
                 }
                 Ok(Progress::More)
             }
-            PoolStep::Filled => Ok(Progress::More),
+            PoolStep::Filled => Ok(Progress::Filled),
             PoolStep::Busy => Ok(Progress::Later),
             PoolStep::Full(volume) => {
                 let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
@@ -168,6 +176,12 @@ impl Store {
         self.note_idle_volumes()
     }
 
+    /// Whether any volume was written just now.
+    fn is_written(&self) -> bool {
+        let now = self.inner.shared.log.clock.stamp().time_ns;
+        self.all_volumes().iter().any(|v| u128::from(now.saturating_sub(v.head().time_ns)) < BUSY_FOR.as_nanos())
+    }
+
     fn note_idle_volumes(&self) -> Result<()> {
         let now = self.inner.shared.log.clock.stamp().time_ns;
         for volume in self.all_volumes() {
@@ -254,6 +268,8 @@ impl Task {
 fn pool(store: &Store) -> Duration {
     match store.pool_progress() {
         Ok(Progress::More) => Duration::ZERO,
+        Ok(Progress::Filled) if store.is_written() => FILL_PACE_BUSY,
+        Ok(Progress::Filled) => FILL_PACE_IDLE,
         Ok(Progress::Later) if store.inner.shared.log.segments.is_wanted() => FULL_RETRY,
         Ok(Progress::Later) => FILL_DELAY,
         Ok(Progress::None) => Duration::from_secs(3600),

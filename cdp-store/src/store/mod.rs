@@ -262,23 +262,6 @@ impl Store {
         Ok(MarkInfo { label: label.clone(), seq, time_ns })
     }
 
-    /// Removes a mark. The instant stays.
-    ///
-    /// # Durability
-    /// Once this returns.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`].
-    pub fn unmark(&self, name: &VolumeName, label: &Label) -> Result<()> {
-        let volume = self.volume(name)?;
-        let mut ledger = self.ledger();
-        if !ledger.catalogue().marks.contains_key(&(volume.id(), label.clone())) {
-            let text = format!("volume '{name}' has no mark '{label}'");
-            return Err(Error::new(ErrorKind::NotFound, text));
-        }
-        self.commit(&mut ledger, &[Change::Unmark { volume: volume.id(), label: label.clone() }])
-    }
-
     /// Removes a volume and its history, and gives its segments back. Reads that are under way can finish.
     ///
     /// # Durability

@@ -130,21 +130,7 @@ fn crash_at(seed: u64, step: u64) {
 impl Machine {
     /// Starts the machine again after a crash, and checks what it finds.
     fn restart(&mut self, how: Crash) -> std::collections::BTreeMap<cdp_types::VolumeName, Vec<Logged>> {
-        if std::env::var_os("CRASH_TRACE").is_some() {
-            for name in self.disk.files() {
-                let bytes = self.disk.contents(&name).unwrap();
-                let blocks: Vec<_> = bytes.chunks(4096).take(12).map(|b| b.iter().any(|&x| x != 0) as u8).collect();
-                eprintln!("before: {name} {} {blocks:?}", bytes.len());
-            }
-        }
         self.crash(how);
-        if std::env::var_os("CRASH_TRACE").is_some() {
-            for name in self.disk.files() {
-                let bytes = self.disk.contents(&name).unwrap();
-                let blocks: Vec<_> = bytes.chunks(4096).take(12).map(|b| b.iter().any(|&x| x != 0) as u8).collect();
-                eprintln!("after: {name} {} {blocks:?}", bytes.len());
-            }
-        }
         if let Err(error) = self.open() {
             panic!("after {how:?} the store does not open: {error:?}");
         }

@@ -96,6 +96,9 @@ impl Output {
 
     /// A time as people here write it, still exact, and still an instant that can be given back to us.
     pub(crate) fn time(&self, time_ns: u64) -> String {
+        if time_ns == 0 {
+            return "before the first write".to_owned();
+        }
         match Timestamp::from_nanosecond(i128::from(time_ns)) {
             Ok(time) => format!("{:.9}", time.display_with_offset(self.zone.to_offset(time))),
             Err(_) => time_ns.to_string(),
