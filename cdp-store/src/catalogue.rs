@@ -276,7 +276,12 @@ impl Catalogue {
         Ok(position.filter(|_| sound).map(|position| (catalogue, position)))
     }
 
-    fn load_row(&mut self, key: &[u8], value: &[u8], position: &mut Option<Position>) -> serde_json::Result<()> {
+    fn load_row(
+        &mut self,
+        key: &[u8],
+        value: &[u8],
+        position: &mut Option<Position>,
+    ) -> serde_json::Result<()> {
         match key.split(|&b| b == b'/').next() {
             Some(b"volume") => {
                 let row: VolumeRow = serde_json::from_slice(value)?;
@@ -409,7 +414,9 @@ impl Ledger {
         let position = Position { ordinal: self.log.acked(), crc, incarnation, offset, time_ns, seq };
         put(&mut rows, b"position", &(position, self.catalogue.last_volume, self.catalogue.last_branch));
         if let Err(error) = self.kv.write(&rows) {
-            tracing::warn!("the catalogue's database was not updated: {error}; the next opening will make up for it");
+            tracing::warn!(
+                "the catalogue's database was not updated: {error}; the next opening will make up for it"
+            );
         }
     }
 }

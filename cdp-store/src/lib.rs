@@ -24,8 +24,8 @@ mod volume;
 pub use error::{Error, ErrorKind, Result};
 pub use options::StoreOptions;
 pub use store::{
-    Finding, Import, RebuildReport, Seams, SegmentInfo, SegmentState, Store, StoreInfo, VerifyProgress, VerifyReport,
-    VolumeSpec,
+    Finding, Import, RebuildReport, Seams, SegmentInfo, SegmentState, Store, StoreInfo, VerifyProgress,
+    VerifyReport, VolumeSpec,
 };
 pub use volume::{
     ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, Volume, VolumeInfo, VolumeState,

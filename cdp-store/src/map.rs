@@ -162,7 +162,8 @@ impl HeadMap {
             }
         }
         let entry = TimeEntry { time_ns: header.time_ns, seq: self.applied, ordinal: header.ordinal };
-        let repeats = |(branch, last): &(BranchId, TimeEntry)| *branch == header.branch && last.seq == entry.seq;
+        let repeats =
+            |(branch, last): &(BranchId, TimeEntry)| *branch == header.branch && last.seq == entry.seq;
         if entry.seq > Seq::ZERO && !self.current.times.last().is_some_and(repeats) {
             self.current.times.push((header.branch, entry));
         }

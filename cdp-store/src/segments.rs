@@ -94,6 +94,8 @@ pub struct Segments {
     by_incarnation: RwLock<HashMap<u64, (u64, Arc<Segment>)>>,
     pool: Mutex<Pool>,
     next_incarnation: AtomicU64,
+    /// What is written ahead, one step long; every capacity is a multiple of it.
+    zeroes: AlignedBuf,
 }
 
 fn slot_name(slot: u64) -> String {
@@ -118,6 +120,7 @@ impl Segments {
             by_incarnation: RwLock::default(),
             pool: Mutex::default(),
             next_incarnation: AtomicU64::new(0),
+            zeroes: AlignedBuf::zeroed(PREFILL_STEP as usize),
         }
     }
 
@@ -324,11 +327,11 @@ impl Segments {
     /// Zero-fills one step of a blank from `done` bytes on, and syncs it when it is full; returns how far it is filled.
     /// A blank that cannot be filled is given up.
     fn fill(&self, blank: &Blank, done: u64) -> Result<u64> {
-        let step = PREFILL_STEP.min(blank.capacity - done);
-        let zeroes = AlignedBuf::zeroed(step as usize);
-        let filled = blank.file.write_at(done, &zeroes).and_then(|()| {
-            if done + step == blank.capacity { blank.file.sync() } else { Ok(()) }
-        });
+        let step = self.zeroes.len() as u64;
+        let filled = blank
+            .file
+            .write_at(done, &self.zeroes)
+            .and_then(|()| if done + step == blank.capacity { blank.file.sync() } else { Ok(()) });
         if let Err(error) = filled {
             let name = blank.file.name().to_owned();
             self.discard_slot(blank.slot)?;

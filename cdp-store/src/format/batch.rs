@@ -222,7 +222,8 @@ impl BatchHeader {
     /// Everything up to here was durable, by the header's word and by that of *durable* records.
     #[must_use]
     pub fn claimed(&self) -> Ordinal {
-        let noted = self.records.iter().filter(|r| r.kind == RecordKind::Durable).map(|r| Ordinal(r.aux)).max();
+        let noted =
+            self.records.iter().filter(|r| r.kind == RecordKind::Durable).map(|r| Ordinal(r.aux)).max();
         self.durable.max(noted.unwrap_or_default())
     }
 

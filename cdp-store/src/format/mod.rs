@@ -79,10 +79,7 @@ fn seal(bytes: &mut [u8], kind: StructureKind, seed: u64) -> u32 {
 
 /// The length that a structure's prefix states, if there is one of this kind; not yet trusted.
 fn stated_length(bytes: &[u8], kind: StructureKind) -> Result<usize, FormatError> {
-    if bytes.len() < PREFIX_LEN
-        || bytes[..8] != MAGIC
-        || bytes::u32_at(bytes, OFFSET_KIND) != kind as u32
-    {
+    if bytes.len() < PREFIX_LEN || bytes[..8] != MAGIC || bytes::u32_at(bytes, OFFSET_KIND) != kind as u32 {
         return Err(FormatError::Absent);
     }
     Ok(bytes::u32_at(bytes, OFFSET_LENGTH) as usize)

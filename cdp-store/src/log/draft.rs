@@ -2,7 +2,9 @@
 
 use cdp_types::{BLOCK_SIZE, BlockRange, IoBuf, Op, Origin, RequestId};
 
-use crate::format::{BATCH_FIXED_LEN, MAX_HEADER_LEN, Record, RecordFlags, RecordKind, block_crc, data_start};
+use crate::format::{
+    BATCH_FIXED_LEN, MAX_HEADER_LEN, Record, RecordFlags, RecordKind, block_crc, data_start,
+};
 use crate::storage::{AlignedBuf, Alignment};
 
 /// A request that changes data, kept until its batch is acknowledged: after a cut it may have to be run again.
@@ -44,7 +46,9 @@ impl Draft {
     /// for the last physical block to be filled up.
     #[must_use]
     pub fn buffer_len(payload: usize, alignment: Alignment) -> usize {
-        Self::room_for_headers(alignment) + payload.next_multiple_of(BLOCK) + alignment.physical_block as usize
+        Self::room_for_headers(alignment)
+            + payload.next_multiple_of(BLOCK)
+            + alignment.physical_block as usize
     }
 
     fn room_for_headers(alignment: Alignment) -> usize {

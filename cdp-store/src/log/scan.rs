@@ -193,7 +193,9 @@ impl<'a> ChainReader<'a> {
             return Ok(None);
         }
         let in_window = |w: Option<(usize, u64)>, at, len: usize| {
-            w.is_some_and(|(s, from)| s == at && from <= offset && offset - from + len as u64 <= WINDOW as u64)
+            w.is_some_and(|(s, from)| {
+                s == at && from <= offset && offset - from + len as u64 <= WINDOW as u64
+            })
         };
         if !in_window(self.window_at, self.at, unit as usize) {
             self.fill_window(segment, offset)?;

@@ -259,7 +259,8 @@ impl LogState {
     pub fn wants_segment(&self, context: &LogContext) -> Option<u64> {
         // A cut always needs a fresh one, however little of the present one is used.
         let half_full = self.open.as_ref().is_none_or(|o| 2 * o.offset > o.segment.header.capacity);
-        (self.blank.is_none() && (half_full || self.needs_cut)).then(|| context.segments.capacity_after(self.opened_since_cut))
+        (self.blank.is_none() && (half_full || self.needs_cut))
+            .then(|| context.segments.capacity_after(self.opened_since_cut))
     }
 
     /// Hands over a blank segment.
@@ -286,12 +287,8 @@ impl LogState {
             draft.note(Record::event(RecordKind::Flush, seq.0));
         }
         let unit = context.segments.alignment().physical_block;
-        let header_len = BatchHeader::encoded_len(
-            draft.records.len(),
-            draft.crcs.len(),
-            draft.body.len(),
-            unit,
-        );
+        let header_len =
+            BatchHeader::encoded_len(draft.records.len(), draft.crcs.len(), draft.body.len(), unit);
         let total = (header_len + draft.payload_len()).next_multiple_of(unit as usize);
         let fits = |open: &Open| open.offset + total as u64 <= open.segment.header.capacity;
         if !self.open.as_ref().is_some_and(fits) && !self.open_next(context, total as u64) {
@@ -462,7 +459,13 @@ impl LogState {
         if !batch.requests.is_empty() {
             self.undelivered.insert(header.ordinal);
         }
-        Acked { header, crc: batch.crc, payload_at: batch.payload_at, owner: batch.owner, requests: batch.requests }
+        Acked {
+            header,
+            crc: batch.crc,
+            payload_at: batch.payload_at,
+            owner: batch.owner,
+            requests: batch.requests,
+        }
     }
 
     /// The front end has passed on every completion of this batch.
@@ -540,11 +543,7 @@ impl LogState {
         self.open = None;
         self.opened_since_cut = 0;
         self.term += 1;
-        let cut = Cut {
-            last_crc: self.acked_crc,
-            last: self.acked,
-            place: self.acked_at,
-        };
+        let cut = Cut { last_crc: self.acked_crc, last: self.acked, place: self.acked_at };
         self.needs_cut = false;
         let record = Record::event(RecordKind::Cut, 0);
         self.append_synced(context, record, cut.encode()).map(drop)

@@ -60,7 +60,8 @@ impl Inbox {
             Some(list) => list.push(mail),
             None => return false,
         }
-        if let Some(waker) = self.waker.as_ref().filter(|_| !from.is_some_and(|from| Arc::ptr_eq(from, self))) {
+        if let Some(waker) = self.waker.as_ref().filter(|_| !from.is_some_and(|from| Arc::ptr_eq(from, self)))
+        {
             waker.wake();
         }
         true

@@ -144,7 +144,9 @@ impl HeadQueue {
                     return false;
                 }
                 Ok(None) => match current(&volume, edge) {
-                    Readiness::Ready => bases.push(edge.base.as_ref().map(|(_, b)| b.to_vec()).unwrap_or_default()),
+                    Readiness::Ready => {
+                        bases.push(edge.base.as_ref().map(|(_, b)| b.to_vec()).unwrap_or_default())
+                    }
                     Readiness::Wait => {
                         // Somebody wrote the block meanwhile: read it again.
                         edge.base = None;

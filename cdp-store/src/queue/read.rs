@@ -118,7 +118,8 @@ impl Reader {
         skip: usize,
     ) {
         let unit = self.alignment.memory as usize;
-        let direct = whole && part.segments().iter().all(|s| (s.base as usize).is_multiple_of(unit) && s.len % 512 == 0);
+        let direct = whole
+            && part.segments().iter().all(|s| (s.base as usize).is_multiple_of(unit) && s.len % 512 == 0);
         let (landing, copy) = if direct {
             (part, None)
         } else {

@@ -223,9 +223,7 @@ impl HeadQueue {
 pub(super) fn is_partial(op: &Op) -> bool {
     match op {
         Op::Write { offset, from, .. } => is_partial_range(&ByteRange::new(*offset, from.len() as u64)),
-        Op::WriteZeroes { ranges, .. } => {
-            ranges.iter().any(is_partial_range)
-        }
+        Op::WriteZeroes { ranges, .. } => ranges.iter().any(is_partial_range),
         Op::Read { .. } | Op::Discard { .. } | Op::Flush => false,
     }
 }

@@ -25,7 +25,7 @@ const FILL_DELAY: Duration = Duration::from_secs(2);
 /// A pause after each MiB that is zero-filled: guests come first.
 const FILL_PACE_BUSY: Duration = Duration::from_millis(20);
 /// The same while no guest writes.
-const FILL_PACE_IDLE: Duration = Duration::from_millis(2);
+const FILL_PACE_IDLE: Duration = Duration::from_millis(10);
 /// How recent a write makes a store busy.
 const BUSY_FOR: Duration = Duration::from_secs(1);
 
@@ -149,7 +149,8 @@ impl Store {
         let now = self.inner.shared.clock.boot_ns();
         let close = {
             let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
-            let due = u128::from(now.saturating_sub(health.closed_at_ns)) >= self.inner.options.index_interval.as_nanos();
+            let due = u128::from(now.saturating_sub(health.closed_at_ns))
+                >= self.inner.options.index_interval.as_nanos();
             if due {
                 health.closed_at_ns = now;
             }
@@ -179,7 +180,9 @@ impl Store {
     /// Whether any volume was written just now.
     fn is_written(&self) -> bool {
         let now = self.inner.shared.log.clock.stamp().time_ns;
-        self.all_volumes().iter().any(|v| u128::from(now.saturating_sub(v.head().time_ns)) < BUSY_FOR.as_nanos())
+        self.all_volumes()
+            .iter()
+            .any(|v| u128::from(now.saturating_sub(v.head().time_ns)) < BUSY_FOR.as_nanos())
     }
 
     fn note_idle_volumes(&self) -> Result<()> {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use cdp_types::{Generation, Ordinal, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
-use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY};
 use super::Store;
+use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY};
 use crate::catalogue::STORE_LOG;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMAT_VERSION;
@@ -138,7 +138,8 @@ impl Store {
         for (_, segment) in &all {
             log_bytes += length(segment)?;
         }
-        let index = shared.index.stats().map_err(|e| Error::new(ErrorKind::Io, "asking the index").with(e))?;
+        let index =
+            shared.index.stats().map_err(|e| Error::new(ErrorKind::Io, "asking the index").with(e))?;
         let superblock = self.inner.superblock;
         Ok(StoreInfo {
             id: uuid::Uuid::from_bytes(superblock.store).to_string(),
@@ -160,8 +161,13 @@ impl Store {
     /// # Errors
     /// If a file cannot be asked for its size.
     pub fn segments(&self) -> Result<Vec<SegmentInfo>> {
-        let names: BTreeMap<VolumeId, VolumeName> =
-            self.all_volumes().iter().map(|v| v.row()).filter(|r| !r.importing).map(|r| (r.id, r.name)).collect();
+        let names: BTreeMap<VolumeId, VolumeName> = self
+            .all_volumes()
+            .iter()
+            .map(|v| v.row())
+            .filter(|r| !r.importing)
+            .map(|r| (r.id, r.name))
+            .collect();
         let all = self.inner.shared.log.segments.all();
         let mut by_volume: BTreeMap<VolumeId, Vec<Arc<Segment>>> = BTreeMap::new();
         for (_, segment) in &all {
@@ -240,8 +246,9 @@ impl Store {
             for name in [INDEX_DIRECTORY, CATALOGUE_DIRECTORY] {
                 let path = dir.join(name);
                 if path.exists() {
-                    RocksKv::destroy(&path)
-                        .map_err(|e| Error::new(ErrorKind::Io, format!("removing {}", path.display())).with(e))?;
+                    RocksKv::destroy(&path).map_err(|e| {
+                        Error::new(ErrorKind::Io, format!("removing {}", path.display())).with(e)
+                    })?;
                 }
             }
         }

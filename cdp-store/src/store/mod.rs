@@ -64,7 +64,9 @@ impl VolumeSpec {
     fn check(&self) -> Result<()> {
         let Self { size_bytes, logical_block_size } = *self;
         let text = if size_bytes == 0 || size_bytes % 4096 != 0 || size_bytes > MAX_VOLUME_BYTES {
-            format!("a size of {size_bytes} bytes: must be a multiple of 4096, from 4096 to {MAX_VOLUME_BYTES}")
+            format!(
+                "a size of {size_bytes} bytes: must be a multiple of 4096, from 4096 to {MAX_VOLUME_BYTES}"
+            )
         } else if logical_block_size != 512 && logical_block_size != 4096 {
             format!("a block size of {logical_block_size} bytes: must be 512 or 4096")
         } else {
@@ -166,7 +168,8 @@ impl Store {
         self.commit(&mut ledger, &[Change::Create { volume: row.clone(), branch }])?;
         shared.branches.write().unwrap_or_else(PoisonError::into_inner).insert(branch.id, branch);
         let map = HeadMap::new(cdp_types::Seq::ZERO, Arc::clone(&shared.leaf_budget));
-        let recovered = Recovered { end: LogEnd::EMPTY, map, survived: Vec::new(), read_only: None, damaged: false };
+        let recovered =
+            Recovered { end: LogEnd::EMPTY, map, survived: Vec::new(), read_only: None, damaged: false };
         let volume = Volume::new(Arc::clone(shared), row, recovered);
         let mut volumes = self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner);
         volumes.insert(id, Arc::clone(&volume));

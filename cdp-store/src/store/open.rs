@@ -126,8 +126,10 @@ impl Store {
         if !dir.join(SUPERBLOCK).exists() {
             return Err(Error::new(ErrorKind::Foreign, format!("{at} holds no store")));
         }
-        let storage = DirectoryStorage::open(dir).map_err(|e| Error::io(format!("opening the store {at}"), e))?;
-        let index = open_or_rebuild(&dir.join(INDEX_DIRECTORY), |p| RocksKv::open(p, &RocksOptions::default()))?;
+        let storage =
+            DirectoryStorage::open(dir).map_err(|e| Error::io(format!("opening the store {at}"), e))?;
+        let index =
+            open_or_rebuild(&dir.join(INDEX_DIRECTORY), |p| RocksKv::open(p, &RocksOptions::default()))?;
         let catalogue = open_or_rebuild(&dir.join(CATALOGUE_DIRECTORY), |p| RocksKv::open_synced(p))?;
         let clock = Arc::new(SystemClock);
         let seams = Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random };
@@ -150,9 +152,10 @@ impl Store {
             .map_err(|e| Error::io(format!("opening the store {at}"), e))?;
         let empty = || Arc::new(crate::index::SimKv::new()) as Arc<dyn Kv>;
         // A missing or damaged database only costs time: everything is in the logs.
-        let index = RocksKv::open_read_only(dir.join(INDEX_DIRECTORY)).map_or_else(|_| empty(), |kv| Arc::new(kv));
-        let catalogue =
-            RocksKv::open_synced_read_only(dir.join(CATALOGUE_DIRECTORY)).map_or_else(|_| empty(), |kv| Arc::new(kv));
+        let index =
+            RocksKv::open_read_only(dir.join(INDEX_DIRECTORY)).map_or_else(|_| empty(), |kv| Arc::new(kv));
+        let catalogue = RocksKv::open_synced_read_only(dir.join(CATALOGUE_DIRECTORY))
+            .map_or_else(|_| empty(), |kv| Arc::new(kv));
         let clock = Arc::new(SystemClock);
         let seams = Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random };
         Opening::new(seams, StoreOptions::default(), Mode::Read)?.run()
@@ -242,7 +245,8 @@ impl Opening {
         ));
         let discovered = segments.discover(superblock.store)?;
         if mode == Mode::Write {
-            let written = discovered.iter().filter_map(|f| f.segment.as_ref()).map(|s| s.header.generation).max();
+            let written =
+                discovered.iter().filter_map(|f| f.segment.as_ref()).map(|s| s.header.generation).max();
             superblock.generation = Generation(superblock.generation.max(written.unwrap_or_default()).0 + 1);
             write_slot(storage, &*file, superblock.generation.0 % 2, &superblock)?;
             file.sync().map_err(|e| Error::io("syncing superblock", e))?;
@@ -274,7 +278,17 @@ impl Opening {
         }
         let (newest_seq, newest_time_ns) = (Seq::ZERO, 0);
         let leaf_budget = LeafBudget::new(options.map_budget_bytes);
-        Ok(Self { seams, options, mode, superblock, segments, found, newest_seq, newest_time_ns, leaf_budget })
+        Ok(Self {
+            seams,
+            options,
+            mode,
+            superblock,
+            segments,
+            found,
+            newest_seq,
+            newest_time_ns,
+            leaf_budget,
+        })
     }
 
     /// 3. Recover the store log, and from it the catalogue.
@@ -292,7 +306,10 @@ impl Opening {
             let volume = self.recover_volume(&index, row, fence)?;
             // A damaged log goes on behind what could be read of it.
             if !volume.damaged {
-                fences.push((row.id, Fence { last: volume.end.ordinal, generation: self.superblock.generation }));
+                fences.push((
+                    row.id,
+                    Fence { last: volume.end.ordinal, generation: self.superblock.generation },
+                ));
             }
             recovered.push((row.clone(), volume));
         }
@@ -343,7 +360,9 @@ impl Opening {
                     }
                 } else {
                     let name = segment.file.name();
-                    tracing::error!("{name} belongs to volume {volume}, which the store log does not know; it is kept");
+                    tracing::error!(
+                        "{name} belongs to volume {volume}, which the store log does not know; it is kept"
+                    );
                 }
             }
         }
@@ -409,7 +428,10 @@ impl Opening {
             }
         }
         if self.mode == Mode::Write {
-            self.seams.catalogue.clear().map_err(|e| Error::new(ErrorKind::Io, "clearing the catalogue").with(e))?;
+            self.seams
+                .catalogue
+                .clear()
+                .map_err(|e| Error::new(ErrorKind::Io, "clearing the catalogue").with(e))?;
         }
         self.replay_store_log(&chain, Catalogue::default(), None)
     }
@@ -457,7 +479,8 @@ impl Opening {
 
     fn recover_volume(&mut self, index: &TimeIndex, row: &VolumeRow, fence: Fence) -> Result<Recovered> {
         let chain = self.chain_of(row.id, fence);
-        let failed = |e| Error::new(ErrorKind::Io, format!("reading the time index of volume '{}'", row.name)).with(e);
+        let failed =
+            |e| Error::new(ErrorKind::Io, format!("reading the time index of volume '{}'", row.name)).with(e);
         let watermark = index.watermark(row.id).map_err(failed)?;
         match self.replay_volume(index, row, &chain, fence, watermark.as_ref(), Ordinal(0)) {
             Err(error) if error.kind() == ErrorKind::Corrupt && watermark.is_some() => {

@@ -10,7 +10,8 @@ use cdp_types::{
 };
 
 use super::{
-    ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeState, VolumeStats,
+    ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeState,
+    VolumeStats,
 };
 use crate::catalogue::MarkRow;
 use crate::error::{Error, ErrorKind, Result};
@@ -29,10 +30,8 @@ impl Volume {
             let map = self.map();
             (map.cached_leaves() as u64, map.pending_changes() as u64)
         };
-        let mut marks: Vec<MarkInfo> = marks
-            .into_iter()
-            .map(|m| MarkInfo { label: m.label, seq: m.seq, time_ns: m.time_ns })
-            .collect();
+        let mut marks: Vec<MarkInfo> =
+            marks.into_iter().map(|m| MarkInfo { label: m.label, seq: m.seq, time_ns: m.time_ns }).collect();
         marks.sort_by_key(|m| m.seq);
         VolumeInfo {
             id: row.id,
@@ -78,7 +77,11 @@ impl Volume {
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is no such mark, flush or time; [`ErrorKind::Invalid`] for a `Seq` that the
     /// volume has not reached.
-    pub(crate) fn find(&self, instant: &Instant, mark: impl Fn(&Label) -> Option<MarkRow>) -> Result<Resolved> {
+    pub(crate) fn find(
+        &self,
+        instant: &Instant,
+        mark: impl Fn(&Label) -> Option<MarkRow>,
+    ) -> Result<Resolved> {
         let branch = self.row().branch;
         let head = self.head();
         let (branch, seq) = match instant {
@@ -88,7 +91,9 @@ impl Volume {
                 return Err(Error::new(ErrorKind::Invalid, text));
             }
             Instant::Seq(seq) => (branch, *seq),
-            Instant::Time(time_ns) => (branch, self.floor_time(branch, *time_ns)?.map_or(Seq::ZERO, |t| t.seq)),
+            Instant::Time(time_ns) => {
+                (branch, self.floor_time(branch, *time_ns)?.map_or(Seq::ZERO, |t| t.seq))
+            }
             Instant::FlushBack(back) => (branch, self.find_flush(*back)?),
             Instant::Mark(label) => {
                 let row = mark(label).ok_or_else(|| {
@@ -126,8 +131,8 @@ impl Volume {
     ) -> Result<Option<TimeEntry>> {
         let mut branch = branch;
         loop {
-            let found =
-                ask(branch).map_err(|e| Error::new(ErrorKind::Io, "asking the time index for an instant").with(e))?;
+            let found = ask(branch)
+                .map_err(|e| Error::new(ErrorKind::Io, "asking the time index for an instant").with(e))?;
             match (found, self.shared().parent_of(branch)) {
                 (Some(entry), _) => return Ok(Some(entry)),
                 (None, Some((parent, _))) => branch = parent,
@@ -274,9 +279,11 @@ impl Volume {
         let mut next = self.map().next_leaf(from);
         let mut line = Some(branch);
         while let Some(branch) = line {
-            let found = self.shared().index.next_leaf(branch, from).map_err(|e| {
-                Error::new(ErrorKind::Io, "walking the time index").with(e)
-            })?;
+            let found = self
+                .shared()
+                .index
+                .next_leaf(branch, from)
+                .map_err(|e| Error::new(ErrorKind::Io, "walking the time index").with(e))?;
             next = match (next, found) {
                 (Some(a), Some(b)) => Some(a.min(b)),
                 (a, b) => a.or(b),
@@ -303,9 +310,10 @@ fn mapped(pos: LogPos) -> ExtentState {
 fn extend(run: &mut Option<ExtentInfo>, one: ExtentInfo, visit: &mut dyn FnMut(ExtentInfo) -> bool) -> bool {
     if let Some(last) = run {
         let follows = match (last.state, one.state) {
-            (ExtentState::Mapped { segment: a, offset: x }, ExtentState::Mapped { segment: b, offset: y }) => {
-                a == b && y == x + last.block_count * cdp_types::BLOCK_SIZE
-            }
+            (
+                ExtentState::Mapped { segment: a, offset: x },
+                ExtentState::Mapped { segment: b, offset: y },
+            ) => a == b && y == x + last.block_count * cdp_types::BLOCK_SIZE,
             (a, b) => a == b,
         };
         if follows {

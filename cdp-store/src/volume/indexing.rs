@@ -178,13 +178,8 @@ pub(crate) fn write_chunk(index: &TimeIndex, volume: VolumeId, chunk: &Arc<Chunk
     if let Some(end) = &chunk.end
         && let Some(pos) = LogPos::new(end.place.incarnation, end.place.offset)
     {
-        let watermark = Watermark {
-            ordinal: end.ordinal,
-            seq: end.seq,
-            pos,
-            header_crc: end.crc,
-            time_ns: end.time_ns,
-        };
+        let watermark =
+            Watermark { ordinal: end.ordinal, seq: end.seq, pos, header_crc: end.crc, time_ns: end.time_ns };
         batch.watermark(volume, &watermark);
     }
     index.write(&batch).map_err(failed)
@@ -192,6 +187,7 @@ pub(crate) fn write_chunk(index: &TimeIndex, volume: VolumeId, chunk: &Arc<Chunk
 
 fn is_sampled(key: &NodeKey, ordinal: Ordinal) -> bool {
     let BranchId(branch) = key.branch;
-    let mixed = (key.node ^ branch.rotate_left(32) ^ ordinal.0.rotate_left(17)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mixed =
+        (key.node ^ branch.rotate_left(32) ^ ordinal.0.rotate_left(17)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     (mixed >> 32).is_multiple_of(IMAGE_SAMPLE)
 }

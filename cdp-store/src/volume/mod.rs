@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering as Memory};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use cdp_types::{
-    BlockDevice, BlockRange, BranchId, DeviceIdentity, DeviceInfo, DeviceQueue, Generation, IoErrorKind, Ordinal,
-    Origin, Seq, VolumeId,
+    BlockDevice, BlockRange, BranchId, DeviceIdentity, DeviceInfo, DeviceQueue, Generation, IoErrorKind,
+    Ordinal, Origin, Seq, VolumeId,
 };
 use smallvec::SmallVec;
 
@@ -27,7 +27,8 @@ use crate::shared::Shared;
 
 pub(crate) use indexing::write_chunk;
 pub use info::{
-    ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, VolumeInfo, VolumeState, VolumeStats,
+    ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, VolumeInfo, VolumeState,
+    VolumeStats,
 };
 
 /// The states of consecutive blocks.

@@ -150,7 +150,10 @@ impl Machine {
         for info in self.store().volumes() {
             eprintln!("{} {}: {:?} {:?}", info.name, info.id, info.head, info.state);
             let told = self.volume(&info.name).records(cdp_types::Seq::ZERO, cdp_types::Seq::MAX, &mut |r| {
-                eprintln!("  {} {} {} {}+{} origin {}", r.ordinal, r.seq, r.kind, r.first_block, r.block_count, r.origin);
+                eprintln!(
+                    "  {} {} {} {}+{} origin {}",
+                    r.ordinal, r.seq, r.kind, r.first_block, r.block_count, r.origin
+                );
                 true
             });
             told.unwrap();

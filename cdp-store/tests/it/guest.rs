@@ -38,6 +38,10 @@ pub struct Tracked {
     pub request: Request,
     /// How it stands.
     pub fate: Fate,
+    /// When it was submitted, on the machine's count of events.
+    pub submitted: u64,
+    /// When its completion was seen; `u64::MAX` before.
+    pub completed: u64,
     /// A completed flush covers it.
     pub flushed: bool,
     /// A crash found it in flight: a guest may ask after it.
@@ -88,7 +92,9 @@ impl Memory {
 
     /// The image after those requests of a log that `counts` names.
     pub fn image(&self, log: &[Logged], counts: impl Fn(&Logged) -> bool) -> Image {
-        replay(log.iter().filter(|l| counts(l)).filter_map(|l| self.requests.get(&l.origin)).map(|t| &t.request))
+        replay(
+            log.iter().filter(|l| counts(l)).filter_map(|l| self.requests.get(&l.origin)).map(|t| &t.request),
+        )
     }
 }
 
@@ -97,7 +103,8 @@ pub fn area(index: usize) -> Sectors {
     Sectors { first: AREAS[index] * SECTORS_PER_BLOCK, count: AREA_BLOCKS * SECTORS_PER_BLOCK }
 }
 
-fn some_sectors(rng: &mut SmallRng, unit: u64, longest: u64) -> Sectors {
+/// Some sectors of one area.
+pub fn some_sectors(rng: &mut SmallRng, unit: u64, longest: u64) -> Sectors {
     let area = area(rng.random_range(0..AREAS.len()));
     let units = area.count / unit;
     let count = rng.random_range(1..=(longest / unit).clamp(1, units));
@@ -113,9 +120,9 @@ fn large_sectors(rng: &mut SmallRng, unit: u64) -> Sectors {
     Sectors { first, count: last + unit - first }
 }
 
-/// Some request, for a volume that is addressed in `unit` sectors.
-pub fn some_request(rng: &mut SmallRng, unit: u64, number: u64) -> Request {
-    let longest = *[1, 8, 24, 48, 128].get(rng.random_range(0..5)).unwrap_or(&8);
+/// Some request of at most `most` sectors, for a volume that is addressed in `unit` sectors.
+pub fn some_request(rng: &mut SmallRng, unit: u64, most: u64, number: u64) -> Request {
+    let longest = [1, 8, 24, 48, 128][rng.random_range(0..5)].min(most);
     let whole = rng.random_bool(0.4);
     let unit = if whole { SECTORS_PER_BLOCK } else { unit };
     let change = match rng.random_range(0..20) {

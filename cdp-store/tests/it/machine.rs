@@ -13,7 +13,9 @@ use cdp_types::{RequestId, VolumeName, Wait};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use crate::guest::{Fate, Memory, Tracked, VOLUME_BLOCKS, some_request};
+use crate::content::{Stamp, stamps_of};
+use crate::guest::{Fate, Memory, Tracked, VOLUME_BLOCKS, some_request, some_sectors};
+use crate::reference::Sectors;
 
 /// How a process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +42,25 @@ pub enum Undecided {
 #[derive(Debug)]
 enum Asked {
     Change(Origin),
-    /// A flush, and what had completed before it.
-    Flush(Vec<Origin>),
+    /// A flush, when it was submitted, and what had completed before it.
+    Flush(u64, Vec<Origin>),
+    /// A read, and when it was submitted.
+    Read(u64, Sectors, IoBuf),
+}
+
+/// What a read returned.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Of which volume.
+    pub volume: VolumeName,
+    /// From where.
+    pub sectors: Sectors,
+    /// What they held.
+    pub stamps: Vec<Stamp>,
+    /// When the read was submitted.
+    pub submitted: u64,
+    /// When it ended.
+    pub completed: u64,
 }
 
 struct Lane {
@@ -73,7 +92,15 @@ pub struct Machine {
     pub undecided: Vec<Undecided>,
     index: SimKv,
     catalogue: SimKv,
+    /// What reads have returned.
+    pub seen: Vec<Seen>,
+    /// Flushes that have completed: of which volume, and when they were submitted.
+    pub flushes: Vec<(VolumeName, u64)>,
+    /// Sectors of the largest write.
+    pub most_sectors: u64,
     next_number: u64,
+    /// Counts events.
+    now: u64,
     /// The power was cut since the store was last checked.
     pub power_was_cut: bool,
     running: Option<Running>,
@@ -123,7 +150,11 @@ impl Machine {
             undecided: Vec::new(),
             index: SimKv::new(),
             catalogue: SimKv::synced(),
+            seen: Vec::new(),
+            flushes: Vec::new(),
+            most_sectors: 128,
             next_number: 1,
+            now: 0,
             power_was_cut: false,
             running: None,
         }
@@ -139,7 +170,11 @@ impl Machine {
             undecided: self.undecided.clone(),
             index: self.index.fork(),
             catalogue: self.catalogue.fork(),
+            seen: Vec::new(),
+            flushes: Vec::new(),
+            most_sectors: self.most_sectors,
             next_number: self.next_number,
+            now: self.now,
             power_was_cut: self.power_was_cut,
             running: None,
         }
@@ -173,6 +208,8 @@ impl Machine {
         }
         self.power_was_cut |= how == Crash::PowerCut;
         self.running = None;
+        self.seen.clear();
+        self.flushes.clear();
         self.faulty = false;
         self.disk.clear_faults();
         self.index.crash(&mut self.rng);
@@ -223,7 +260,8 @@ impl Machine {
     /// One random thing that a guest, an operator or the store itself does.
     pub fn tick(&mut self) {
         match self.rng.random_range(0..1000) {
-            0..380 => self.submit(),
+            0..350 => self.submit(),
+            350..380 => self.submit_read(),
             380..640 => self.poll_some(),
             640..860 => drop(self.disk.step()),
             860..920 => {
@@ -269,9 +307,12 @@ impl Machine {
         Some((name, number))
     }
 
-    fn submit(&mut self) {
+    /// A guest changes something, or flushes.
+    pub fn submit(&mut self) {
         let Some((name, number)) = self.some_lane() else { return };
-        let (Some(memory), Some(running)) = (self.volumes.get_mut(&name), self.running.as_mut()) else { return };
+        let (Some(memory), Some(running)) = (self.volumes.get_mut(&name), self.running.as_mut()) else {
+            return;
+        };
         let Some(guest) = running.guests.get_mut(&name) else { return };
         let lane = &mut guest.lanes[number];
         if lane.asked.len() >= DEPTH {
@@ -279,20 +320,48 @@ impl Machine {
         }
         let id = self.next_number;
         self.next_number += 1;
+        self.now += 1;
         if self.rng.random_bool(0.12) {
-            lane.asked.insert(id, Asked::Flush(memory.acknowledged()));
+            lane.asked.insert(id, Asked::Flush(self.now, memory.acknowledged()));
             lane.queue.submit(RequestId(id), Op::Flush);
             return;
         }
-        let request = some_request(&mut self.rng, memory.unit, id);
+        let request = some_request(&mut self.rng, memory.unit, self.most_sectors, id);
         let origin = guest.volume.new_origin();
         lane.asked.insert(id, Asked::Change(origin));
         lane.queue.submit(RequestId(id), request.op(origin));
-        let tracked = Tracked { request, fate: Fate::InFlight, flushed: false, orphaned: false };
+        let tracked = Tracked {
+            request,
+            fate: Fate::InFlight,
+            submitted: self.now,
+            completed: u64::MAX,
+            flushed: false,
+            orphaned: false,
+        };
         memory.requests.insert(origin, tracked);
     }
 
-    fn poll_some(&mut self) {
+    /// A guest reads.
+    pub fn submit_read(&mut self) {
+        let Some((name, number)) = self.some_lane() else { return };
+        let (Some(memory), Some(running)) = (self.volumes.get(&name), self.running.as_mut()) else { return };
+        let Some(guest) = running.guests.get_mut(&name) else { return };
+        let lane = &mut guest.lanes[number];
+        if lane.asked.len() >= DEPTH {
+            return;
+        }
+        let id = self.next_number;
+        self.next_number += 1;
+        self.now += 1;
+        let sectors = some_sectors(&mut self.rng, memory.unit, 64);
+        let ByteRange { offset, len } = sectors.bytes();
+        let into = IoBuf::zeroed(len as usize);
+        lane.asked.insert(id, Asked::Read(self.now, sectors, into.share()));
+        lane.queue.submit(RequestId(id), Op::Read { offset, into });
+    }
+
+    /// Some guest looks after its requests.
+    pub fn poll_some(&mut self) {
         if let Some((name, number)) = self.some_lane() {
             self.poll(&name, number, Wait::No);
         }
@@ -317,12 +386,24 @@ impl Machine {
 
     fn completed(&mut self, name: &VolumeName, asked: Asked, result: Result<(), IoError>) {
         let done = self.expect(result).is_some();
+        self.now += 1;
         let memory = self.volumes.get_mut(name).unwrap();
         match asked {
-            Asked::Flush(covered) if done => memory.flushed(&covered),
-            Asked::Flush(_) => {}
+            Asked::Read(submitted, sectors, into) if done => {
+                let stamps = stamps_of(&into.to_vec()).into_iter().collect::<Option<Vec<Stamp>>>();
+                let stamps =
+                    stamps.expect("invariant 6 violated: a read returned bytes that were never written");
+                let completed = self.now;
+                self.seen.push(Seen { volume: name.clone(), sectors, stamps, submitted, completed });
+            }
+            Asked::Flush(submitted, covered) if done => {
+                memory.flushed(&covered);
+                self.flushes.push((name.clone(), submitted));
+            }
+            Asked::Read(..) | Asked::Flush(..) => {}
             Asked::Change(origin) => {
                 let tracked = memory.requests.get_mut(&origin).unwrap();
+                tracked.completed = self.now;
                 tracked.fate = if done { Fate::Acknowledged } else { Fate::Failed };
                 tracked.flushed |= done && tracked.request.fua;
                 if tracked.request.is_void() {
@@ -341,7 +422,7 @@ impl Machine {
     ///
     /// # Panics
     /// If one never ends.
-    fn drain_volume(&mut self, name: &VolumeName) {
+    pub fn drain_volume(&mut self, name: &VolumeName) {
         for round in 0..PATIENCE {
             if !self.is_alive() || self.in_flight(name) == 0 {
                 return;
@@ -369,7 +450,7 @@ impl Machine {
     }
 
     /// A guest goes away without waiting for its requests.
-    fn drop_lane(&mut self) {
+    pub fn drop_lane(&mut self) {
         let Some(name) = self.some_volume() else { return };
         let Some(guest) = self.running.as_mut().and_then(|r| r.guests.get_mut(&name)) else { return };
         if let Some(lane) = guest.lanes.pop() {
@@ -419,18 +500,21 @@ impl Machine {
         }
     }
 
-    fn destroy(&mut self) {
+    /// Destroys one of several volumes.
+    pub fn destroy(&mut self) {
         let Some(name) = self.some_volume().filter(|_| self.volumes.len() > 1) else { return };
         self.drain_volume(&name);
         if let Some(running) = &mut self.running {
             running.guests.remove(&name);
         }
-        if self.change(Undecided::Destroy(name.clone()), |store| store.destroy_volume(&name, false)).is_some() {
+        if self.change(Undecided::Destroy(name.clone()), |store| store.destroy_volume(&name, false)).is_some()
+        {
             self.volumes.remove(&name);
         }
     }
 
-    fn resize(&mut self) {
+    /// Makes a volume larger.
+    pub fn resize(&mut self) {
         let Some(name) = self.some_volume() else { return };
         let blocks = self.volumes[&name].blocks + self.rng.random_range(1..1000);
         let bytes = blocks * cdp_types::BLOCK_SIZE;
@@ -440,7 +524,8 @@ impl Machine {
         }
     }
 
-    fn mark(&mut self) {
+    /// Names an instant.
+    pub fn mark(&mut self) {
         let Some(name) = self.some_volume() else { return };
         self.drain_volume(&name);
         let label: Label = format!("mark{}", self.number()).parse().unwrap();

@@ -5,5 +5,6 @@ mod content;
 mod crash;
 mod guest;
 mod machine;
+mod model;
 mod reference;
 mod smoke;

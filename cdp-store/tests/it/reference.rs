@@ -89,9 +89,13 @@ impl Request {
     pub fn each(&self, mut f: impl FnMut(u64, Stamp)) {
         match &self.change {
             Change::Write(sectors) => (0..sectors.count).for_each(|i| f(sectors.first + i, self.stamp(i))),
-            Change::Zero(list, _) => list.iter().for_each(|s| (s.first..s.end()).for_each(|sector| f(sector, 0))),
+            Change::Zero(list, _) => {
+                list.iter().for_each(|s| (s.first..s.end()).for_each(|sector| f(sector, 0)))
+            }
             Change::Discard(list) => {
-                list.iter().map(|s| s.whole_blocks()).for_each(|s| (s.first..s.end()).for_each(|sector| f(sector, 0)));
+                list.iter()
+                    .map(|s| s.whole_blocks())
+                    .for_each(|s| (s.first..s.end()).for_each(|sector| f(sector, 0)));
             }
         }
     }

@@ -24,7 +24,10 @@ fn run(queue: &mut Box<dyn DeviceQueue>, op: Op) {
 }
 
 fn write(queue: &mut Box<dyn DeviceQueue>, offset: u64, byte: u8, len: usize) {
-    run(queue, Op::Write { offset, from: IoBuf::from_bytes(&vec![byte; len]), origin: Origin(0), fua: false });
+    run(
+        queue,
+        Op::Write { offset, from: IoBuf::from_bytes(&vec![byte; len]), origin: Origin(0), fua: false },
+    );
 }
 
 fn read(device: &dyn BlockDevice, offset: u64, len: usize) -> Vec<u8> {

@@ -123,7 +123,7 @@ impl Servers {
         let info = self.store.volume_info(name)?;
         if let Some(serving) = info.serving.filter(|_| !force) {
             let message =
-                format!("volume '{name}' is served on {}: unserve it first, or force it", serving.socket);
+                format!("volume '{name}' is served on {}: unserve it first, or use --force", serving.socket);
             return Err(ApiError::new(ErrorKind::Busy, message));
         }
         self.stop(info.id);

@@ -13,7 +13,11 @@ use crate::reference::{Image, Logged, logged};
 /// Of two recoveries from one crash, one log continues the other: both are prefixes of what was appended.
 pub fn one_continues_the_other(a: &[Logged], b: &[Logged]) {
     let common = a.len().min(b.len());
-    assert_eq!(a[..common], b[..common], "invariant 2 violated: what a power cut left is no prefix of the log");
+    assert_eq!(
+        a[..common],
+        b[..common],
+        "invariant 2 violated: what a power cut left is no prefix of the log"
+    );
 }
 
 /// Reads all areas of a device and compares them with an image.
@@ -141,7 +145,11 @@ impl Machine {
     fn check_content(&mut self, name: &VolumeName, log: &[Logged]) {
         let volume = self.volume(name);
         let memory = &self.volumes[name];
-        assert_holds(&*volume, &memory.image(log, |_| true), &format!("invariant 2 violated: {name} at the head"));
+        assert_holds(
+            &*volume,
+            &memory.image(log, |_| true),
+            &format!("invariant 2 violated: {name} at the head"),
+        );
         let mut instants: Vec<Instant> = memory.marks.keys().cloned().map(Instant::Mark).collect();
         for _ in 0..2.min(log.len()) {
             let at = log[self.rng.random_range(0..log.len())];
@@ -216,6 +224,10 @@ fn assert_nothing_dead(name: &VolumeName, memory: &Memory, log: &[Logged]) {
             "invariant 4 violated: {name} has request {} in its log: {tracked:?}",
             logged.origin
         );
-        assert!(seen.insert(logged.origin), "invariant 4 violated: request {} of {name} is there twice", logged.origin);
+        assert!(
+            seen.insert(logged.origin),
+            "invariant 4 violated: request {} of {name} is there twice",
+            logged.origin
+        );
     }
 }
