@@ -64,6 +64,10 @@ test: lint build ## What CI runs: lint, unit, property, model and crash tests, t
 test-long: build ## The tests that take longer (marked #[ignore]); run before a release
 	$(call section,long tests)
 	$(CARGO) test --release --workspace -- --ignored
+	$(call section,many seeds of the model and crash tests)
+	CRASH_SEEDS=60 MODEL_RUNS=4 $(CARGO) test --release -p cdp-store --test it
+	$(call section,planted bugs)
+	$(XTASK) mutants
 
 # The file system that is measured, and the writes that recovery is measured after (44 GB for ten million).
 BENCH_DIR ?= /var/tmp

@@ -46,10 +46,10 @@ pub(crate) struct Args {
     /// The most that one workload may write into our store, in GiB [default: half of what is free]
     #[arg(long, value_name = "GIB")]
     budget_gib: Option<u64>,
-    /// Only workloads whose name contains this; may be repeated
+    /// Only the workload of this name, or those whose name contains it; may be repeated
     #[arg(long = "workload", value_name = "TEXT")]
     workloads: Vec<String>,
-    /// Only servers whose name contains this; may be repeated
+    /// Only the server of this name, or those whose name contains it; may be repeated
     #[arg(long = "server", value_name = "TEXT")]
     servers: Vec<String>,
     /// Write everything that was measured to this file
@@ -106,9 +106,12 @@ fn measure(home: &Home, workloads: &[Workload], names: &[&'static str], report: 
     bench.end()
 }
 
+/// Those with one of the names, or with a text in their name that is nobody's whole name; all, if nothing is wanted.
 fn chosen<T: Copy>(all: &[T], wanted: &[String], name: impl Fn(&T) -> &'static str) -> Vec<T> {
-    let is_wanted =
-        |item: &&T| wanted.is_empty() || wanted.iter().any(|text| name(item).contains(text.as_str()));
+    let matches = |own: &str, text: &String| {
+        if all.iter().any(|other| name(other) == text) { own == text } else { own.contains(text.as_str()) }
+    };
+    let is_wanted = |item: &&T| wanted.is_empty() || wanted.iter().any(|text| matches(name(item), text));
     all.iter().filter(is_wanted).copied().collect()
 }
 
@@ -297,5 +300,25 @@ impl Settings {
             self.warmup_ms,
             gib(self.store_budget_bytes)
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_name_chooses_one_and_a_part_of_names_all_of_them() {
+        let names = |wanted: &[&str]| {
+            let wanted: Vec<String> = wanted.iter().map(ToString::to_string).collect();
+            chosen(&workload::ALL, &wanted, |workload| workload.name)
+                .iter()
+                .map(|w| w.name)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(names(&["rand-write-4k-d1"]), ["rand-write-4k-d1"]);
+        assert_eq!(names(&["seq-write", "flush"]), ["write-flush-4k-d1", "seq-write-128k-d16"]);
+        assert_eq!(names(&[]).len(), workload::ALL.len());
+        assert!(names(&["nothing"]).is_empty());
     }
 }

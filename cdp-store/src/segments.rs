@@ -57,6 +57,9 @@ pub struct Found {
     pub segment: Option<Arc<Segment>>,
 }
 
+/// A file that grows as it is written, and how far it may.
+type Growing = (Arc<dyn File>, u64);
+
 #[derive(Debug, Default)]
 struct Pool {
     ready: Vec<Blank>,
@@ -64,6 +67,8 @@ struct Pool {
     filling: Option<(Blank, u64)>,
     wanted: VecDeque<(VolumeId, u64)>,
     next_slot: u64,
+    /// Files that were supplied without having been filled, newest first, and how far they may grow.
+    growing: HashMap<VolumeId, Vec<Growing>>,
     /// Full-sized slots that were supplied since the pool last had nothing to do.
     supplied: u32,
 }
@@ -212,6 +217,7 @@ impl Segments {
         let mut result = Ok(());
         for (slot, segment) in gone {
             let mut pool = self.pool();
+            pool.growing.remove(&segment.header.volume);
             let room = recycle && pool.ready.len() < 2 * self.pool_target;
             match Arc::try_unwrap(segment) {
                 Ok(segment) if room && segment.header.capacity == self.full_capacity => {
@@ -290,7 +296,7 @@ impl Segments {
     pub fn step(&self) -> Result<PoolStep> {
         let wanted = self.pool().wanted.front().copied();
         if let Some((volume, capacity)) = wanted {
-            return match self.supply(capacity) {
+            return match self.supply(volume, capacity) {
                 Ok(blank) => {
                     self.pool().wanted.retain(|(v, _)| *v != volume);
                     Ok(PoolStep::Supplied(volume, blank))
@@ -307,7 +313,7 @@ impl Segments {
 
     /// A blank of this capacity: if it is full-sized, from the pool or a new file that grows; if it is small, a new
     /// file that is zero-filled here.
-    fn supply(&self, capacity: u64) -> Result<Blank> {
+    fn supply(&self, volume: VolumeId, capacity: u64) -> Result<Blank> {
         if capacity == self.full_capacity {
             let mut pool = self.pool();
             pool.supplied += 1;
@@ -320,6 +326,13 @@ impl Segments {
         let mut done = 0;
         while capacity < self.full_capacity && done < capacity {
             done = self.fill(&blank, done)?;
+        }
+        if capacity == self.full_capacity {
+            let mut pool = self.pool();
+            let growing = pool.growing.entry(volume).or_default();
+            // Only a log's newest segment and the blank behind it can still grow.
+            growing.truncate(1);
+            growing.insert(0, (Arc::clone(&blank.file), capacity));
         }
         Ok(blank)
     }
@@ -359,11 +372,25 @@ impl Segments {
 
     fn check_space(&self, capacity: u64) -> Result<()> {
         let free = self.storage.free_bytes().map_err(|e| Error::io("asking for free space", e))?;
-        if free < self.reserve_bytes.saturating_add(capacity) {
-            let text = format!("{free} bytes are free; {} are kept back", self.reserve_bytes);
+        let promised = self.promised_bytes()?;
+        if free < self.reserve_bytes.saturating_add(promised).saturating_add(capacity) {
+            let text =
+                format!("{free} bytes are free; {} are kept back, {promised} promised", self.reserve_bytes);
             return Err(Error::new(crate::ErrorKind::NoSpace, text));
         }
         Ok(())
+    }
+
+    /// What segments that grow as they are written may still take.
+    fn promised_bytes(&self) -> Result<u64> {
+        let growing: Vec<_> = self.pool().growing.values().flatten().cloned().collect();
+        let mut promised = 0;
+        for (file, capacity) in growing {
+            let len =
+                file.len().map_err(|e| Error::io(format!("asking the length of {}", file.name()), e))?;
+            promised += capacity.saturating_sub(len);
+        }
+        Ok(promised)
     }
 
     fn prefill(&self) -> Result<PoolStep> {

@@ -182,9 +182,18 @@ impl Volume {
         let until = self.log().acked();
         let chain = self.chain();
         let mut reader = ChainReader::near(&chain, from);
-        while let Some(batch) = reader.next()? {
-            let ordinal = batch.header.ordinal;
-            if ordinal > until || (ordinal >= from && !visit(&batch)) {
+        let mut last = Ordinal(0);
+        while last < until {
+            let Some(batch) = reader.next()? else {
+                let (file, offset) = reader.position().map_or(("the log", 0), |(s, at)| (s.file.name(), at));
+                let text = format!(
+                    "{file}, byte {offset}: batch {} is damaged; the log goes on to {until}",
+                    last.next()
+                );
+                return Err(Error::new(ErrorKind::Corrupt, text));
+            };
+            last = batch.header.ordinal;
+            if last >= from && !visit(&batch) {
                 break;
             }
         }

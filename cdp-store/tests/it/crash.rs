@@ -69,13 +69,18 @@ fn for_each_seed(default: u64, test: impl Fn(u64)) {
     }
 }
 
+/// Whether a sync fails in a seed's workload.
+fn fails_a_sync(seed: u64) -> bool {
+    seed % 6 == 4
+}
+
 /// Faults that a workload meets, by its seed.
 fn order_faults(machine: &mut Machine, seed: u64) {
     let when = machine.rng.random_range(5..STEPS / 4);
     let (kind, errno) = match seed % 6 {
         1 | 3 => (OpKind::Write, libc::EIO),
         2 => (OpKind::Write, libc::ENOSPC),
-        4 => (OpKind::Sync, libc::EIO),
+        _ if fails_a_sync(seed) => (OpKind::Sync, libc::EIO),
         _ => return,
     };
     machine.faulty = true;
@@ -116,6 +121,10 @@ fn crash_at(seed: u64, step: u64) {
         if let Some(other) = after_kill.get(name) {
             check::one_continues_the_other(other, log);
         }
+    }
+    if fails_a_sync(seed) {
+        // What a failed sync has lost shows until the power is cut: with what follows, the damage is certain.
+        return;
     }
     let mut machine = dead.fork(fork_seed + 2);
     let story = STORIES.choose(&mut machine.rng).unwrap();

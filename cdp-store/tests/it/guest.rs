@@ -27,6 +27,9 @@ pub enum Fate {
     Acknowledged,
     /// It completed with an error.
     Failed,
+    /// It completed with an error of a volume that takes no writes any more: the store could neither make it durable nor
+    /// record that it does not count.
+    Undecided,
     /// A recovered log did not have it: it must never come back.
     Dead,
 }

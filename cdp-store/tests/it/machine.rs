@@ -111,7 +111,7 @@ const DEPTH: usize = 6;
 /// Volumes that a store has at most.
 const MOST_VOLUMES: usize = 3;
 /// Rounds after which requests that have not ended count as stuck.
-const PATIENCE: usize = 20_000;
+pub const PATIENCE: usize = 20_000;
 
 fn options() -> StoreOptions {
     StoreOptions {
@@ -119,7 +119,7 @@ fn options() -> StoreOptions {
         pool_segments: 1,
         map_budget_bytes: 0,
         full_wait: Duration::from_millis(200),
-        reserve_bytes: 0,
+        reserve_bytes: 256 << 10,
         batch_bytes: 64 << 10,
         batches_in_flight: 2,
         index_interval: Duration::from_secs(1),
@@ -241,9 +241,12 @@ impl Machine {
             let closed = running.store.close();
             self.expect(closed);
             drop(running.store);
-            if !self.disk.crashed() {
-                let opened = self.open();
-                self.expect(opened);
+            // A fault can keep it from opening, once or twice.
+            for _ in 0..4 {
+                if !self.disk.crashed() && self.running.is_none() {
+                    let opened = self.open();
+                    self.expect(opened);
+                }
             }
         }
     }
@@ -386,6 +389,8 @@ impl Machine {
 
     fn completed(&mut self, name: &VolumeName, asked: Asked, result: Result<(), IoError>) {
         let done = self.expect(result).is_some();
+        let guest = self.running.as_ref().and_then(|r| r.guests.get(name));
+        let poisoned = guest.is_some_and(|g| g.volume.refusal().is_some());
         self.now += 1;
         let memory = self.volumes.get_mut(name).unwrap();
         match asked {
@@ -404,7 +409,11 @@ impl Machine {
             Asked::Change(origin) => {
                 let tracked = memory.requests.get_mut(&origin).unwrap();
                 tracked.completed = self.now;
-                tracked.fate = if done { Fate::Acknowledged } else { Fate::Failed };
+                tracked.fate = match done {
+                    true => Fate::Acknowledged,
+                    false if poisoned => Fate::Undecided,
+                    false => Fate::Failed,
+                };
                 tracked.flushed |= done && tracked.request.fua;
                 if tracked.request.is_void() {
                     memory.requests.remove(&origin);
@@ -509,6 +518,10 @@ impl Machine {
         }
         if self.change(Undecided::Destroy(name.clone()), |store| store.destroy_volume(&name, false)).is_some()
         {
+            self.volumes.remove(&name);
+        } else if self.is_alive() && self.store().volume(&name).is_err() {
+            // It is gone all the same: only giving its segments back has failed.
+            self.undecided.pop();
             self.volumes.remove(&name);
         }
     }

@@ -2,6 +2,7 @@
 
 mod demo;
 mod guest;
+mod mutants;
 mod tidy;
 
 use std::path::PathBuf;
@@ -31,6 +32,11 @@ enum Chore {
         #[arg(long)]
         installed: bool,
     },
+    /// Plants bugs in a copy of the store, one after the other: its tests must notice each
+    Mutants {
+        /// Only those whose names contain this
+        only: Option<String>,
+    },
     /// The rules that neither rustfmt nor clippy knows
     Tidy,
 }
@@ -39,6 +45,7 @@ fn main() -> ExitCode {
     let result = match Args::parse().chore {
         Chore::Demo => demo::run(),
         Chore::Guest { socket, queues, installed } => guest::run(&socket, queues, installed),
+        Chore::Mutants { only } => mutants::run(only.as_deref()),
         Chore::Tidy => tidy::run(),
     };
     match result {

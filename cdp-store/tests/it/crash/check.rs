@@ -220,7 +220,7 @@ fn assert_nothing_dead(name: &VolumeName, memory: &Memory, log: &[Logged]) {
         let tracked = memory.requests.get(&logged.origin);
         let fate = tracked.map(|t| t.fate);
         assert!(
-            matches!(fate, Some(Fate::InFlight | Fate::Abandoned | Fate::Acknowledged)),
+            matches!(fate, Some(Fate::InFlight | Fate::Abandoned | Fate::Undecided | Fate::Acknowledged)),
             "invariant 4 violated: {name} has request {} in its log: {tracked:?}",
             logged.origin
         );

@@ -1,0 +1,180 @@
+//! Disks that lie or decay: invariants 5 and 6.
+
+use cdp_types::{BlockDevice, Instant, IoErrorKind, Op, Origin};
+
+use crate::bench::{Bench, block_of, write_op};
+use crate::machine::Crash;
+
+/// Blocks that the tests write, one after the other.
+const BLOCKS: u64 = 6;
+/// Where the payload of a small batch starts behind its header, in bytes.
+const HEADER: u64 = 4096;
+
+/// A store whose first volume has had block `i` written and flushed, for each `i`, and a last block written only.
+fn with_flushed_blocks(seed: u64) -> Bench {
+    let bench = Bench::new(seed);
+    for block in 0..BLOCKS {
+        bench.write(0, block, 100 + block).unwrap();
+        bench.flush(0).unwrap();
+    }
+    bench.write(0, BLOCKS, 100 + BLOCKS).unwrap();
+    bench.write(1, 0, 7).unwrap();
+    bench
+}
+
+/// The volume says what is wrong, takes no writes, and reads what lies before the damage; the other goes on.
+fn assert_read_only(bench: &Bench, whole_blocks: u64, file: &str) {
+    let volume = bench.machine.volume(&bench.name(0));
+    let Some((IoErrorKind::ReadOnly, why)) = volume.refusal() else {
+        panic!("invariant 5 violated: rot is taken for a torn tail: {:?}", volume.refusal())
+    };
+    assert!(why.contains(file), "{why:?} does not name {file}");
+    assert!(volume.info().read_only);
+    assert_eq!(bench.write(0, 0, 1).unwrap_err().kind(), IoErrorKind::ReadOnly);
+    for block in 0..whole_blocks {
+        assert_eq!(bench.block(0, block).unwrap(), 100 + block);
+    }
+    bench.write(1, 1, 8).unwrap();
+    assert_eq!((bench.block(1, 0).unwrap(), bench.block(1, 1).unwrap()), (7, 8));
+}
+
+#[test]
+fn a_rotten_header_of_a_flushed_batch_makes_the_volume_read_only() {
+    for block in 0..BLOCKS {
+        for (byte, without_index) in
+            [(0, false), (24, true), (96, true), (104, false), (130, true), (170, false)]
+        {
+            let mut bench = with_flushed_blocks(block);
+            let record = &bench.records(0)[block as usize];
+            let (file, offset) = (bench.file_of(record), record.offset);
+            bench.machine.disk.flip_bit(&file, offset + byte, 3);
+            let before = bench.machine.disk.contents(&file).unwrap();
+            if without_index {
+                bench.machine = bench.machine.fork_without_index(1);
+            }
+            bench.restart(Crash::Kill);
+            assert_read_only(&bench, block, &file);
+            bench.restart(Crash::Kill);
+            assert_read_only(&bench, block, &file);
+            let after = bench.machine.disk.contents(&file).unwrap();
+            assert!(before == after, "invariant 5 violated: a damaged log was changed");
+        }
+    }
+}
+
+#[test]
+fn rot_of_the_last_batch_shows_after_a_clean_stop() {
+    let mut bench = with_flushed_blocks(1);
+    let record = bench.records(0)[BLOCKS as usize].clone();
+    let file = bench.file_of(&record);
+    bench.machine.reopen();
+    bench.machine.disk.flip_bit(&file, record.offset + 96, 0);
+    bench.machine = bench.machine.fork_without_index(1);
+    bench.restart(Crash::Kill);
+    assert_read_only(&bench, BLOCKS, &file);
+}
+
+#[test]
+fn a_torn_tail_is_cut_without_a_word() {
+    for (byte, seed) in [(0, 1), (96, 2), (170, 3), (HEADER, 4), (2 * HEADER - 1, 5)] {
+        let mut bench = with_flushed_blocks(seed);
+        let record = bench.records(0)[BLOCKS as usize].clone();
+        bench.machine.disk.flip_bit(&bench.file_of(&record), record.offset + byte, 7);
+        bench.restart(Crash::Kill);
+        let volume = bench.machine.volume(&bench.name(0));
+        assert!(volume.refusal().is_none(), "invariant 5 violated: a torn tail is taken for rot");
+        assert_eq!(bench.records(0).len() as u64, BLOCKS);
+        assert_eq!(bench.block(0, BLOCKS).unwrap(), 0);
+        bench.write(0, BLOCKS, 55).unwrap();
+        bench.restart(Crash::Kill);
+        assert_eq!(bench.block(0, BLOCKS).unwrap(), 55);
+    }
+}
+
+#[test]
+fn a_flipped_bit_of_data_is_an_error_and_never_data() {
+    for byte in [0, 511, 512, 4095] {
+        let mut bench = with_flushed_blocks(byte);
+        let record = bench.records(0)[2].clone();
+        let file = bench.file_of(&record);
+        bench.machine.store().flush_index().unwrap();
+        bench.machine.disk.flip_bit(&file, record.offset + HEADER + byte, (byte % 8) as u8);
+        for round in 0..2 {
+            let what = "invariant 6 violated: damaged data was returned";
+            assert_eq!(bench.block(0, 2).expect_err(what).kind(), IoErrorKind::Corrupt);
+            let past = bench.machine.store().open_at(&bench.name(0), &Instant::Seq(record.seq)).unwrap();
+            assert_eq!(block_of(&*past, 2).expect_err(what).kind(), IoErrorKind::Corrupt);
+            assert_eq!((bench.block(0, 1).unwrap(), bench.block(0, 3).unwrap()), (101, 103));
+            assert_eq!(bench.machine.store().verify(&mut |_| ()).unwrap().findings.len(), 1);
+            if round == 0 {
+                bench.restart(Crash::Kill);
+            }
+        }
+        // A write of a part must not lend its checksum to the damaged rest; one of the whole block heals it.
+        let volume = bench.machine.volume(&bench.name(0));
+        if volume.info().logical_block_size == 512 {
+            let mut queue = volume.open_queue().unwrap();
+            let ranges = [cdp_types::ByteRange::new(2 * 4096, 512)].into_iter().collect();
+            let op = Op::WriteZeroes { ranges, unmap: false, origin: Origin(0), fua: false };
+            assert_eq!(bench.run(&mut *queue, op).unwrap_err().kind(), IoErrorKind::Corrupt);
+        }
+        bench.write(0, 2, 77).unwrap();
+        assert_eq!(bench.block(0, 2).unwrap(), 77);
+    }
+}
+
+#[test]
+fn a_write_that_went_nowhere_is_an_error_and_never_data() {
+    let mut bench = with_flushed_blocks(1);
+    bench.write(0, 1, 55).unwrap();
+    bench.machine.disk.lose_nth_write(0);
+    bench.write(0, 1, 56).unwrap();
+    let error = bench.block(0, 1).expect_err("invariant 6 violated: older data was returned");
+    assert!(matches!(error.kind(), IoErrorKind::Corrupt | IoErrorKind::Device), "{error}");
+    // Once a later batch says that it had been made durable, it is missed.
+    bench.flush(0).unwrap();
+    bench.write(0, 2, 57).unwrap();
+    bench.machine = bench.machine.fork_without_index(1);
+    bench.restart(Crash::Kill);
+    let refusal = bench.machine.volume(&bench.name(0)).refusal();
+    assert!(refusal.is_some(), "invariant 5 violated: a lost write is taken for a torn tail");
+    assert_eq!(bench.block(0, 1).unwrap(), 55);
+}
+
+#[test]
+fn a_write_that_landed_elsewhere_is_an_error_and_never_data() {
+    for victim in 0..BLOCKS {
+        let bench = with_flushed_blocks(victim);
+        let record = bench.records(0)[victim as usize].clone();
+        bench.machine.disk.misdirect_nth_write(0, Some((&bench.file_of(&record), record.offset)));
+        bench.write(0, BLOCKS, 56).unwrap();
+        for block in [victim, BLOCKS] {
+            let error =
+                bench.block(0, block).expect_err("invariant 6 violated: data of another place was returned");
+            assert!(matches!(error.kind(), IoErrorKind::Corrupt | IoErrorKind::Device), "{error}");
+        }
+    }
+}
+
+#[test]
+fn what_a_guest_writes_is_never_taken_for_a_batch() {
+    let mut bench = with_flushed_blocks(3);
+    // The guest writes the bytes of the store's own batches, headers and all, into its blocks.
+    let record = bench.records(0)[0].clone();
+    let log = bench.machine.disk.contents(&bench.file_of(&record)).unwrap();
+    let from = record.offset as usize;
+    let bytes = &log[from..from + 8 * HEADER as usize];
+    let volume = bench.machine.volume(&bench.name(0));
+    let mut queue = volume.open_queue().unwrap();
+    let from = cdp_types::IoBuf::from_bytes(bytes);
+    bench.run(&mut *queue, Op::Write { offset: 504 * 4096, from, origin: Origin(0), fua: true }).unwrap();
+    bench.run(&mut *queue, write_op(9, 99, Origin(0))).unwrap();
+    drop((queue, volume));
+    // The last batch is torn: what lies in the guest's blocks before it must not count for anything.
+    let last = bench.records(0).last().unwrap().clone();
+    bench.machine.disk.flip_bit(&bench.file_of(&last), last.offset + 96, 0);
+    bench.machine = bench.machine.fork_without_index(1);
+    bench.restart(Crash::Kill);
+    assert!(bench.machine.volume(&bench.name(0)).refusal().is_none());
+    assert_eq!((bench.block(0, 9).unwrap(), bench.block(0, BLOCKS).unwrap()), (0, 100 + BLOCKS));
+}
