@@ -301,7 +301,14 @@ impl Segments {
                     self.pool().wanted.retain(|(v, _)| *v != volume);
                     Ok(PoolStep::Supplied(volume, blank))
                 }
-                Err(error) if error.kind() == crate::ErrorKind::NoSpace => Ok(PoolStep::Full(volume)),
+                Err(error) if error.kind() == crate::ErrorKind::NoSpace => {
+                    // Every log that waits is told in its turn, and one with a smaller wish may have it granted.
+                    let mut pool = self.pool();
+                    if pool.wanted.front().is_some_and(|(v, _)| *v == volume) {
+                        pool.wanted.rotate_left(1);
+                    }
+                    Ok(PoolStep::Full(volume))
+                }
                 Err(error) => Err(error),
             };
         }

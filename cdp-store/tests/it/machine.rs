@@ -96,6 +96,10 @@ pub struct Machine {
     pub seen: Vec<Seen>,
     /// Flushes that have completed: of which volume, and when they were submitted.
     pub flushes: Vec<(VolumeName, u64)>,
+    /// How often an opening that fails is tried.
+    pub openings: u32,
+    /// The disk is full, and stays it.
+    pub full: bool,
     /// Sectors of the largest write.
     pub most_sectors: u64,
     next_number: u64,
@@ -153,6 +157,8 @@ impl Machine {
             seen: Vec::new(),
             flushes: Vec::new(),
             most_sectors: 128,
+            openings: 4,
+            full: false,
             next_number: 1,
             now: 0,
             power_was_cut: false,
@@ -165,7 +171,7 @@ impl Machine {
         Self {
             disk: self.disk.fork(seed),
             rng: SmallRng::seed_from_u64(seed),
-            faulty: false,
+            faulty: self.full,
             volumes: self.volumes.clone(),
             undecided: self.undecided.clone(),
             index: self.index.fork(),
@@ -173,6 +179,8 @@ impl Machine {
             seen: Vec::new(),
             flushes: Vec::new(),
             most_sectors: self.most_sectors,
+            openings: self.openings,
+            full: self.full,
             next_number: self.next_number,
             now: self.now,
             power_was_cut: self.power_was_cut,
@@ -183,6 +191,21 @@ impl Machine {
     /// The same, and both databases are gone.
     pub fn fork_without_index(&self, seed: u64) -> Self {
         Self { index: SimKv::new(), catalogue: SimKv::synced(), ..self.fork(seed) }
+    }
+
+    /// Lets the time index fail, after so many writes and flushes, until the next crash.
+    pub fn fail_index_after(&mut self, operations: u64) {
+        self.faulty = true;
+        self.index.fail_after(operations);
+    }
+
+    /// Leaves so many bytes on the disk.
+    pub fn fill_disk(&mut self, left: u64) {
+        self.faulty = true;
+        self.full = true;
+        let lengths = self.disk.files().into_iter().filter_map(|name| self.disk.contents(&name));
+        let used: usize = lengths.map(|bytes| bytes.len()).sum();
+        self.disk.set_capacity(Some(used as u64 + left));
     }
 
     /// The store, which is open.
@@ -210,7 +233,7 @@ impl Machine {
         self.running = None;
         self.seen.clear();
         self.flushes.clear();
-        self.faulty = false;
+        self.faulty = self.full;
         self.disk.clear_faults();
         self.index.crash(&mut self.rng);
         self.catalogue.crash(&mut self.rng);
@@ -236,13 +259,16 @@ impl Machine {
     /// Ends the store in order, and opens it again.
     pub fn reopen(&mut self) {
         self.drain();
+        if !self.is_alive() {
+            return;
+        }
         if let Some(running) = self.running.take() {
             drop(running.guests);
             let closed = running.store.close();
             self.expect(closed);
             drop(running.store);
             // A fault can keep it from opening, once or twice.
-            for _ in 0..4 {
+            for _ in 0..self.openings {
                 if !self.disk.crashed() && self.running.is_none() {
                     let opened = self.open();
                     self.expect(opened);

@@ -62,6 +62,9 @@ impl Machine {
 
     /// Ends a workload that did not crash, and checks what it left.
     pub fn finish(&mut self) {
+        if !self.is_alive() {
+            return;
+        }
         self.drain();
         self.disk.clear_faults();
         let names: Vec<VolumeName> = self.volumes.keys().cloned().collect();
