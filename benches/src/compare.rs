@@ -86,22 +86,33 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         store_budget_bytes: budget(args)?,
     };
     let mut report = Report { machine: Machine::look(&args.dir)?, settings, workloads: Vec::new() };
-    home.explain(measure(&home, &workloads, &names, &mut report))?;
-    let markdown = report.markdown();
-    println!("{markdown}");
+    home.explain(measure(&home, &workloads, &names, &mut report, args))?;
+    println!("{}", report.markdown());
+    Ok(())
+}
+
+/// Writes what there is so far: a run takes long, and a part of it is worth keeping.
+fn save(report: &Report, args: &Args) -> Result<()> {
     if let Some(path) = &args.markdown {
-        fs::write(path, &markdown).with_context(|| path.display().to_string())?;
+        fs::write(path, report.markdown()).with_context(|| path.display().to_string())?;
     }
     if let Some(path) = &args.json {
-        fs::write(path, serde_json::to_vec_pretty(&report)?).with_context(|| path.display().to_string())?;
+        fs::write(path, serde_json::to_vec_pretty(report)?).with_context(|| path.display().to_string())?;
     }
     Ok(())
 }
 
-fn measure(home: &Home, workloads: &[Workload], names: &[&'static str], report: &mut Report) -> Result<()> {
+fn measure(
+    home: &Home,
+    workloads: &[Workload],
+    names: &[&'static str],
+    report: &mut Report,
+    args: &Args,
+) -> Result<()> {
     let mut bench = Bench::start(home.dir(), report.settings, names)?;
     for workload in workloads {
         report.workloads.push(bench.measure(workload)?);
+        save(report, args)?;
     }
     bench.end()
 }

@@ -8,6 +8,8 @@ use e2e::process::tail;
 
 /// The name of a store's directory: what is called a log in there is not for people.
 pub(crate) const STORE: &str = "store";
+/// What directories of runs are called, before the run's process id.
+const PREFIX: &str = "bench-blk.";
 /// Lines of each log that are shown.
 const LINES: usize = 30;
 
@@ -22,8 +24,9 @@ impl Home {
     /// The file system's.
     pub(crate) fn new(parent: &Path) -> Result<Self> {
         fs::create_dir_all(parent).with_context(|| parent.display().to_string())?;
+        warn_of_leftovers(parent);
         // Short, because a Unix socket's path has at most 107 bytes.
-        let dir = parent.canonicalize()?.join(format!("bench-blk.{}", std::process::id()));
+        let dir = parent.canonicalize()?.join(format!("{PREFIX}{}", std::process::id()));
         fs::create_dir(&dir).with_context(|| dir.display().to_string())?;
         Ok(Self(dir))
     }
@@ -51,6 +54,17 @@ impl Drop for Home {
             eprintln!("bench-blk: {} is kept", self.0.display());
         } else if let Err(error) = fs::remove_dir_all(&self.0) {
             eprintln!("bench-blk: {} is left behind: {error}", self.0.display());
+        }
+    }
+}
+
+/// Runs that were killed leave gigabytes behind. Whether somebody wants them is not ours to say.
+fn warn_of_leftovers(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let run = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        if run.is_some_and(|run| !Path::new("/proc").join(run).exists()) {
+            eprintln!("bench-blk: {} is of a run that was kept or killed", entry.path().display());
         }
     }
 }
