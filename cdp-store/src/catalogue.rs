@@ -33,11 +33,25 @@ pub struct VolumeRow {
     pub created_ns: u64,
     /// Where it is served to guests, if it is.
     pub serving: Option<Serving>,
-    /// Whether its content is still being imported; it has no name that others can see until then.
-    pub importing: bool,
+    /// Who may see it.
+    pub stage: Stage,
 }
 
-/// A branch.
+/// Who may see a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// Everyone.
+    Visible,
+    /// Whoever fills it: its name is taken, and nobody else can open it yet.
+    Importing,
+    /// Whoever made it, for as long as that one lives: a writable view of a past instant.
+    Scratch,
+    /// Nobody: it was destroyed, and others still share its history.
+    Destroyed,
+}
+
+/// A branch. Its row is kept when its history is gone, so that no instant is mistaken for another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BranchRow {
     /// Its number.
@@ -46,8 +60,25 @@ pub struct BranchRow {
     pub volume: VolumeId,
     /// From which branch it inherits, and up to which `Seq`.
     pub parent: Option<(BranchId, Seq)>,
-    /// When it was made, in nanoseconds since 1970.
+    /// The volume's instants from here on lie on it, until its next branch starts. After every change of the volume
+    /// before; zero for the first branch of a volume that began empty.
+    pub start: Seq,
+    /// When it was made, on the store's clock, in nanoseconds since 1970.
     pub created_ns: u64,
+    /// How much of it there is.
+    pub state: BranchState,
+}
+
+/// How much of a branch there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BranchState {
+    /// All of it.
+    Kept,
+    /// Only what other branches inherit from it: it was deleted.
+    Deleted,
+    /// Nothing.
+    Gone,
 }
 
 /// A mark.
@@ -63,6 +94,9 @@ pub struct MarkRow {
     pub seq: Seq,
     /// The instant's time, in nanoseconds since 1970.
     pub time_ns: u64,
+    /// What its maker has to say of it.
+    #[serde(default)]
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// One record of the store log: a change that is not a block write. `docs/format.md`, "Store records".
@@ -118,8 +152,35 @@ pub enum Change {
         /// The mark.
         mark: MarkRow,
     },
-    /// A volume is gone; what it held is being given back.
+    /// An instant has a name no longer.
+    Unmark {
+        /// Whose history.
+        volume: VolumeId,
+        /// The name.
+        label: Label,
+    },
+    /// A volume's head is on a new branch, which begins at an earlier instant.
+    Revert {
+        /// The branch.
+        branch: BranchRow,
+    },
+    /// A branch is deleted, but for what others inherit from it. Marks on it go with it.
+    DeleteBranch {
+        /// The branch.
+        branch: BranchId,
+    },
+    /// Nothing is left of a deleted branch.
+    ForgetBranch {
+        /// The branch.
+        branch: BranchId,
+    },
+    /// A volume is gone for its users. Others may share its history.
     Destroy {
+        /// The volume.
+        volume: VolumeId,
+    },
+    /// Nobody shares a destroyed volume's history; what it held is being given back.
+    Reclaim {
         /// The volume.
         volume: VolumeId,
     },
@@ -158,7 +219,7 @@ pub struct Catalogue {
     pub marks: BTreeMap<(VolumeId, Label), MarkRow>,
     /// Where volumes' logs had ended when the store was last opened.
     pub fences: BTreeMap<VolumeId, Fence>,
-    /// Destroyed volumes whose space has not been given back yet.
+    /// Volumes whose space is being given back.
     pub retiring: BTreeMap<VolumeId, Vec<BranchId>>,
     last_volume: u64,
     last_branch: u64,
@@ -208,7 +269,7 @@ impl Catalogue {
                 volume.id
             }
             Change::Import { volume } => {
-                self.volume_mut(*volume)?.importing = false;
+                self.volume_mut(*volume)?.stage = Stage::Visible;
                 *volume
             }
             Change::Rename { volume, name } => {
@@ -228,7 +289,35 @@ impl Catalogue {
                 self.marks.insert((mark.volume, mark.label.clone()), mark.clone());
                 return Ok(());
             }
-            Change::Destroy { volume } => return self.destroy(*volume, rows),
+            Change::Unmark { volume, label } => {
+                self.remove_marks(rows, |mark| mark.volume == *volume && mark.label == *label);
+                return Ok(());
+            }
+            Change::Revert { branch } => {
+                self.last_branch = self.last_branch.max(branch.id.0);
+                put(rows, &branch_key(branch.id), branch);
+                self.branches.insert(branch.id, *branch);
+                self.volume_mut(branch.volume)?.branch = branch.id;
+                branch.volume
+            }
+            Change::DeleteBranch { branch } => {
+                self.remove_marks(rows, |mark| mark.branch == *branch);
+                return self.set_branch_state(*branch, BranchState::Deleted, rows);
+            }
+            Change::ForgetBranch { branch } => {
+                return self.set_branch_state(*branch, BranchState::Gone, rows);
+            }
+            Change::Destroy { volume } => {
+                let row = self.volume_mut(*volume)?;
+                row.stage = Stage::Destroyed;
+                row.serving = None;
+                self.remove_marks(rows, |mark| mark.volume == *volume);
+                for branch in self.branches_of(*volume) {
+                    self.set_branch_state(branch, BranchState::Deleted, rows)?;
+                }
+                *volume
+            }
+            Change::Reclaim { volume } => return self.reclaim(*volume, rows),
             Change::Retire { volume } => {
                 for branch in self.retiring.remove(volume).unwrap_or_default() {
                     rows.delete(Family::Rows, &branch_key(branch));
@@ -242,18 +331,60 @@ impl Catalogue {
         Ok(())
     }
 
-    fn destroy(&mut self, volume: VolumeId, rows: &mut WriteBatch) -> Result<()> {
+    fn remove_marks(&mut self, rows: &mut WriteBatch, which: impl Fn(&MarkRow) -> bool) {
+        self.marks.retain(|(volume, label), mark| {
+            let goes = which(mark);
+            if goes {
+                rows.delete(Family::Rows, &mark_key(*volume, label));
+            }
+            !goes
+        });
+    }
+
+    fn set_branch_state(
+        &mut self,
+        branch: BranchId,
+        state: BranchState,
+        rows: &mut WriteBatch,
+    ) -> Result<()> {
+        let row = self.branches.get_mut(&branch).ok_or_else(|| {
+            let text = format!("the store log speaks of branch {branch}, which it never made");
+            Error::new(ErrorKind::Corrupt, text)
+        })?;
+        row.state = state;
+        put(rows, &branch_key(branch), row);
+        Ok(())
+    }
+
+    /// The branches of a volume, oldest first.
+    #[must_use]
+    pub fn branches_of(&self, volume: VolumeId) -> Vec<BranchId> {
+        self.branches.values().filter(|b| b.volume == volume).map(|b| b.id).collect()
+    }
+
+    /// Whether anybody inherits from a branch.
+    #[must_use]
+    pub fn is_inherited(&self, branch: BranchId) -> bool {
+        let inherits = |b: &BranchRow| b.parent.is_some_and(|(parent, _)| parent == branch);
+        self.branches.values().any(|b| b.state != BranchState::Gone && inherits(b))
+    }
+
+    /// Whether anybody outside a volume inherits from its branches.
+    #[must_use]
+    pub fn is_shared(&self, volume: VolumeId) -> bool {
+        let parent_volume = |b: &BranchRow| {
+            b.parent.and_then(|(parent, _)| self.branches.get(&parent)).map(|parent| parent.volume)
+        };
+        let others = self.branches.values().filter(|b| b.volume != volume && b.state != BranchState::Gone);
+        others.map(parent_volume).any(|parent| parent == Some(volume))
+    }
+
+    fn reclaim(&mut self, volume: VolumeId, rows: &mut WriteBatch) -> Result<()> {
         self.volumes.remove(&volume).ok_or_else(|| gone(volume))?;
         rows.delete(Family::Rows, &volume_key(volume));
         rows.delete(Family::Rows, &fence_key(volume));
         self.fences.remove(&volume);
-        let marks: Vec<_> = self.marks.keys().filter(|(v, _)| *v == volume).cloned().collect();
-        for key in marks {
-            rows.delete(Family::Rows, &mark_key(key.0, &key.1));
-            self.marks.remove(&key);
-        }
-        let branches: Vec<BranchId> =
-            self.branches.values().filter(|b| b.volume == volume).map(|b| b.id).collect();
+        let branches = self.branches_of(volume);
         put(rows, &retiring_key(volume), &branches);
         self.retiring.insert(volume, branches);
         Ok(())

@@ -12,6 +12,7 @@ pub mod storage;
 mod catalogue;
 mod error;
 mod format;
+mod lineage;
 mod log;
 mod map;
 mod options;
@@ -24,10 +25,10 @@ mod volume;
 pub use error::{Error, ErrorKind, Result};
 pub use options::StoreOptions;
 pub use store::{
-    Finding, Import, RebuildReport, Seams, SegmentInfo, SegmentState, Store, StoreInfo, VerifyProgress,
-    VerifyReport, VolumeSpec,
+    CloneSpec, Finding, Import, RebuildReport, Reverted, Scratch, Seams, SegmentInfo, SegmentState, Store,
+    StoreInfo, VerifyProgress, VerifyReport, VolumeSpec,
 };
 pub use volume::{
-    ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, Volume, VolumeInfo, VolumeState,
-    VolumeStats,
+    BranchInfo, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, Volume, VolumeInfo,
+    VolumeState, VolumeStats,
 };

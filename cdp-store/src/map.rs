@@ -9,7 +9,8 @@ use cdp_types::{BlockRange, BranchId, Ordinal, Seq};
 
 use crate::format::{BatchHeader, BatchPlace, RecordKind};
 use crate::index::{
-    BlockState, Change, ChangeState, FANOUT, LEVELS, LogPos, NodeKey, Place, TimeEntry, child_of, decompose,
+    BlockState, Change, ChangeState, FANOUT, LEVELS, LogPos, NodeKey, NodeRun, Place, TimeEntry, child_of,
+    decompose,
 };
 
 /// The states of a leaf's blocks.
@@ -81,6 +82,8 @@ impl Drop for HeadMap {
 pub struct HeadMap {
     closed: VecDeque<Arc<Chunk>>,
     current: Chunk,
+    /// The branch whose leaves are cached.
+    head: BranchId,
     /// Everything up to here has been applied.
     applied: Seq,
     /// Everything up to here is in the index and no longer here.
@@ -115,12 +118,14 @@ pub fn apply_changes(states: &mut Leaf, changes: &[LeafChange]) {
 }
 
 impl HeadMap {
-    /// The map of a volume whose index goes up to `indexed`.
+    /// The map of a volume whose index goes up to `indexed`. Batches of any branch can be applied to it; leaves are
+    /// cached of `head`, once [`HeadMap::switch`] has said where that begins.
     #[must_use]
-    pub fn new(indexed: Seq, budget: Arc<LeafBudget>) -> Self {
+    pub fn new(indexed: Seq, head: BranchId, budget: Arc<LeafBudget>) -> Self {
         Self {
             closed: VecDeque::new(),
             current: Chunk::default(),
+            head,
             applied: indexed,
             indexed,
             cache: BTreeMap::new(),
@@ -128,6 +133,26 @@ impl HeadMap {
             budget,
             flushes: VecDeque::new(),
         }
+    }
+
+    /// The branch whose leaves are cached.
+    #[must_use]
+    pub fn head(&self) -> BranchId {
+        self.head
+    }
+
+    /// Makes another branch the head, which begins at `start`.
+    pub fn switch(&mut self, head: BranchId, start: Seq) {
+        self.budget.used.fetch_sub(self.cache.len(), Ordering::Relaxed);
+        self.cache.clear();
+        self.head = head;
+        self.applied = self.applied.max(start);
+    }
+
+    /// Passes over an acknowledged batch of a branch of which nothing is to be kept.
+    pub fn pass(&mut self, header: &BatchHeader, crc: u32) {
+        self.applied = self.applied.max(header.last_seq());
+        self.end_batch(header, crc);
     }
 
     /// Takes in an acknowledged batch. Batches come in the order of the log.
@@ -167,6 +192,10 @@ impl HeadMap {
         if entry.seq > Seq::ZERO && !self.current.times.last().is_some_and(repeats) {
             self.current.times.push((header.branch, entry));
         }
+        self.end_batch(header, crc);
+    }
+
+    fn end_batch(&mut self, header: &BatchHeader, crc: u32) {
         self.current.end = Some(ChunkEnd {
             ordinal: header.ordinal,
             seq: self.applied,
@@ -185,7 +214,9 @@ impl HeadMap {
         let change = Change { seq, first, count: 1, state: ChangeState::Mapped(place) };
         self.current.nodes.entry(key).or_default().push(change);
         self.current.changes += 1;
-        if let Some(cached) = self.cache.get_mut(&key.node) {
+        if branch == self.head
+            && let Some(cached) = self.cache.get_mut(&key.node)
+        {
             cached.states[usize::from(first)] = BlockState::Mapped(place);
         }
     }
@@ -197,7 +228,7 @@ impl HeadMap {
             self.current.nodes.entry(key).or_default().push(change);
             self.current.changes += 1;
         }
-        if blocks.is_empty() {
+        if blocks.is_empty() || branch != self.head {
             return;
         }
         let fanout = FANOUT as u64;
@@ -268,7 +299,7 @@ impl HeadMap {
     #[must_use]
     pub fn pending(&self, branch: BranchId, leaf: u64, after: Seq, until: Seq) -> Vec<LeafChange> {
         let mut found = Vec::new();
-        for chunk in self.closed.iter().map(|c| &**c).chain([&self.current]) {
+        for chunk in self.chunks() {
             collect(chunk, branch, leaf, &mut found);
         }
         found.retain(|c| c.seq > after && c.seq <= until);
@@ -277,12 +308,29 @@ impl HeadMap {
         found
     }
 
-    /// The first leaf at or after `from` of which something is not in the index yet.
+    /// The first leaf of a branch at or after `from` of which something is not in the index yet.
     #[must_use]
-    pub fn next_leaf(&self, from: u64) -> Option<u64> {
-        let chunks = self.closed.iter().map(|c| &**c).chain([&self.current]);
-        let leaves = chunks.flat_map(|c| c.nodes.keys()).filter(|k| k.level == 0 && k.node >= from);
-        leaves.map(|k| k.node).min()
+    pub fn next_leaf(&self, branch: BranchId, from: u64) -> Option<u64> {
+        let here = |k: &&NodeKey| k.branch == branch && k.level == 0 && k.node >= from;
+        self.chunks().flat_map(|c| c.nodes.keys()).filter(here).map(|k| k.node).min()
+    }
+
+    /// The runs of children that nodes above a branch's leaves say were zeroed, up to and including `until`, of what
+    /// is not in the index yet.
+    #[must_use]
+    pub fn zeroed_nodes(&self, branch: BranchId, until: Seq) -> Vec<NodeRun> {
+        let nodes = self.chunks().flat_map(|c| &c.nodes).filter(|(k, _)| k.branch == branch && k.level > 0);
+        let run = |key: &NodeKey, c: &Change| NodeRun {
+            level: key.level,
+            node: key.node,
+            first: c.first,
+            count: c.count,
+        };
+        nodes.flat_map(|(k, changes)| changes.iter().filter(|c| c.seq <= until).map(|c| run(k, c))).collect()
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = &Chunk> {
+        self.closed.iter().map(|c| &**c).chain([&self.current])
     }
 
     /// Puts a leaf into the cache; it must be up to date with `applied`.
@@ -363,8 +411,7 @@ impl HeadMap {
     }
 
     fn times(&self, branch: BranchId) -> impl Iterator<Item = TimeEntry> {
-        let chunks = self.closed.iter().map(|c| &**c).chain([&self.current]);
-        chunks.flat_map(|c| &c.times).filter(move |(b, _)| *b == branch).map(|&(_, entry)| entry)
+        self.chunks().flat_map(|c| &c.times).filter(move |(b, _)| *b == branch).map(|&(_, entry)| entry)
     }
 }
 

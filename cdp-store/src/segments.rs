@@ -200,25 +200,27 @@ impl Segments {
         self.storage.remove(&name).map_err(|e| Error::io(format!("removing {name}"), e))
     }
 
-    /// Forgets the segments that `belongs` names. With `recycle`, full-sized ones that nobody reads go back
-    /// to the pool, since their blocks have been written already: only where no write to them can be under way any more,
-    /// not one of a dead process either. The others are unlinked, and who reads one can go on.
+    /// Forgets a volume's segments. With `recycle`, full-sized ones of this generation that nobody reads go back to the
+    /// pool, since their blocks have been written already: only where no write to them can be under way any more. The
+    /// others are unlinked, and who reads one can go on.
     ///
     /// # Errors
     /// If a file cannot be removed; the others are.
-    pub fn release(&self, recycle: bool, belongs: impl Fn(&SegmentHeader) -> bool) -> Result<()> {
+    pub fn release(&self, volume: VolumeId, recycle: bool, generation: Generation) -> Result<()> {
         let mut gone = Vec::new();
         {
             let mut map = self.by_incarnation.write().unwrap_or_else(PoisonError::into_inner);
             let matching: Vec<u64> =
-                map.iter().filter(|(_, (_, s))| belongs(&s.header)).map(|(&i, _)| i).collect();
+                map.iter().filter(|(_, (_, s))| s.header.volume == volume).map(|(&i, _)| i).collect();
             gone.extend(matching.iter().filter_map(|incarnation| map.remove(incarnation)));
         }
         let mut result = Ok(());
         for (slot, segment) in gone {
             let mut pool = self.pool();
             pool.growing.remove(&segment.header.volume);
-            let room = recycle && pool.ready.len() < 2 * self.pool_target;
+            // A dead process may have left a write behind that lands late.
+            let room =
+                recycle && segment.header.generation == generation && pool.ready.len() < 2 * self.pool_target;
             match Arc::try_unwrap(segment) {
                 Ok(segment) if room && segment.header.capacity == self.full_capacity => {
                     pool.ready.push(Blank { slot, file: segment.file, capacity: self.full_capacity });

@@ -1,15 +1,12 @@
 //! What all volumes of an open store share.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use cdp_types::{BranchId, Seq};
-
-use crate::catalogue::BranchRow;
 use crate::clock::Clock;
 use crate::index::TimeIndex;
+use crate::lineage::{Branches, Lineage};
 use crate::log::LogContext;
 use crate::map::LeafBudget;
 use crate::storage::Storage;
@@ -65,7 +62,7 @@ pub struct Shared {
     /// Limits.
     pub tuning: Tuning,
     /// All branches.
-    pub branches: RwLock<HashMap<BranchId, BranchRow>>,
+    pub branches: Branches,
     /// The next number for a request in an in-flight region.
     pub next_origin: AtomicU64,
     /// Wakes the thread that supplies segments.
@@ -77,11 +74,10 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// The branch from which another inherits, and up to where.
+    /// Reads along branches' lines.
     #[must_use]
-    pub fn parent_of(&self, branch: BranchId) -> Option<(BranchId, Seq)> {
-        let branches = self.branches.read().unwrap_or_else(PoisonError::into_inner);
-        branches.get(&branch).and_then(|row| row.parent)
+    pub fn lineage(&self) -> Lineage<'_> {
+        Lineage { branches: &self.branches, index: &self.index }
     }
 
     /// Whether the store is being closed.

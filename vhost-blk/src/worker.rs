@@ -252,13 +252,11 @@ impl Thread {
         if !matches!(command, Command::Pause) {
             self.unwatch_kick();
             self.queue = None;
-        }
-        let ends = matches!(command, Command::Leave);
-        if ends {
-            // The device's queue is closed before the answer, so that nothing is left of this connection after it.
+            // The device's queue is closed before the answer: who stops a guest may revert its disk next, and nothing is
+            // left of a connection after its end.
             self.device = None;
         }
         let _ = answer.send(taken);
-        ends
+        matches!(command, Command::Leave)
     }
 }

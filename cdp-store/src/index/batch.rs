@@ -1,6 +1,6 @@
 //! What one index write puts into the time index.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use cdp_types::{BranchId, Ordinal, Seq, VolumeId};
 
@@ -8,7 +8,7 @@ use super::codec::{self, States, Watermark};
 use super::error::{IndexError, IndexErrorKind, IndexResult};
 use super::keys::{self, RowKind};
 use super::kv::{Family, WriteBatch};
-use super::leaf::{Change, LEVELS, NodeKey};
+use super::leaf::{Change, ChangeState, LEVELS, NodeKey, NodeRun};
 
 /// What a time stands for: every request acknowledged at or before `time_ns` has a `Seq` up to `seq`, and every
 /// later one a greater `Seq`.
@@ -79,6 +79,26 @@ impl IndexBatch {
     pub fn image(&mut self, branch: BranchId, leaf: u64, seq: Seq, states: &States) {
         let key = keys::map(NodeKey { branch, level: 0, node: leaf }, seq, RowKind::Image);
         self.rows.put_with(Family::Map, &key, |out| codec::encode_image(&key, states, out));
+    }
+
+    /// Adds runs of zeroed children to a branch that holds only what others inherit, as of `seq`. To be called at
+    /// most once; such a branch has no changes of its own.
+    pub fn inherited_zeroes(&mut self, branch: BranchId, runs: &[NodeRun], seq: Seq) {
+        let mut by_node: BTreeMap<NodeKey, Vec<Change>> = BTreeMap::new();
+        for run in runs {
+            let change = Change { seq, first: run.first, count: run.count, state: ChangeState::Zero };
+            by_node.entry(NodeKey { branch, level: run.level, node: run.node }).or_default().push(change);
+        }
+        for (node, changes) in by_node {
+            let key = keys::map(node, seq, RowKind::Delta);
+            self.rows.put_with(Family::Map, &key, |out| codec::encode_delta(&key, &changes, out));
+        }
+    }
+
+    /// Says how a branch's line was flattened.
+    pub fn flattening(&mut self, branch: BranchId, numbers: [u64; 4]) {
+        let key = keys::flattening(branch);
+        self.rows.put_with(Family::Time, &key, |out| codec::encode_time(&key, &numbers, out));
     }
 
     /// Adds a point of a branch's time. Time and `Seq` both grow from entry to entry.

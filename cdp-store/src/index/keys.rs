@@ -60,6 +60,11 @@ pub(super) fn parse_node(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(key.get(9..NODE_PREFIX_LEN)?.try_into().ok()?))
 }
 
+/// The level of the node that a key belongs to.
+pub(super) fn parse_level(key: &[u8]) -> Option<u8> {
+    key.get(8).copied()
+}
+
 /// The first key of a branch, in any family that is keyed by branch.
 pub(super) fn branch_start(branch: BranchId) -> [u8; 8] {
     branch.0.to_be_bytes()
@@ -72,6 +77,7 @@ pub(super) fn branch_end(branch: BranchId) -> [u8; 32] {
 
 const BY_TIME: u8 = 0;
 const BY_SEQ: u8 = 1;
+const FLATTENING: u8 = 2;
 
 pub(super) fn by_time(branch: BranchId, time_ns: u64, seq: Seq) -> [u8; 25] {
     concat(&[&branch.0.to_be_bytes(), &[BY_TIME], &(!time_ns).to_be_bytes(), &(!seq.0).to_be_bytes()])
@@ -95,6 +101,11 @@ pub(super) fn by_seq(branch: BranchId, seq: Seq) -> [u8; 17] {
 
 pub(super) fn by_seq_end(branch: BranchId) -> [u8; 9] {
     concat(&[&branch.0.to_be_bytes(), &[BY_SEQ + 1]])
+}
+
+/// Of the one row that says how a branch's line was flattened.
+pub(super) fn flattening(branch: BranchId) -> [u8; 9] {
+    concat(&[&branch.0.to_be_bytes(), &[FLATTENING]])
 }
 
 /// `Seq` of a row of the order by `Seq`.

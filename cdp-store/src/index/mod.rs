@@ -128,6 +128,34 @@ impl TimeIndex {
         Ok(found)
     }
 
+    /// The runs of children that nodes above the leaves say were zeroed, up to and including `at`.
+    ///
+    /// # Errors
+    /// `Corrupt` if a row is damaged; otherwise as [`Kv`].
+    pub fn zeroed_nodes(&self, branch: BranchId, at: Seq) -> IndexResult<Vec<NodeRun>> {
+        let first = keys::map(NodeKey { branch, level: 1, node: 0 }, Seq::MAX, keys::RowKind::Image);
+        let mut runs = Vec::new();
+        let mut failed = Ok(());
+        self.kv.scan(Family::Map, &first, &keys::branch_end(branch), &mut |key, value| {
+            if let Err(error) = zeroed_in_row(key, value, at, &mut runs) {
+                failed = Err(read::corrupt(&*self.kv, (branch, key), error));
+            }
+            failed.is_ok()
+        })?;
+        failed.map(|()| runs)
+    }
+
+    /// How a branch's line was flattened, if it was.
+    ///
+    /// # Errors
+    /// `Corrupt` if the row is damaged; otherwise as [`Kv`].
+    pub fn flattening(&self, branch: BranchId) -> IndexResult<Option<[u64; 4]>> {
+        let key = keys::flattening(branch);
+        let Some(value) = self.kv.get(Family::Time, &key)? else { return Ok(None) };
+        let numbers = codec::decode_time(&key, &value);
+        numbers.map(Some).map_err(|error| read::corrupt(&*self.kv, branch, error))
+    }
+
     /// The newest entry of a branch at or before a time; `None` if the branch has none so old.
     ///
     /// Requests between that entry and the time asked for are in the log after [`TimeEntry::ordinal`].
@@ -243,6 +271,25 @@ impl TimeIndex {
     pub fn stats(&self) -> IndexResult<KvStats> {
         self.kv.stats()
     }
+}
+
+fn zeroed_in_row(key: &[u8], value: &[u8], at: Seq, runs: &mut Vec<NodeRun>) -> Result<(), DecodeError> {
+    let malformed = DecodeError("malformed key");
+    let (Some(level), Some(node)) = (keys::parse_level(key), keys::parse_node(key)) else {
+        return Err(malformed);
+    };
+    let (seq, kind) = keys::parse_map_suffix(key).ok_or(malformed)?;
+    if kind == keys::RowKind::Image {
+        return Err(DecodeError("an image above level 0"));
+    }
+    for change in codec::decode_delta(key, level, seq, value)? {
+        let Change { seq, first, count, .. } = change?;
+        if seq > at {
+            break;
+        }
+        runs.push(NodeRun { level, node, first, count });
+    }
+    Ok(())
 }
 
 impl fmt::Debug for TimeIndex {

@@ -39,6 +39,12 @@ impl LogEnd {
         term: 0,
     };
 
+    /// The same for a log that went on with a branch after its last batch.
+    #[must_use]
+    pub fn on_branch(self, start: Seq, created_ns: u64) -> Self {
+        Self { seq: self.seq.max(start), time_ns: self.time_ns.max(created_ns), ..self }
+    }
+
     fn after(&self, batch: &BatchAt) -> Self {
         Self {
             ordinal: batch.header.ordinal,

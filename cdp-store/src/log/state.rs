@@ -120,6 +120,12 @@ pub struct LogState {
     volume: VolumeId,
     branch: BranchId,
     term: u64,
+    /// Grows with each branch that becomes the head. Queues of earlier ones append nothing any more.
+    tenure: u64,
+    /// Queues that were opened during this tenure and are still open.
+    users: usize,
+    /// One tenure has ended, and the next has not begun.
+    switching: bool,
     /// The last batch that was placed, and its header's checksum.
     placed: Ordinal,
     placed_crc: u32,
@@ -156,6 +162,9 @@ impl LogState {
         Self {
             volume,
             branch,
+            tenure: 0,
+            users: 0,
+            switching: false,
             term: end.term + 1,
             placed: end.ordinal,
             placed_crc: end.crc,
@@ -192,6 +201,58 @@ impl LogState {
     #[must_use]
     pub fn head(&self) -> (Seq, u64) {
         (self.acked_seq, self.acked_time_ns)
+    }
+
+    /// Which of the branches that have been the head since the store was opened is it now, counted from 0.
+    #[must_use]
+    pub fn tenure(&self) -> u64 {
+        self.tenure
+    }
+
+    /// Counts a queue that is being opened.
+    pub fn enter(&mut self) -> u64 {
+        self.users += 1;
+        self.tenure
+    }
+
+    /// A queue that was opened during a tenure is closed.
+    pub fn leave(&mut self, tenure: u64) {
+        if tenure == self.tenure {
+            self.users -= 1;
+        }
+    }
+
+    /// Open queues of the head.
+    #[must_use]
+    pub fn users(&self) -> usize {
+        self.users
+    }
+
+    /// Refuses every further append of the queues that are open, and holds back those of queues that are opened from
+    /// here on, until [`LogState::begin_tenure`].
+    pub fn end_tenure(&mut self) {
+        self.tenure += 1;
+        self.users = 0;
+        self.switching = true;
+    }
+
+    /// Lets queues append again.
+    pub fn begin_tenure(&mut self) {
+        self.switching = false;
+    }
+
+    /// The first request that is in the log and not acknowledged.
+    #[must_use]
+    pub fn first_unacknowledged(&self) -> Option<Seq> {
+        self.in_flight.front().map(|b| b.header.first_seq)
+    }
+
+    /// Goes on with another branch, which begins at `start`. Nothing must be in flight.
+    pub fn switch(&mut self, branch: BranchId, start: Seq, created_ns: u64) {
+        debug_assert!(self.in_flight.is_empty(), "a branch was switched under a batch in flight");
+        self.branch = branch;
+        self.acked_seq = self.acked_seq.max(start);
+        self.acked_time_ns = self.acked_time_ns.max(created_ns);
     }
 
     /// The header checksum of the last acknowledged batch, and where that batch lies.
@@ -280,7 +341,7 @@ impl LogState {
 
     /// Gives a draft its place, ordinal and `Seq`, and completes its header in the buffer.
     pub fn append(&mut self, context: &LogContext, mut draft: Draft, owner: &Arc<Inbox>) -> Append {
-        if self.poisoned.is_some() || self.needs_cut {
+        if self.poisoned.is_some() || self.needs_cut || !owner.may_append(self.tenure, self.switching) {
             return Append::Blocked(draft);
         }
         if let Some(seq) = self.flushed_seq {

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering as Memory;
 use std::time::Duration;
@@ -24,6 +24,9 @@ use crate::volume::Volume;
 /// How long a queue that is being dropped sleeps at a time, while the kernel works on what it has begun.
 const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
+/// What the queues are told that were open when their volume was reverted.
+const SUPERSEDED: &str = "the volume was reverted to another instant: connect again";
+
 /// What one lane operation of a queue, other than a request's read, was for.
 #[derive(Debug)]
 pub(super) enum Job {
@@ -38,6 +41,8 @@ pub(super) enum Job {
 /// One queue of a volume's head. Passive between calls; everything happens on the caller's thread.
 pub struct HeadQueue {
     pub(super) volume: Arc<Volume>,
+    /// Which of the volume's heads it was opened on.
+    tenure: u64,
     pub(super) lane: Box<dyn Lane>,
     pub(super) inbox: Arc<Inbox>,
     pub(super) jobs: Slab<Job>,
@@ -67,10 +72,12 @@ impl HeadQueue {
     /// If the operating system gives no lane.
     pub fn new(volume: Arc<Volume>) -> io::Result<Self> {
         let lane = volume.shared().storage.lane()?;
-        let inbox = Inbox::new(lane.waker());
+        let tenure = volume.enter();
+        let inbox = Inbox::new(lane.waker(), tenure);
         let alignment = volume.shared().log.segments.alignment();
         Ok(Self {
             volume,
+            tenure,
             lane,
             inbox,
             jobs: Slab::new(),
@@ -120,15 +127,30 @@ impl HeadQueue {
         if self.volume.shared().is_closing() {
             return Err(IoError::new(IoErrorKind::Gone, "the store is being closed"));
         }
-        match self.volume.refusal() {
+        match self.refusal() {
             Some((kind, why)) => Err(IoError::new(kind, why)),
             None => Ok(()),
         }
     }
 
+    /// Why nothing can be changed through this queue, if that is so.
+    pub(super) fn refusal(&self) -> Option<(IoErrorKind, String)> {
+        if self.is_superseded() {
+            return Some((IoErrorKind::Gone, SUPERSEDED.to_owned()));
+        }
+        self.volume.refusal()
+    }
+
+    fn is_superseded(&self) -> bool {
+        self.tenure != self.volume.tenure()
+    }
+
     fn start_read(&mut self, id: RequestId, offset: u64, into: &IoBuf) -> Result<(), IoError> {
         let range = ByteRange::new(offset, into.len() as u64);
         self.check(range)?;
+        if self.is_superseded() {
+            return Err(IoError::new(IoErrorKind::Gone, SUPERSEDED));
+        }
         let states = self.volume.states(range.touched_blocks()).map_err(|e| {
             tracing::error!(volume = %self.volume.id(), "{e}");
             e.to_io()
@@ -251,6 +273,7 @@ impl Drop for HeadQueue {
                 (_, Job::Base(_)) => {}
             }
         }
+        self.volume.leave(self.tenure);
     }
 }
 
@@ -301,6 +324,15 @@ impl DeviceQueue for HeadQueue {
         events.append(&mut self.events);
         self.note_handed_over();
         Ok(())
+    }
+
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        self.lane.descriptor()
+    }
+
+    fn arm(&mut self) -> io::Result<Wait> {
+        let idle = self.events.is_empty() && self.done.is_empty() && self.lane.arm()?;
+        Ok(if idle { self.limit(Wait::Forever) } else { Wait::No })
     }
 
     fn in_flight(&self) -> usize {

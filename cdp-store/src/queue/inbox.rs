@@ -34,19 +34,28 @@ pub struct Inbox {
     /// `None` once nobody reads it any more.
     mail: Mutex<Option<Vec<Mail>>>,
     waker: Option<Arc<dyn Waker>>,
+    /// During which of the volume's tenures the queue was opened; none if it is nobody's.
+    tenure: Option<u64>,
 }
 
 impl Inbox {
-    /// The mailbox of the queue that `waker` wakes.
+    /// The mailbox of the queue that `waker` wakes, and that was opened during a tenure
+    /// ([`crate::log::LogState::tenure`]).
     #[must_use]
-    pub fn new(waker: Arc<dyn Waker>) -> Arc<Self> {
-        Arc::new(Self { mail: Mutex::new(Some(Vec::new())), waker: Some(waker) })
+    pub fn new(waker: Arc<dyn Waker>, tenure: u64) -> Arc<Self> {
+        Arc::new(Self { mail: Mutex::new(Some(Vec::new())), waker: Some(waker), tenure: Some(tenure) })
     }
 
     /// A mailbox that nobody reads, for batches without requests.
     #[must_use]
     pub fn nobody() -> Arc<Self> {
-        Arc::new(Self { mail: Mutex::new(None), waker: None })
+        Arc::new(Self { mail: Mutex::new(None), waker: None, tenure: None })
+    }
+
+    /// Whether its owner may append during this tenure; nobody's own events always go in.
+    #[must_use]
+    pub fn may_append(&self, tenure: u64, switching: bool) -> bool {
+        self.tenure.is_none_or(|own| own == tenure && !switching)
     }
 
     fn mail(&self) -> MutexGuard<'_, Option<Vec<Mail>>> {

@@ -67,7 +67,7 @@ impl HeadQueue {
             self.finish(work.pending.id, Err(error));
             return true;
         }
-        if let Some((kind, why)) = self.volume.refusal() {
+        if let Some((kind, why)) = self.refusal() {
             self.finish(work.pending.id, Err(IoError::new(kind, why)));
             return true;
         }

@@ -1,16 +1,15 @@
 //! A queue of a past instant: reads only, and always the same answers.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use cdp_types::{
-    BlockRange, BranchId, ByteRange, DeviceQueue, Event, IoError, IoErrorKind, Op, RequestId, Seq, Wait,
-};
+use cdp_types::{BlockRange, ByteRange, DeviceQueue, Event, IoError, IoErrorKind, Op, RequestId, Wait};
 
 use super::read::Reader;
 use crate::error::Result;
 use crate::index::{BlockState, FANOUT};
+use crate::lineage::{At, Branch};
 use crate::map::Leaf;
 use crate::storage::{Done, Lane};
 use crate::volume::{States, Volume};
@@ -21,8 +20,9 @@ const LEAVES_KEPT: usize = 64;
 /// One queue of a past instant of a volume.
 pub struct PastQueue {
     volume: Arc<Volume>,
-    branch: BranchId,
-    at: Seq,
+    /// Held, so that its history stays.
+    _branch: Option<Arc<Branch>>,
+    at: At,
     capacity: u64,
     lane: Box<dyn Lane>,
     reader: Reader,
@@ -34,16 +34,16 @@ pub struct PastQueue {
 }
 
 impl PastQueue {
-    /// A queue that reads `volume` as it was on `branch` after every change up to `at`.
+    /// A queue that reads `volume` as it was at an instant of a branch, which may be another volume's.
     ///
     /// # Errors
     /// If the operating system gives no lane.
-    pub fn new(volume: Arc<Volume>, branch: BranchId, at: Seq, capacity: u64) -> io::Result<Self> {
+    pub fn new(volume: Arc<Volume>, at: At, capacity: u64) -> io::Result<Self> {
         let lane = volume.shared().storage.lane()?;
         let reader = Reader::new(volume.shared().log.segments.alignment());
         Ok(Self {
+            _branch: volume.shared().branches.get(at.branch),
             volume,
-            branch,
             at,
             capacity,
             lane,
@@ -58,7 +58,7 @@ impl PastQueue {
     fn leaf(&mut self, leaf: u64) -> Result<&Leaf> {
         let kept = match self.leaves.iter().position(|(number, _)| *number == leaf) {
             Some(index) => self.leaves.remove(index),
-            None => (leaf, self.volume.leaf_at(self.branch, leaf, self.at)?),
+            None => (leaf, self.volume.shared().lineage().leaf_at(self.at, leaf)?),
         };
         if self.leaves.len() == LEAVES_KEPT {
             self.leaves.remove(0);
@@ -131,6 +131,15 @@ impl DeviceQueue for PastQueue {
         self.in_flight -= completed;
         events.append(&mut self.events);
         Ok(())
+    }
+
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        self.lane.descriptor()
+    }
+
+    fn arm(&mut self) -> io::Result<Wait> {
+        let idle = self.events.is_empty() && self.lane.arm()?;
+        Ok(if idle { Wait::Forever } else { Wait::No })
     }
 
     fn in_flight(&self) -> usize {

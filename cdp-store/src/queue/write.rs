@@ -60,7 +60,7 @@ impl HeadQueue {
 
     /// A draft has no place: its requests wait, unless the store has been full for too long.
     fn hold_back(&mut self, draft: Draft) {
-        if let Some((kind, why)) = self.volume.refusal() {
+        if let Some((kind, why)) = self.refusal() {
             let (buffer, requests) = draft.into_parts();
             self.recycle(buffer);
             self.fail_all(requests, kind, &why);

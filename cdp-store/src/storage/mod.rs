@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use cdp_types::{IoBuf, Wait};
@@ -218,6 +218,19 @@ pub trait Lane: Send {
     /// # Errors
     /// Only when the ring itself is broken.
     fn poll(&mut self, wait: Wait, done: &mut Vec<Done>) -> io::Result<()>;
+
+    /// What becomes readable when an armed lane has something to report, for a thread that sleeps elsewhere.
+    ///
+    /// # Errors
+    /// `Unsupported` from a simulated lane, which only sleeps in `poll`.
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>>;
+
+    /// Arms [`Lane::descriptor`] for one sleep elsewhere; false if `poll` has something to report already. The next
+    /// `poll` disarms it.
+    ///
+    /// # Errors
+    /// As `poll` and `descriptor`.
+    fn arm(&mut self) -> io::Result<bool>;
 
     /// Operations started (watches not counted) and not yet reported.
     fn in_flight(&self) -> usize;

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::{Inner, Store};
+use crate::catalogue::Stage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::segments::PoolStep;
 use crate::volume::Volume;
@@ -22,10 +23,15 @@ const FULL_RETRY: Duration = Duration::from_millis(200);
 /// Zero-filling ahead starts when no log has taken a full-sized segment for this long.
 const FILL_DELAY: Duration = Duration::from_secs(2);
 
-/// A pause after each MiB that is zero-filled: guests come first.
+/// A pause after each MiB that is zero-filled while guests write: they come first.
 const FILL_PACE_BUSY: Duration = Duration::from_millis(20);
+/// The same while guests flush: the disk's own flush, for which they wait, takes the zeroes along. Measured with one
+/// write and one flush at a time: at 20 ms guests get 0.6 of the flushes that they get without any filling.
+const FILL_PACE_FLUSHED: Duration = Duration::from_millis(200);
 /// The same while no guest writes.
-const FILL_PACE_IDLE: Duration = Duration::from_millis(10);
+const FILL_PACE_IDLE: Duration = Duration::from_millis(1);
+/// More syncs than this between two pieces of filling are guests' flushes, not our own upkeep.
+const OWN_SYNCS: u64 = 2;
 /// How recent a write makes a store busy.
 const BUSY_FOR: Duration = Duration::from_secs(1);
 
@@ -174,7 +180,31 @@ impl Store {
         if due {
             self.index_flush()?;
         }
+        self.upkeep()?;
         self.note_idle_volumes()
+    }
+
+    /// Gives back what its last reader has left, and keeps reads of heads short.
+    ///
+    /// # Errors
+    /// If the store log or the index cannot be written.
+    pub fn upkeep(&self) -> Result<()> {
+        if self.has_unreclaimed() {
+            self.reclaim()?;
+        }
+        while self.flatten_one()? {}
+        Ok(())
+    }
+
+    /// How long to pause after a piece of zero-filling.
+    fn fill_pace(&self) -> Duration {
+        let syncs = self.all_volumes().iter().map(|v| v.counters().syncs.load(Ordering::Relaxed)).sum();
+        let before = self.inner.syncs_seen.swap(syncs, Ordering::Relaxed);
+        match self.is_written() {
+            true if syncs > before + OWN_SYNCS => FILL_PACE_FLUSHED,
+            true => FILL_PACE_BUSY,
+            false => FILL_PACE_IDLE,
+        }
     }
 
     /// Whether any volume was written just now.
@@ -221,7 +251,11 @@ impl Store {
         }
         let mut result = Ok(());
         for volume in self.all_volumes() {
-            let closed = volume.make_durable(volume.head().seq).and_then(|()| volume.note_durable());
+            if volume.row().stage == Stage::Destroyed {
+                // What others share of it was made durable when they began to.
+                continue;
+            }
+            let closed = volume.make_durable(volume.head().ordinal).and_then(|()| volume.note_durable());
             result = result.and(closed);
         }
         result.and(self.flush_index())
@@ -271,8 +305,7 @@ impl Task {
 fn pool(store: &Store) -> Duration {
     match store.pool_progress() {
         Ok(Progress::More) => Duration::ZERO,
-        Ok(Progress::Filled) if store.is_written() => FILL_PACE_BUSY,
-        Ok(Progress::Filled) => FILL_PACE_IDLE,
+        Ok(Progress::Filled) => store.fill_pace(),
         Ok(Progress::Later) if store.inner.shared.log.segments.is_wanted() => FULL_RETRY,
         Ok(Progress::Later) => FILL_DELAY,
         Ok(Progress::None) => Duration::from_secs(3600),

@@ -1,45 +1,47 @@
-//! Whether the time index says of a volume's head what its log says.
+//! Whether the time index says of a volume's branches what its log says.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use cdp_types::{BlockRange, Ordinal};
+use cdp_types::{BlockRange, BranchId, Ordinal};
 
 use super::inspect::{Finding, VerifyReport};
 use crate::error::Result;
 use crate::format::{BatchHeader, RecordKind};
 use crate::index::{BlockState, FANOUT, LogPos, Place, unsaid};
+use crate::lineage::At;
 use crate::map::Leaf;
 use crate::volume::{Head, Volume};
 
 /// Leaves that one walk of the log's headers compares: 16 GiB of disk, 64 MiB of memory.
-const LEAVES_PER_WALK: u64 = 8192;
+const LEAVES_PER_WALK: usize = 8192;
 
 /// Replays the log's headers up to `head` in memory and compares where they place every block with where the index does;
-/// as many walks as the written parts of the volume need.
+/// as many walks as the written parts of its branches need.
 ///
 /// # Errors
 /// If the log or the index cannot be read. Differences are findings.
 pub(super) fn compare_with_log(volume: &Arc<Volume>, head: Head, report: &mut VerifyReport) -> Result<()> {
-    let leaves = volume.row().size_bytes.div_ceil(FANOUT as u64 * cdp_types::BLOCK_SIZE);
-    let mut windows: BTreeSet<u64> = BTreeSet::new();
+    let mut written: BTreeSet<(BranchId, u64)> = BTreeSet::new();
     volume.each_batch(Ordinal(0), &mut |batch| {
         for record in batch.header.records.iter().filter(|r| r.kind.has_payload() && r.count > 0) {
-            let window = FANOUT as u64 * LEAVES_PER_WALK;
-            windows.extend(record.first / window..=(record.first + record.count - 1) / window);
+            let leaves = record.first / FANOUT as u64..=(record.first + record.count - 1) / FANOUT as u64;
+            written.extend(leaves.map(|leaf| (batch.header.branch, leaf)));
         }
         batch.header.ordinal < head.ordinal
     })?;
-    for window in windows {
-        let first = window * LEAVES_PER_WALK;
-        let leaves = first..(first + LEAVES_PER_WALK).min(leaves);
-        let mut replay = Replay { leaves, found: BTreeMap::new() };
+    let shared = volume.shared();
+    // What was deleted is not in the index any more.
+    written.retain(|(branch, _)| shared.branches.get(*branch).is_some());
+    let written: Vec<(BranchId, u64)> = written.into_iter().collect();
+    for leaves in written.chunks(LEAVES_PER_WALK) {
+        let mut replay = Replay { found: leaves.iter().map(|key| (*key, unsaid())).collect() };
         volume.each_batch(Ordinal(0), &mut |batch| {
             replay.apply(&batch.header, batch.payload_at);
             batch.header.ordinal < head.ordinal
         })?;
-        for (leaf, expected) in replay.found {
-            let stored = volume.leaf_at(volume.row().branch, leaf, head.seq)?;
+        for ((branch, leaf), expected) in replay.found {
+            let stored = shared.lineage().leaf_at(At { branch, seq: head.seq }, leaf)?;
             compare_leaf(volume, leaf, &expected, &stored, report);
         }
     }
@@ -60,9 +62,9 @@ fn compare_leaf(volume: &Volume, leaf: u64, expected: &Leaf, stored: &Leaf, repo
     }
 }
 
+/// What the log says of some leaves, each of one branch.
 struct Replay {
-    leaves: std::ops::Range<u64>,
-    found: BTreeMap<u64, Leaf>,
+    found: BTreeMap<(BranchId, u64), Leaf>,
 }
 
 impl Replay {
@@ -75,31 +77,31 @@ impl Replay {
                 RecordKind::Write => {
                     for (block, &crc) in (blocks.first..blocks.end()).zip(crcs.by_ref()) {
                         if let Some(pos) = LogPos::new(header.place.incarnation, at) {
-                            self.set(block, BlockState::Mapped(Place { pos, crc }));
+                            self.set(header.branch, block, BlockState::Mapped(Place { pos, crc }));
                         }
                         at += cdp_types::BLOCK_SIZE;
                     }
                 }
-                RecordKind::Zero | RecordKind::Discard => self.clear(blocks),
+                RecordKind::Zero | RecordKind::Discard => self.clear(header.branch, blocks),
                 _ => {}
             }
         }
     }
 
-    fn set(&mut self, block: u64, state: BlockState) {
-        let leaf = block / FANOUT as u64;
-        if self.leaves.contains(&leaf) {
-            self.found.entry(leaf).or_insert_with(unsaid)[(block % FANOUT as u64) as usize] = state;
+    fn set(&mut self, branch: BranchId, block: u64, state: BlockState) {
+        if let Some(states) = self.found.get_mut(&(branch, block / FANOUT as u64)) {
+            states[(block % FANOUT as u64) as usize] = state;
         }
     }
 
-    /// Only leaves that were written before are compared, so only they need to be told.
-    fn clear(&mut self, blocks: BlockRange) {
+    /// Only leaves that were written are compared, so only they need to be told.
+    fn clear(&mut self, branch: BranchId, blocks: BlockRange) {
         if blocks.is_empty() {
             return;
         }
         let fanout = FANOUT as u64;
-        for (&leaf, states) in self.found.range_mut(blocks.first / fanout..=(blocks.end() - 1) / fanout) {
+        let leaves = (branch, blocks.first / fanout)..=(branch, (blocks.end() - 1) / fanout);
+        for (&(_, leaf), states) in self.found.range_mut(leaves) {
             let from = blocks.first.saturating_sub(leaf * fanout).min(fanout) as usize;
             let to = (blocks.end() - leaf * fanout).min(fanout) as usize;
             states[from..to].fill(BlockState::Zero);

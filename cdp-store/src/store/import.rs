@@ -1,11 +1,11 @@
-//! Filling a new volume before anyone sees it.
+//! Volumes that only their maker sees: one that is being filled, and a writable view of a past instant.
 
 use std::sync::Arc;
 
-use cdp_types::VolumeName;
+use cdp_types::{Instant, VolumeName};
 
 use super::{Store, VolumeSpec};
-use crate::catalogue::Change;
+use crate::catalogue::{Change, Stage};
 use crate::error::Result;
 use crate::volume::Volume;
 
@@ -23,7 +23,7 @@ impl Store {
     /// # Errors
     /// As [`Store::create_volume`].
     pub fn begin_import(&self, name: &VolumeName, spec: VolumeSpec) -> Result<Import> {
-        let volume = self.add_volume(name, spec, true)?;
+        let volume = self.add_volume(name, spec, Stage::Importing)?;
         Ok(Import { store: self.clone(), volume: Some(volume) })
     }
 }
@@ -53,7 +53,7 @@ impl Import {
     /// If its log cannot be synced or the record not written; nothing is left behind then.
     pub fn commit(mut self) -> Result<()> {
         let Some(volume) = self.volume.take() else { return Ok(()) };
-        let result = volume.make_durable(volume.head().seq).and_then(|()| {
+        let result = volume.make_durable(volume.head().ordinal).and_then(|()| {
             let mut ledger = self.store.ledger();
             self.store.change_volume(&mut ledger, &volume, Change::Import { volume: volume.id() })
         });
@@ -67,9 +67,54 @@ impl Import {
 impl Drop for Import {
     fn drop(&mut self) {
         if let Some(volume) = self.volume.take()
-            && let Err(error) = self.store.remove(&volume)
+            && let Err(error) = self.store.remove(volume)
         {
             tracing::warn!("removing an unfinished import: {error}; the next opening will do it");
+        }
+    }
+}
+
+/// A writable view of a past instant, which nobody else sees. Dropping it discards what was written; so does a crash.
+#[derive(Debug)]
+pub struct Scratch {
+    store: Store,
+    volume: Option<Arc<Volume>>,
+}
+
+impl Store {
+    /// Makes a writable view of an instant: a clone without a name.
+    ///
+    /// # Errors
+    /// As [`Store::resolve`].
+    pub fn scratch(&self, name: &VolumeName, instant: &Instant) -> Result<Scratch> {
+        let source = self.volume(name)?;
+        let origin = self.resolve_durably(&source, instant)?;
+        let mut ledger = self.ledger();
+        let made = self.commit_clones(&mut ledger, &[source], &[origin], [None].into_iter())?;
+        Ok(Scratch { store: self.clone(), volume: made.into_iter().next() })
+    }
+}
+
+impl Scratch {
+    /// The volume.
+    ///
+    /// # Panics
+    /// Never: the volume is there until `drop`.
+    #[must_use]
+    pub fn volume(&self) -> &Arc<Volume> {
+        match &self.volume {
+            Some(volume) => volume,
+            None => unreachable!("a scratch volume is there until it is dropped"),
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Some(volume) = self.volume.take()
+            && let Err(error) = self.store.remove(volume)
+        {
+            tracing::warn!("removing a scratch volume: {error}; the next opening will do it");
         }
     }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Store;
 use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY};
-use crate::catalogue::STORE_LOG;
+use crate::catalogue::{STORE_LOG, Stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMAT_VERSION;
 use crate::index::RocksKv;
@@ -152,7 +152,7 @@ impl Store {
             log_bytes,
             index_bytes: index.disk_bytes,
             free_bytes: shared.storage.free_bytes().map_err(|e| Error::io("asking for free space", e))?,
-            volumes: self.all_volumes().iter().filter(|v| !v.row().importing).count() as u64,
+            volumes: self.all_volumes().iter().filter(|v| v.row().stage == Stage::Visible).count() as u64,
         })
     }
 
@@ -165,7 +165,7 @@ impl Store {
             .all_volumes()
             .iter()
             .map(|v| v.row())
-            .filter(|r| !r.importing)
+            .filter(|r| r.stage == Stage::Visible)
             .map(|r| (r.id, r.name))
             .collect();
         let all = self.inner.shared.log.segments.all();

@@ -1,27 +1,32 @@
 //! A store: its volumes and what can be done with them.
 
 mod background;
+mod branches;
 mod compare;
 mod import;
 mod inspect;
+mod instants;
+mod marks;
 mod open;
+mod reclaim;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use cdp_types::{BlockDevice, Instant, Label, VolumeId, VolumeName};
+use cdp_types::{Seq, VolumeId, VolumeName};
 
-use crate::catalogue::{BranchRow, Change, Ledger, MarkRow, VolumeRow};
+use crate::catalogue::{BranchRow, BranchState, Change, Ledger, MarkRow, Stage, VolumeRow};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Superblock;
-use crate::index::IndexBatch;
 use crate::log::LogEnd;
 use crate::map::HeadMap;
 use crate::options::StoreOptions;
 use crate::shared::Shared;
-use crate::volume::{MarkInfo, Recovered, Resolved, Serving, Volume, VolumeInfo};
+use crate::volume::{Recovered, Serving, Volume, VolumeInfo};
 
-pub use import::Import;
+pub use branches::{CloneSpec, Reverted};
+pub use import::{Import, Scratch};
 pub use inspect::{
     Finding, RebuildReport, SegmentInfo, SegmentState, StoreInfo, VerifyProgress, VerifyReport,
 };
@@ -45,6 +50,8 @@ struct Inner {
     options: StoreOptions,
     background: Mutex<Background>,
     index_health: Mutex<IndexHealth>,
+    /// Syncs that guests' flushes had needed when zero-filling last looked.
+    syncs_seen: AtomicU64,
     writable: bool,
 }
 
@@ -108,7 +115,7 @@ impl Store {
     pub fn volume(&self, name: &VolumeName) -> Result<Arc<Volume>> {
         let found = self.all_volumes().into_iter().find(|v| {
             let row = v.row();
-            row.name == *name && !row.importing
+            row.name == *name && row.stage == Stage::Visible
         });
         found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no volume '{name}'")))
     }
@@ -117,7 +124,7 @@ impl Store {
     #[must_use]
     pub fn volumes(&self) -> Vec<VolumeInfo> {
         let volumes = self.all_volumes();
-        let visible = volumes.iter().filter(|v| !v.row().importing);
+        let visible = volumes.iter().filter(|v| v.row().stage == Stage::Visible);
         let mut infos: Vec<VolumeInfo> = visible.map(|v| v.describe(self.marks_of(v.id()))).collect();
         infos.sort_by(|a, b| a.name.cmp(&b.name));
         infos
@@ -144,17 +151,16 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Exists`], or [`ErrorKind::Invalid`] for a size or block size that cannot be.
     pub fn create_volume(&self, name: &VolumeName, spec: VolumeSpec) -> Result<Arc<Volume>> {
-        self.add_volume(name, spec, false)
+        self.add_volume(name, spec, Stage::Visible)
     }
 
-    fn add_volume(&self, name: &VolumeName, spec: VolumeSpec, importing: bool) -> Result<Arc<Volume>> {
+    fn add_volume(&self, name: &VolumeName, spec: VolumeSpec, stage: Stage) -> Result<Arc<Volume>> {
         spec.check()?;
         let mut ledger = self.ledger();
         self.check_free(&ledger, name)?;
-        let shared = &self.inner.shared;
-        let created_ns = shared.log.clock.stamp().wall_ns;
+        let created_ns = self.inner.shared.log.clock.stamp().time_ns;
         let (id, branch) = (ledger.catalogue().next_volume(), ledger.catalogue().next_branch());
-        let row = VolumeRow {
+        let volume = VolumeRow {
             id,
             name: name.clone(),
             size_bytes: spec.size_bytes,
@@ -162,24 +168,40 @@ impl Store {
             branch,
             created_ns,
             serving: None,
-            importing,
+            stage,
         };
-        let branch = BranchRow { id: branch, volume: id, parent: None, created_ns };
-        self.commit(&mut ledger, &[Change::Create { volume: row.clone(), branch }])?;
-        shared.branches.write().unwrap_or_else(PoisonError::into_inner).insert(branch.id, branch);
-        let map = HeadMap::new(cdp_types::Seq::ZERO, Arc::clone(&shared.leaf_budget));
-        let recovered =
-            Recovered { end: LogEnd::EMPTY, map, survived: Vec::new(), read_only: None, damaged: false };
+        let branch = BranchRow {
+            id: branch,
+            volume: id,
+            parent: None,
+            start: Seq::ZERO,
+            created_ns,
+            state: BranchState::Kept,
+        };
+        self.commit(&mut ledger, &[Change::Create { volume: volume.clone(), branch }])?;
+        Ok(self.show(volume, branch))
+    }
+
+    /// Brings a volume that the catalogue has, and whose log is empty, to life.
+    fn show(&self, row: VolumeRow, branch: BranchRow) -> Arc<Volume> {
+        let shared = &self.inner.shared;
+        shared.branches.insert(branch);
+        let mut map = HeadMap::new(Seq::ZERO, branch.id, Arc::clone(&shared.leaf_budget));
+        map.switch(branch.id, branch.start);
+        let end = LogEnd::EMPTY.on_branch(branch.start, branch.created_ns);
+        let recovered = Recovered { end, map, survived: Vec::new(), read_only: None, damaged: false };
         let volume = Volume::new(Arc::clone(shared), row, recovered);
+        shared.branches.own(&volume);
         let mut volumes = self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner);
-        volumes.insert(id, Arc::clone(&volume));
-        Ok(volume)
+        volumes.insert(volume.id(), Arc::clone(&volume));
+        volume
     }
 
     /// A name is taken as long as a volume has it, one that is being imported included.
     fn check_free(&self, ledger: &Ledger, name: &VolumeName) -> Result<()> {
-        match ledger.catalogue().volumes.values().find(|row| row.name == *name) {
-            Some(row) if row.importing => {
+        let has_name = |row: &&VolumeRow| matches!(row.stage, Stage::Visible | Stage::Importing);
+        match ledger.catalogue().volumes.values().filter(has_name).find(|row| row.name == *name) {
+            Some(row) if row.stage == Stage::Importing => {
                 Err(Error::new(ErrorKind::Busy, format!("volume '{name}' is being imported")))
             }
             Some(_) => Err(Error::new(ErrorKind::Exists, format!("there is a volume '{name}' already"))),
@@ -241,103 +263,5 @@ impl Store {
         let volume = self.volume(name)?;
         let mut ledger = self.ledger();
         self.change_volume(&mut ledger, &volume, Change::Serve { volume: volume.id(), serving })
-    }
-
-    /// Names the acknowledged present of a volume.
-    ///
-    /// # Durability
-    /// The mark, and everything that it refers to, survives a power cut once this returns.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`], or [`ErrorKind::Exists`] if the volume has a mark of that name.
-    pub fn mark(&self, name: &VolumeName, label: &Label) -> Result<MarkInfo> {
-        let volume = self.volume(name)?;
-        let at = volume.find(&Instant::Head, |_| None)?;
-        volume.make_durable(at.seq)?;
-        let mut ledger = self.ledger();
-        if ledger.catalogue().marks.contains_key(&(volume.id(), label.clone())) {
-            let text = format!("volume '{name}' has a mark '{label}' already");
-            return Err(Error::new(ErrorKind::Exists, text));
-        }
-        let Resolved { branch, seq, time_ns } = at;
-        let mark = MarkRow { volume: volume.id(), label: label.clone(), branch, seq, time_ns };
-        self.commit(&mut ledger, &[Change::Mark { mark }])?;
-        Ok(MarkInfo { label: label.clone(), seq, time_ns })
-    }
-
-    /// Removes a volume and its history, and gives its segments back. Reads that are under way can finish.
-    ///
-    /// # Durability
-    /// It is gone after a power cut once this returns.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] if it is served and `force` is not set.
-    pub fn destroy_volume(&self, name: &VolumeName, force: bool) -> Result<()> {
-        let volume = self.volume(name)?;
-        if volume.row().serving.is_some() && !force {
-            let text = format!("volume '{name}' is served to guests; stop serving it, or use force");
-            return Err(Error::new(ErrorKind::Busy, text));
-        }
-        self.remove(&volume)
-    }
-
-    fn remove(&self, volume: &Arc<Volume>) -> Result<()> {
-        let mut ledger = self.ledger();
-        self.commit(&mut ledger, &[Change::Destroy { volume: volume.id() }])?;
-        drop(ledger);
-        volume.log().retire("the volume was destroyed");
-        self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner).remove(&volume.id());
-        // A write that was reported as failed may land late; a file with such a one is not used again.
-        let recycle = !volume.log().had_failures();
-        self.finish_reclaiming(recycle)
-    }
-
-    /// Gives back what destroyed volumes held. After a crash the next opening goes on with it.
-    fn finish_reclaiming(&self, recycle: bool) -> Result<()> {
-        let unfinished: Vec<VolumeId> = {
-            let ledger = self.ledger();
-            let importing = ledger.catalogue().volumes.values().filter(|r| r.importing).map(|r| r.id);
-            let live = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
-            importing.filter(|id| live.get(id).is_none_or(|v| Arc::strong_count(v) == 1)).collect()
-        };
-        for id in unfinished {
-            // An import that nobody works on any more: it was cut short.
-            self.commit(&mut self.ledger(), &[Change::Destroy { volume: id }])?;
-            self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        }
-        let retiring = self.ledger().catalogue().retiring.clone();
-        let shared = &self.inner.shared;
-        let failed = |e| Error::new(ErrorKind::Io, "removing a destroyed volume from the index").with(e);
-        for (volume, branches) in retiring {
-            shared.log.segments.release(recycle, |header| header.volume == volume)?;
-            let mut batch = IndexBatch::new();
-            batch.forget_watermark(volume);
-            shared.index.write(&batch).map_err(failed)?;
-            for branch in branches {
-                shared.index.drop_branch(branch).map_err(failed)?;
-            }
-            self.commit(&mut self.ledger(), &[Change::Retire { volume }])?;
-        }
-        Ok(())
-    }
-
-    /// Finds an instant of a volume's history.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] if there is no such volume, mark or flush; [`ErrorKind::Invalid`] for a `Seq` in the future.
-    pub fn resolve(&self, name: &VolumeName, instant: &Instant) -> Result<Resolved> {
-        let volume = self.volume(name)?;
-        let ledger = self.ledger();
-        let marks = &ledger.catalogue().marks;
-        volume.find(instant, |label| marks.get(&(volume.id(), label.clone())).cloned())
-    }
-
-    /// Opens a volume at an instant, for reading. What is read never changes, whatever is written meanwhile.
-    ///
-    /// # Errors
-    /// As [`Store::resolve`].
-    pub fn open_at(&self, name: &VolumeName, instant: &Instant) -> Result<Arc<dyn BlockDevice>> {
-        let at = self.resolve(name, instant)?;
-        Ok(self.volume(name)?.open_resolved(at))
     }
 }

@@ -1,18 +1,19 @@
 //! Making and opening a store.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, RwLock};
 
-use cdp_types::{Generation, Ordinal, Origin, Seq, VolumeId};
+use cdp_types::{BranchId, Generation, Ordinal, Origin, Seq, VolumeId};
 
 use super::{Inner, Store};
-use crate::catalogue::{Catalogue, Change, Ledger, STORE_LOG, VolumeRow};
+use crate::catalogue::{BranchRow, BranchState, Catalogue, Change, Ledger, STORE_LOG, Stage, VolumeRow};
 use crate::clock::{Clock, StoreClock, SystemClock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BatchPlace, FormatError, RecordKind, SUPERBLOCK_LEN, Superblock};
 use crate::index::{IndexBatch, Kv, LogPos, RocksKv, RocksOptions, TimeIndex, Watermark, WriteBatch};
+use crate::lineage::{Branches, Flattening, flattened};
 use crate::log::{BatchAt, Fence, LogContext, LogEnd, LogState, Recovery, live_chain, recover};
 use crate::map::{HeadMap, LeafBudget};
 use crate::options::StoreOptions;
@@ -303,7 +304,7 @@ impl Opening {
         let mut fences = Vec::new();
         for row in catalogue.volumes.values() {
             let fence = catalogue.fences.get(&row.id).copied().unwrap_or_default();
-            let volume = self.recover_volume(&index, row, fence)?;
+            let volume = self.recover_volume(&index, &catalogue, row, fence)?;
             // A damaged log goes on behind what could be read of it.
             if !volume.damaged {
                 fences.push((
@@ -314,7 +315,7 @@ impl Opening {
             recovered.push((row.clone(), volume));
         }
         self.sort_out_leftovers(&catalogue)?;
-        let shared = self.share(index, &catalogue);
+        let shared = self.share(index, &catalogue)?;
         let state = LogState::new(STORE_LOG, cdp_types::BranchId(0), &end);
         let mut ledger = Ledger::new(state, catalogue, Arc::clone(&self.seams.catalogue));
         if self.mode == Mode::Write {
@@ -329,6 +330,12 @@ impl Opening {
             .into_iter()
             .map(|(row, r)| (row.id, Volume::new(Arc::clone(&shared), row, r)))
             .collect();
+        for volume in volumes.values() {
+            shared.branches.own(volume);
+            if volume.row().stage == Stage::Destroyed {
+                volume.log().retire("the volume was destroyed");
+            }
+        }
         let inner = Inner {
             ledger: Mutex::new(ledger),
             volumes: RwLock::new(volumes),
@@ -336,12 +343,13 @@ impl Opening {
             options: self.options,
             background: Mutex::default(),
             index_health: Mutex::default(),
+            syncs_seen: AtomicU64::new(0),
             writable: self.mode == Mode::Write,
             shared,
         };
         let store = Store { inner: Arc::new(inner) };
         if self.mode == Mode::Write {
-            store.finish_reclaiming(false)?;
+            store.reclaim()?;
         }
         Ok(store)
     }
@@ -369,11 +377,20 @@ impl Opening {
         Ok(())
     }
 
-    fn share(&self, index: TimeIndex, catalogue: &Catalogue) -> Arc<Shared> {
+    fn share(&self, index: TimeIndex, catalogue: &Catalogue) -> Result<Arc<Shared>> {
         let generation = self.superblock.generation;
-        let branches: HashMap<_, _> = catalogue.branches.iter().map(|(&id, &row)| (id, row)).collect();
+        let branches = Branches::default();
+        for row in catalogue.branches.values().filter(|row| row.state != BranchState::Gone) {
+            branches.insert(*row);
+            let flattening = index.flattening(row.id).map_err(|e| {
+                Error::new(ErrorKind::Io, format!("reading the time index of branch {}", row.id)).with(e)
+            })?;
+            if let Some(numbers) = flattening {
+                branches.flatten(row.id, Flattening::from_numbers(numbers));
+            }
+        }
         let clock = Arc::clone(&self.seams.clock);
-        Arc::new(Shared {
+        Ok(Arc::new(Shared {
             log: LogContext {
                 store: self.superblock.store,
                 generation,
@@ -387,12 +404,12 @@ impl Opening {
             clock,
             leaf_budget: Arc::clone(&self.leaf_budget),
             tuning: self.options.tuning(self.superblock.segment_bytes),
-            branches: RwLock::new(branches),
+            branches,
             next_origin: AtomicU64::new(first_origin(generation)),
             pool_bell: Bell::default(),
             index_bell: Bell::default(),
             closing: AtomicBool::new(false),
-        })
+        }))
     }
 
     /// Takes a volume's live segments into use. Those that a cut has superseded are left where they are until the
@@ -477,19 +494,28 @@ impl Opening {
         Ok(())
     }
 
-    fn recover_volume(&mut self, index: &TimeIndex, row: &VolumeRow, fence: Fence) -> Result<Recovered> {
+    fn recover_volume(
+        &mut self,
+        index: &TimeIndex,
+        catalogue: &Catalogue,
+        row: &VolumeRow,
+        fence: Fence,
+    ) -> Result<Recovered> {
+        let branches: BTreeMap<BranchId, BranchRow> =
+            catalogue.branches.values().filter(|b| b.volume == row.id).map(|b| (b.id, *b)).collect();
         let chain = self.chain_of(row.id, fence);
         let failed =
             |e| Error::new(ErrorKind::Io, format!("reading the time index of volume '{}'", row.name)).with(e);
         let watermark = index.watermark(row.id).map_err(failed)?;
-        match self.replay_volume(index, row, &chain, fence, watermark.as_ref(), Ordinal(0)) {
+        let source = Source { row, branches: &branches, chain: &chain, fence };
+        match self.replay_volume(index, &source, watermark.as_ref(), Ordinal(0)) {
             Err(error) if error.kind() == ErrorKind::Corrupt && watermark.is_some() => {
                 tracing::warn!(volume = %row.name, "{error}; its index is rebuilt from the log");
                 // The index only ever says what was durable, so what it speaks of and the log lacks was not torn off.
                 let known = watermark.map_or(Ordinal(0), |w| w.ordinal);
                 if self.mode == Mode::Write {
-                    self.forget_index(index, row)?;
-                    self.replay_volume(index, row, &chain, fence, None, known)
+                    self.forget_index(index, &source)?;
+                    self.replay_volume(index, &source, None, known)
                 } else {
                     Err(error)
                 }
@@ -498,25 +524,30 @@ impl Opening {
         }
     }
 
-    fn forget_index(&self, index: &TimeIndex, row: &VolumeRow) -> Result<()> {
+    fn forget_index(&self, index: &TimeIndex, source: &Source<'_>) -> Result<()> {
         let failed = |e| Error::new(ErrorKind::Io, "clearing part of the time index").with(e);
         let mut batch = IndexBatch::new();
-        batch.forget_watermark(row.id);
+        batch.forget_watermark(source.row.id);
         index.write(&batch).map_err(failed)?;
-        index.drop_branch(row.branch).map_err(failed)
+        for branch in source.branches.keys() {
+            index.drop_branch(flattened(*branch)).map_err(failed)?;
+            index.drop_branch(*branch).map_err(failed)?;
+        }
+        Ok(())
     }
 
     fn replay_volume(
         &mut self,
         index: &TimeIndex,
-        row: &VolumeRow,
-        chain: &[Arc<Segment>],
-        fence: Fence,
+        source: &Source<'_>,
         watermark: Option<&Watermark>,
         known_durable: Ordinal,
     ) -> Result<Recovered> {
+        let Source { row, branches, chain, fence } = *source;
         let indexed = watermark.map_or(Seq::ZERO, |w| w.seq);
-        let mut map = HeadMap::new(indexed, Arc::clone(&self.leaf_budget));
+        let (start, created_ns) =
+            branches.get(&row.branch).map_or((Seq::ZERO, 0), |b| (b.start, b.created_ns));
+        let mut map = HeadMap::new(indexed, row.branch, Arc::clone(&self.leaf_budget));
         let mut survived: Vec<Origin> = Vec::new();
         if let Some(batch) = watermark.map(|w| first_batch(chain, w)).transpose()?.flatten() {
             collect_origins(&batch, &mut survived);
@@ -524,7 +555,11 @@ impl Opening {
         let writable = self.mode == Mode::Write;
         let recovery = recover(chain, fence, watermark, known_durable, &mut |batch, durable| {
             collect_origins(&batch, &mut survived);
-            map.apply(&batch.header, batch.crc, batch.payload_at);
+            if branches.get(&batch.header.branch).is_some_and(|b| b.state != BranchState::Gone) {
+                map.apply(&batch.header, batch.crc, batch.payload_at);
+            } else {
+                map.pass(&batch.header, batch.crc);
+            }
             // A long replay, after the index was lost, is written to it on the way: memory stays bounded.
             while let Some(chunk) = map.oldest_closed().filter(|_| durable && writable) {
                 crate::volume::write_chunk(index, row.id, &chunk)?;
@@ -544,8 +579,19 @@ impl Opening {
             (Mode::Read, None) => Some("the store was opened for inspection".to_owned()),
             (Mode::Write, None) => None,
         };
-        Ok(Recovered { end: recovery.end, map, survived, read_only, damaged })
+        map.switch(row.branch, start);
+        let end = recovery.end.on_branch(start, created_ns);
+        Ok(Recovered { end, map, survived, read_only, damaged })
     }
+}
+
+/// What a volume is recovered from.
+#[derive(Clone, Copy, Debug)]
+struct Source<'a> {
+    row: &'a VolumeRow,
+    branches: &'a BTreeMap<BranchId, BranchRow>,
+    chain: &'a [Arc<Segment>],
+    fence: Fence,
 }
 
 fn first_batch(chain: &[Arc<Segment>], watermark: &Watermark) -> Result<Option<BatchAt>> {

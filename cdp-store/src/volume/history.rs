@@ -5,9 +5,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use cdp_types::{
-    BlockDevice, BranchId, DeviceIdentity, DeviceInfo, DeviceQueue, Instant, Label, Ordinal, Origin, Seq,
-};
+use cdp_types::{BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Ordinal, Origin, Seq};
 
 use super::{
     ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeState,
@@ -16,7 +14,8 @@ use super::{
 use crate::catalogue::MarkRow;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::RecordKind;
-use crate::index::{BlockState, FANOUT, LogPos, TimeEntry};
+use crate::index::{BlockState, FANOUT, LogPos};
+use crate::lineage::{At, Branch};
 use crate::log::{BatchAt, ChainReader};
 use crate::queue::PastQueue;
 
@@ -30,8 +29,7 @@ impl Volume {
             let map = self.map();
             (map.cached_leaves() as u64, map.pending_changes() as u64)
         };
-        let mut marks: Vec<MarkInfo> =
-            marks.into_iter().map(|m| MarkInfo { label: m.label, seq: m.seq, time_ns: m.time_ns }).collect();
+        let mut marks: Vec<MarkInfo> = marks.into_iter().map(MarkInfo::from).collect();
         marks.sort_by_key(|m| m.seq);
         VolumeInfo {
             id: row.id,
@@ -72,77 +70,11 @@ impl Volume {
         Head { seq, ordinal: log.acked(), time_ns, durable_ordinal: log.durable() }
     }
 
-    /// Finds an instant of the head branch's history. Marks are the store's: `mark` looks them up.
+    /// The flush that is `back` before the newest: from memory if it is recent, else from the log.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if there is no such mark, flush or time; [`ErrorKind::Invalid`] for a `Seq` that the
-    /// volume has not reached.
-    pub(crate) fn find(
-        &self,
-        instant: &Instant,
-        mark: impl Fn(&Label) -> Option<MarkRow>,
-    ) -> Result<Resolved> {
-        let branch = self.row().branch;
-        let head = self.head();
-        let (branch, seq) = match instant {
-            Instant::Head => (branch, head.seq),
-            Instant::Seq(seq) if *seq > head.seq => {
-                let text = format!("seq:{seq} is not in the history yet; the head is seq:{}", head.seq);
-                return Err(Error::new(ErrorKind::Invalid, text));
-            }
-            Instant::Seq(seq) => (branch, *seq),
-            Instant::Time(time_ns) => {
-                (branch, self.floor_time(branch, *time_ns)?.map_or(Seq::ZERO, |t| t.seq))
-            }
-            Instant::FlushBack(back) => (branch, self.find_flush(*back)?),
-            Instant::Mark(label) => {
-                let row = mark(label).ok_or_else(|| {
-                    Error::new(ErrorKind::NotFound, format!("the volume has no mark '{label}'"))
-                })?;
-                (row.branch, row.seq)
-            }
-            Instant::Epoch(epoch) => {
-                let text = format!("the volume has no epoch {epoch}");
-                return Err(Error::new(ErrorKind::NotFound, text));
-            }
-        };
-        Ok(Resolved { branch, seq, time_ns: self.time_of(branch, seq)?.map_or(0, |t| t.time_ns) })
-    }
-
-    fn floor_time(&self, branch: BranchId, time_ns: u64) -> Result<Option<TimeEntry>> {
-        if let Some(entry) = self.map().floor_time(branch, time_ns) {
-            return Ok(Some(entry));
-        }
-        self.ask_index(branch, |b| self.shared().index.floor_time(b, time_ns))
-    }
-
-    fn time_of(&self, branch: BranchId, seq: Seq) -> Result<Option<TimeEntry>> {
-        if let Some(entry) = self.map().time_of(branch, seq) {
-            return Ok(Some(entry));
-        }
-        self.ask_index(branch, |b| self.shared().index.time_of(b, seq))
-    }
-
-    /// Asks the index about a branch, then about what it inherits from.
-    fn ask_index(
-        &self,
-        branch: BranchId,
-        ask: impl Fn(BranchId) -> crate::index::IndexResult<Option<TimeEntry>>,
-    ) -> Result<Option<TimeEntry>> {
-        let mut branch = branch;
-        loop {
-            let found = ask(branch)
-                .map_err(|e| Error::new(ErrorKind::Io, "asking the time index for an instant").with(e))?;
-            match (found, self.shared().parent_of(branch)) {
-                (Some(entry), _) => return Ok(Some(entry)),
-                (None, Some((parent, _))) => branch = parent,
-                (None, None) => return Ok(None),
-            }
-        }
-    }
-
-    /// The flush that is `back` before the newest: from memory if it is recent, else from the log.
-    fn find_flush(&self, back: u64) -> Result<Seq> {
+    /// [`ErrorKind::NotFound`] if there are not so many.
+    pub(crate) fn find_flush(&self, back: u64) -> Result<Seq> {
         let remembered = self.map().flush_back(back);
         if let Some(seq) = remembered {
             return Ok(seq);
@@ -172,9 +104,15 @@ impl Volume {
     }
 
     /// Opens a found instant for reading. It never changes, whatever is written meanwhile.
-    #[must_use]
-    pub fn open_resolved(self: &Arc<Self>, at: Resolved) -> Arc<dyn BlockDevice> {
-        Arc::new(PastDevice { volume: Arc::clone(self), at })
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if its branch was deleted since.
+    pub fn open_resolved(self: &Arc<Self>, at: Resolved) -> Result<Arc<dyn BlockDevice>> {
+        let branch =
+            self.shared().branches.get(at.branch).ok_or_else(|| {
+                Error::new(ErrorKind::NotFound, format!("branch {} was deleted", at.branch))
+            })?;
+        Ok(Arc::new(PastDevice { volume: Arc::clone(self), _branch: branch, at }))
     }
 
     /// Calls `visit` with the acknowledged batches of its log from the one of ordinal `from` on, until it says no.
@@ -205,12 +143,7 @@ impl Volume {
     /// # Errors
     /// If the log cannot be read.
     pub fn records(&self, from: Seq, to: Seq, visit: &mut dyn FnMut(RecordInfo) -> bool) -> Result<()> {
-        let branch = self.row().branch;
-        let start = match from {
-            Seq(0) => Ordinal(0),
-            _ => self.time_of(branch, from.before())?.map_or(Ordinal(0), |t| t.ordinal),
-        };
-        self.each_batch(start, &mut |batch| {
+        self.each_batch(self.batch_before(from)?, &mut |batch| {
             let header = &batch.header;
             let mut seq = header.first_seq;
             for record in &header.records {
@@ -243,6 +176,19 @@ impl Volume {
         })
     }
 
+    /// A batch of its log at or before the first that holds `seq` or anything later.
+    fn batch_before(&self, seq: Seq) -> Result<Ordinal> {
+        let before = seq.before();
+        let mut newest = Ordinal(0);
+        for branch in self.shared().branches.of_volume(self.id()) {
+            if branch.row.start <= before {
+                let at = At { branch: branch.row.id, seq: before };
+                newest = newest.max(self.shared().lineage().time_of(at)?.map_or(Ordinal(0), |t| t.ordinal));
+            }
+        }
+        Ok(newest)
+    }
+
     /// Calls `visit` with what is known of all blocks at an instant, in order, in the longest runs, until it says no.
     ///
     /// # Errors
@@ -250,10 +196,11 @@ impl Volume {
     pub fn extents(&self, at: Resolved, visit: &mut dyn FnMut(ExtentInfo) -> bool) -> Result<()> {
         let blocks = self.row().size_bytes.div_ceil(cdp_types::BLOCK_SIZE);
         let leaves = blocks.div_ceil(FANOUT as u64);
+        let (lineage, place) = (self.shared().lineage(), At { branch: at.branch, seq: at.seq });
         let mut run: Option<ExtentInfo> = None;
         let mut leaf = 0;
         while leaf < leaves {
-            let next = self.next_said_leaf(at.branch, leaf)?.unwrap_or(leaves).min(leaves);
+            let next = lineage.next_leaf(place, leaf)?.unwrap_or(leaves).min(leaves);
             if next > leaf {
                 let first_block = leaf * FANOUT as u64;
                 let block_count = (next * FANOUT as u64).min(blocks) - first_block;
@@ -264,7 +211,7 @@ impl Volume {
                 leaf = next;
                 continue;
             }
-            let states = self.leaf_at(at.branch, leaf, at.seq)?;
+            let states = lineage.leaf_at(place, leaf)?;
             for (index, state) in states.iter().enumerate() {
                 let first_block = leaf * FANOUT as u64 + index as u64;
                 if first_block >= blocks {
@@ -281,25 +228,6 @@ impl Volume {
             visit(run);
         }
         Ok(())
-    }
-
-    /// The next leaf of which a branch or what it inherits from has anything to say.
-    fn next_said_leaf(&self, branch: BranchId, from: u64) -> Result<Option<u64>> {
-        let mut next = self.map().next_leaf(from);
-        let mut line = Some(branch);
-        while let Some(branch) = line {
-            let found = self
-                .shared()
-                .index
-                .next_leaf(branch, from)
-                .map_err(|e| Error::new(ErrorKind::Io, "walking the time index").with(e))?;
-            next = match (next, found) {
-                (Some(a), Some(b)) => Some(a.min(b)),
-                (a, b) => a.or(b),
-            };
-            line = self.shared().parent_of(branch).map(|(parent, _)| parent);
-        }
-        Ok(next)
     }
 }
 
@@ -340,6 +268,8 @@ fn extend(run: &mut Option<ExtentInfo>, one: ExtentInfo, visit: &mut dyn FnMut(E
 /// A past instant of a volume, read-only.
 struct PastDevice {
     volume: Arc<Volume>,
+    /// Held, so that its history stays.
+    _branch: Arc<Branch>,
     at: Resolved,
 }
 
@@ -360,7 +290,8 @@ impl BlockDevice for PastDevice {
 
     fn open_queue(&self) -> io::Result<Box<dyn DeviceQueue>> {
         let capacity = self.info().capacity;
-        Ok(Box::new(PastQueue::new(Arc::clone(&self.volume), self.at.branch, self.at.seq, capacity)?))
+        let at = At { branch: self.at.branch, seq: self.at.seq };
+        Ok(Box::new(PastQueue::new(Arc::clone(&self.volume), at, capacity)?))
     }
 
     fn new_origin(&self) -> Origin {

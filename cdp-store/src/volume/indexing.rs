@@ -96,17 +96,17 @@ impl Volume {
         outcome.map(|()| true).map_err(|why| Error::new(ErrorKind::Io, why))
     }
 
-    /// Makes everything up to and including `seq`, which is acknowledged, durable.
+    /// Makes every acknowledged batch up to and including this one durable.
     ///
     /// # Durability
     /// Once this returns.
     ///
     /// # Errors
     /// If a file cannot be synced; the volume takes no writes then.
-    pub(crate) fn make_durable(&self, seq: Seq) -> Result<()> {
-        let target = self.log().acked();
+    pub(crate) fn make_durable(&self, ordinal: Ordinal) -> Result<()> {
+        let target = ordinal.min(self.log().acked());
         let started = Instant::now();
-        while seq > Seq::ZERO && self.log().durable() < target {
+        while self.log().durable() < target {
             if let Some(why) = self.log().poisoned() {
                 return Err(Error::new(ErrorKind::Io, why.to_owned()));
             }

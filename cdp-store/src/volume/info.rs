@@ -1,7 +1,11 @@
 //! What can be told of a volume, as plain data.
 
+use std::collections::BTreeMap;
+
 use cdp_types::{BranchId, Generation, Label, Ordinal, Origin, Seq, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
+
+use crate::catalogue::MarkRow;
 
 /// Where a volume is served to guests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +38,38 @@ pub struct MarkInfo {
     pub seq: Seq,
     /// Its time, in nanoseconds since 1970.
     pub time_ns: u64,
+    /// On which branch it lies.
+    pub branch: BranchId,
+    /// What its maker has to say of it.
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl From<MarkRow> for MarkInfo {
+    fn from(row: MarkRow) -> Self {
+        let MarkRow { label, seq, time_ns, branch, metadata, volume: _ } = row;
+        Self { label, seq, time_ns, branch, metadata }
+    }
+}
+
+/// A branch of a volume's history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchInfo {
+    /// Its number.
+    pub id: BranchId,
+    /// Whether guests write it.
+    pub head: bool,
+    /// From which instant it inherits; none if it began empty.
+    pub from: Option<Resolved>,
+    /// The volume whose instant that is.
+    pub from_volume: Option<VolumeId>,
+    /// Its first instant.
+    pub start: Seq,
+    /// When it was made, in nanoseconds since 1970.
+    pub created_ns: u64,
+    /// Its last instant: the head's present, or the last before the volume was reverted.
+    pub end: Resolved,
+    /// Whether it was deleted: only what others inherit from it can still be opened.
+    pub deleted: bool,
 }
 
 /// Whether a volume takes writes.

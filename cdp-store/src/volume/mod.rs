@@ -10,25 +10,26 @@ use std::sync::atomic::{AtomicU64, Ordering as Memory};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use cdp_types::{
-    BlockDevice, BlockRange, BranchId, DeviceIdentity, DeviceInfo, DeviceQueue, Generation, IoErrorKind,
-    Ordinal, Origin, Seq, VolumeId,
+    BlockDevice, BlockRange, DeviceIdentity, DeviceInfo, DeviceQueue, Generation, IoErrorKind, Ordinal,
+    Origin, Seq, VolumeId,
 };
 use smallvec::SmallVec;
 
-use crate::catalogue::VolumeRow;
-use crate::error::{Error, ErrorKind, Result};
+use crate::catalogue::{BranchRow, VolumeRow};
+use crate::error::Result;
 use crate::format::data_start;
 use crate::index::{BlockState, FANOUT};
+use crate::lineage::At;
 use crate::log::{Acked, Append, Draft, Failed, LogEnd, LogState};
-use crate::map::{HeadMap, Leaf, apply_changes};
+use crate::map::{HeadMap, apply_changes};
 use crate::queue::{HeadQueue, Inbox, Mail};
 use crate::segments::{Blank, Segment};
 use crate::shared::Shared;
 
 pub(crate) use indexing::write_chunk;
 pub use info::{
-    ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, VolumeInfo, VolumeState,
-    VolumeStats,
+    BranchInfo, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, VolumeInfo,
+    VolumeState, VolumeStats,
 };
 
 /// The states of consecutive blocks.
@@ -70,6 +71,8 @@ pub struct Volume {
     /// Requests of earlier openings that are in the part of the log that was replayed; sorted.
     survived: Vec<Origin>,
     listeners: Mutex<Vec<Listener>>,
+    /// The log's, for the check of every request.
+    tenure: AtomicU64,
     damaged: bool,
     /// Why it takes no writes: its log is damaged, or the store was opened for reading.
     read_only: OnceLock<String>,
@@ -114,6 +117,7 @@ impl Volume {
             survived: recovered.survived,
             damaged: recovered.damaged,
             listeners: Mutex::default(),
+            tenure: AtomicU64::new(0),
             read_only,
             starved_since_ns: AtomicU64::new(0),
             counters: Counters::default(),
@@ -152,6 +156,51 @@ impl Volume {
         for listener in lock(&self.listeners).iter() {
             listener();
         }
+    }
+
+    /// Counts a queue of its head, until [`Volume::leave`]; returns the head's tenure.
+    pub(crate) fn enter(&self) -> u64 {
+        self.log().enter()
+    }
+
+    /// A queue is closed.
+    pub(crate) fn leave(&self, tenure: u64) {
+        self.log().leave(tenure);
+    }
+
+    /// Which of its heads is the present one.
+    pub(crate) fn tenure(&self) -> u64 {
+        self.tenure.load(Memory::Acquire)
+    }
+
+    /// Refuses whatever the open queues still want, and holds new ones back until [`Volume::begin_tenure`]; says no,
+    /// and does nothing, if there are open queues and not `force`.
+    pub(crate) fn end_tenure(&self, force: bool) -> bool {
+        let mut log = self.log();
+        if log.users() > 0 && !force {
+            return false;
+        }
+        log.end_tenure();
+        self.tenure.store(log.tenure(), Memory::Release);
+        drop(log);
+        self.wake_waiters(None);
+        true
+    }
+
+    /// Goes on with another branch, which the catalogue has. Nothing is in flight, and [`Volume::end_tenure`] was called.
+    pub(crate) fn switch(&self, branch: &BranchRow, row: VolumeRow) {
+        {
+            let mut log = self.log();
+            log.switch(branch.id, branch.start, branch.created_ns);
+            self.map().switch(branch.id, branch.start);
+        }
+        self.update_row(row);
+    }
+
+    /// Lets queues write again.
+    pub(crate) fn begin_tenure(&self) {
+        self.log().begin_tenure();
+        self.wake_waiters(None);
     }
 
     pub(crate) fn log(&self) -> MutexGuard<'_, LogState> {
@@ -348,52 +397,20 @@ impl Volume {
     /// Brings a leaf into the head map's cache.
     fn load_leaf(&self, leaf: u64) -> Result<()> {
         self.counters.leaf_loads.fetch_add(1, Memory::Relaxed);
-        let branch = self.row().branch;
         loop {
-            let upto = self.map().applied();
-            let mut states = self.leaf_at(branch, leaf, upto)?;
+            let (branch, upto) = {
+                let map = self.map();
+                (map.head(), map.applied())
+            };
+            let mut states = self.shared.lineage().leaf_at(At { branch, seq: upto }, leaf)?;
             let mut map = self.map();
             // Whatever came since is still pending, unless the indexer was faster than us.
-            if map.indexed() <= upto {
+            if map.indexed() <= upto && map.head() == branch {
                 apply_changes(&mut states, &map.pending(branch, leaf, upto, Seq::MAX));
                 map.insert(leaf, states);
                 return Ok(());
             }
         }
-    }
-
-    /// A leaf of a branch after every change up to and including `at`; what the branch does not say is inherited.
-    pub(crate) fn leaf_at(&self, branch: BranchId, leaf: u64, at: Seq) -> Result<Leaf> {
-        let mut states = self.own_leaf_at(branch, leaf, at)?;
-        let mut child = branch;
-        let mut at = at;
-        while states.iter().any(|s| matches!(s, BlockState::Unsaid)) {
-            let Some((parent, fork)) = self.shared.parent_of(child) else { break };
-            at = at.min(fork);
-            let inherited = self.own_leaf_at(parent, leaf, at)?;
-            for (state, from) in states.iter_mut().zip(inherited.iter()) {
-                if matches!(state, BlockState::Unsaid) {
-                    *state = *from;
-                }
-            }
-            child = parent;
-        }
-        Ok(states)
-    }
-
-    fn own_leaf_at(&self, branch: BranchId, leaf: u64, at: Seq) -> Result<Leaf> {
-        // Pending changes are taken first: what the indexer moves meanwhile is then seen twice, which does no harm,
-        // as long as the index is not read further than the pending changes go.
-        let (pending, applied) = {
-            let map = self.map();
-            (map.pending(branch, leaf, Seq::ZERO, at), map.applied())
-        };
-        let found = self.shared.index.leaf_at(branch, leaf, at.min(applied)).map_err(|e| {
-            Error::new(ErrorKind::Corrupt, format!("reading the time index of leaf {leaf}")).with(e)
-        })?;
-        let mut states = found.states;
-        apply_changes(&mut states, &pending);
-        Ok(states)
     }
 }
 

@@ -5,6 +5,8 @@
 
 mod check;
 
+pub use check::try_assert_holds;
+
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use cdp_store::storage::sim::OpKind;
@@ -168,6 +170,10 @@ impl Machine {
         }
         for info in self.store().volumes() {
             eprintln!("{} {}: {:?} {:?}", info.name, info.id, info.head, info.state);
+            for branch in self.store().branches(&info.name).unwrap() {
+                eprintln!("  {branch:?}");
+            }
+            eprintln!("  {:?}", self.volumes.get(&info.name).map(|memory| &memory.forks));
             let told = self.volume(&info.name).records(cdp_types::Seq::ZERO, cdp_types::Seq::MAX, &mut |r| {
                 eprintln!(
                     "  {} {} {} {}+{} origin {}",

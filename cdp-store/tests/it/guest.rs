@@ -64,6 +64,21 @@ pub struct Memory {
     pub order: Vec<Logged>,
     /// Named instants.
     pub marks: BTreeMap<Label, Seq>,
+    /// What it held when it was made: a clone's history begins with it.
+    pub base: Image,
+    /// How it was reverted, oldest first.
+    pub forks: Vec<Fork>,
+}
+
+/// One revert of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fork {
+    /// The new branch's first instant.
+    pub start: Seq,
+    /// When that was.
+    pub time_ns: u64,
+    /// The instant that the volume went back to.
+    pub to: Seq,
 }
 
 impl Memory {
@@ -75,7 +90,31 @@ impl Memory {
             requests: BTreeMap::new(),
             order: Vec::new(),
             marks: BTreeMap::new(),
+            base: Image::new(),
+            forks: Vec::new(),
         }
+    }
+
+    /// Whether a request's effect is there at an instant: its own branch leads there, not one that was left behind.
+    pub fn counts(&self, request: Seq, at: Seq) -> bool {
+        let mut end = at;
+        for fork in self.forks.iter().rev().filter(|f| f.start <= at) {
+            if fork.start > end {
+                continue;
+            }
+            if request >= fork.start {
+                return request <= end;
+            }
+            end = fork.to;
+        }
+        request <= end
+    }
+
+    /// The last instant at or before a time.
+    pub fn floor_time(&self, log: &[Logged], time_ns: u64) -> Seq {
+        let requests = log.iter().filter(|l| l.time_ns <= time_ns).map(|l| l.seq);
+        let forks = self.forks.iter().filter(|f| f.time_ns <= time_ns).map(|f| f.start);
+        requests.chain(forks).max().unwrap_or(Seq::ZERO)
     }
 
     /// Everything that has completed, in no order.
@@ -93,11 +132,11 @@ impl Memory {
         }
     }
 
-    /// The image after those requests of a log that `counts` names.
-    pub fn image(&self, log: &[Logged], counts: impl Fn(&Logged) -> bool) -> Image {
-        replay(
-            log.iter().filter(|l| counts(l)).filter_map(|l| self.requests.get(&l.origin)).map(|t| &t.request),
-        )
+    /// The image at an instant, given the volume's log.
+    pub fn image(&self, log: &[Logged], at: Seq) -> Image {
+        let requests =
+            log.iter().filter(|l| self.counts(l.seq, at)).filter_map(|l| self.requests.get(&l.origin));
+        replay(self.base.clone(), requests.map(|t| &t.request))
     }
 }
 

@@ -8,11 +8,12 @@ use std::time::Duration;
 use cdp_store::index::SimKv;
 use cdp_store::storage::sim::SimDisk;
 use cdp_store::{Error, Seams, Store, StoreOptions, Volume, VolumeSpec};
-use cdp_types::{BlockDevice, ByteRange, DeviceQueue, Event, IoBuf, IoError, Label, Op, Origin};
-use cdp_types::{RequestId, VolumeName, Wait};
+use cdp_types::{BlockDevice, ByteRange, DeviceQueue, Event, Instant, IoBuf, IoError, Label, Op, Origin};
+use cdp_types::{RequestId, Seq, VolumeName, Wait};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use crate::branching::Reader;
 use crate::content::{Stamp, stamps_of};
 use crate::guest::{Fate, Memory, Tracked, VOLUME_BLOCKS, some_request, some_sectors};
 use crate::reference::Sectors;
@@ -37,6 +38,12 @@ pub enum Undecided {
     Resize(VolumeName, u64),
     /// An instant was being named.
     Mark(VolumeName, Label),
+    /// A volume was being cloned: the clone, and what it holds.
+    Clone(VolumeName, Box<Memory>),
+    /// A volume was going back to an instant.
+    Revert(VolumeName, Seq),
+    /// Some branch of a volume was being deleted.
+    DeleteBranch(VolumeName),
 }
 
 #[derive(Debug)]
@@ -68,15 +75,17 @@ struct Lane {
     asked: HashMap<u64, Asked>,
 }
 
-struct Guest {
+pub struct Guest {
     /// Dropped before the volume.
     lanes: Vec<Lane>,
     volume: Arc<Volume>,
 }
 
-struct Running {
+pub struct Running {
     /// Dropped before the store.
-    guests: BTreeMap<VolumeName, Guest>,
+    pub guests: BTreeMap<VolumeName, Guest>,
+    /// Past instants that are held open, and what they must hold.
+    pub readers: Vec<Reader>,
     store: Store,
 }
 
@@ -107,13 +116,13 @@ pub struct Machine {
     now: u64,
     /// The power was cut since the store was last checked.
     pub power_was_cut: bool,
-    running: Option<Running>,
+    pub running: Option<Running>,
 }
 
 /// Requests that one queue has in flight.
 const DEPTH: usize = 6;
 /// Volumes that a store has at most.
-const MOST_VOLUMES: usize = 3;
+pub const MOST_VOLUMES: usize = 3;
 /// Rounds after which requests that have not ended count as stuck.
 pub const PATIENCE: usize = 20_000;
 
@@ -252,7 +261,7 @@ impl Machine {
             secrets,
         };
         let store = Store::open_on(seams, options())?;
-        self.running = Some(Running { guests: BTreeMap::new(), store });
+        self.running = Some(Running { guests: BTreeMap::new(), readers: Vec::new(), store });
         Ok(())
     }
 
@@ -263,7 +272,7 @@ impl Machine {
             return;
         }
         if let Some(running) = self.running.take() {
-            drop(running.guests);
+            drop((running.guests, running.readers));
             let closed = running.store.close();
             self.expect(closed);
             drop(running.store);
@@ -278,7 +287,7 @@ impl Machine {
     }
 
     /// What only a fault or a crash explains.
-    fn expect<T, E: Debug>(&self, result: Result<T, E>) -> Option<T> {
+    pub fn expect<T, E: Debug>(&self, result: Result<T, E>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
             Err(_) if self.faulty || self.disk.crashed() => None,
@@ -305,16 +314,22 @@ impl Machine {
                 let flushed = self.store().flush_index();
                 self.expect(flushed);
             }
-            960..975 => self.mark(),
-            975..980 => self.resize(),
-            980..988 => self.create(),
+            960..968 => self.mark(),
+            968..971 => self.revert(),
+            971..973 => drop(self.clone_some()),
+            973..975 => self.delete_branch(),
+            975..977 => self.open_reader(),
+            977..979 => self.check_readers(),
+            979 => self.upkeep(),
+            980 => self.resize(),
+            981..988 => self.create(),
             988..992 => self.destroy(),
             992..996 => self.drop_lane(),
             _ => self.reopen(),
         }
     }
 
-    fn some_volume(&mut self) -> Option<VolumeName> {
+    pub fn some_volume(&mut self) -> Option<VolumeName> {
         let index = self.rng.random_range(0..self.volumes.len().max(1));
         self.volumes.keys().nth(index).cloned()
     }
@@ -498,13 +513,22 @@ impl Machine {
         }
     }
 
-    fn number(&mut self) -> u64 {
+    /// How many events there were.
+    pub fn next_event(&self) -> u64 {
+        self.now
+    }
+
+    pub fn number(&mut self) -> u64 {
         self.next_number += 1;
         self.next_number
     }
 
     /// Commits a change of the store; what becomes of it in a crash is not decided.
-    fn change<T>(&mut self, change: Undecided, commit: impl FnOnce(&Store) -> Result<T, Error>) -> Option<T> {
+    pub fn change<T>(
+        &mut self,
+        change: Undecided,
+        commit: impl FnOnce(&Store) -> Result<T, Error>,
+    ) -> Option<T> {
         if !self.is_alive() {
             return None;
         }
@@ -569,7 +593,9 @@ impl Machine {
         self.drain_volume(&name);
         let label: Label = format!("mark{}", self.number()).parse().unwrap();
         let change = Undecided::Mark(name.clone(), label.clone());
-        if let Some(mark) = self.change(change, |store| store.mark(&name, &label)) {
+        if let Some(mark) =
+            self.change(change, |store| store.mark(&name, &Instant::Head, &label, BTreeMap::new()))
+        {
             let memory = self.volumes.get_mut(&name).unwrap();
             let covered = memory.acknowledged();
             memory.flushed(&covered);
@@ -597,7 +623,8 @@ pub fn run(queue: &mut dyn DeviceQueue, op: Op) -> Result<(), IoError> {
     queue.submit(RequestId(u64::MAX), op);
     let mut events = Vec::new();
     for _ in 0..PATIENCE {
-        queue.poll(Wait::For(Duration::from_millis(1)), &mut events).unwrap();
+        let polled = queue.poll(Wait::For(Duration::from_millis(1)), &mut events);
+        polled.map_err(|e| IoError::new(cdp_types::IoErrorKind::Device, e.to_string()))?;
         if let Some(Event::Completed { result, .. }) = events.pop() {
             return result;
         }
@@ -607,7 +634,8 @@ pub fn run(queue: &mut dyn DeviceQueue, op: Op) -> Result<(), IoError> {
 
 /// Reads a range of a device.
 pub fn read(device: &dyn BlockDevice, range: ByteRange) -> Result<Vec<u8>, IoError> {
-    let mut queue = device.open_queue().unwrap();
+    let opened = device.open_queue();
+    let mut queue = opened.map_err(|e| IoError::new(cdp_types::IoErrorKind::Device, e.to_string()))?;
     let into = IoBuf::zeroed(range.len as usize);
     run(&mut *queue, Op::Read { offset: range.offset, into: into.share() })?;
     Ok(into.to_vec())

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bench;
+mod branching;
 mod content;
 mod crash;
 mod faults;

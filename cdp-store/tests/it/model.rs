@@ -40,6 +40,17 @@ impl Versions {
         after.checked_sub(1).map_or(0, |last| versions[last].1)
     }
 
+    /// Every sector as of `to` again, from `start` on.
+    fn fork(&mut self, to: Seq, start: Seq, time_ns: u64) {
+        let sectors: Vec<u64> = self.sectors.keys().copied().collect();
+        for sector in sectors {
+            let stamp = self.at(sector, to);
+            self.sectors.entry(sector).or_default().push((start, stamp));
+        }
+        self.newest = start;
+        self.times.push((time_ns, start));
+    }
+
     fn add(&mut self, seq: Seq, time_ns: u64, tracked: &Tracked) {
         tracked.request.each(|sector, stamp| {
             let versions = self.sectors.entry(sector).or_default();
@@ -95,14 +106,60 @@ impl Model {
             9930..9945 => machine.resize(),
             9945..9960 => machine.create(),
             9960..9962 => machine.destroy(),
-            9962..9972 => machine.drop_lane(),
-            9972..9985 => machine.reopen(),
+            9962..9966 => self.revert(),
+            9966..9967 => self.clone_some(),
+            9967..9968 => machine.delete_branch(),
+            9968..9970 => self.open_reader(),
+            9970..9971 => machine.check_readers(),
+            9971..9972 => machine.upkeep(),
+            9972..9973 => machine.drop_lane(),
+            9973..9985 => machine.reopen(),
             _ => self.die(),
         }
         for _ in 0..2 {
             self.machine.poll_some();
             let _ = self.machine.disk.step();
         }
+    }
+
+    /// A volume goes back to an instant; what it holds is what it held then.
+    fn revert(&mut self) {
+        self.settle();
+        self.machine.revert();
+        for (name, memory) in &self.machine.volumes {
+            let versions = self.versions.entry(name.clone()).or_default();
+            let newest = versions.newest;
+            for fork in memory.forks.iter().filter(|fork| fork.start > newest) {
+                versions.fork(fork.to, fork.start, fork.time_ns);
+            }
+        }
+    }
+
+    /// A volume is cloned: it begins with what the other held.
+    fn clone_some(&mut self) {
+        self.settle();
+        let Some((name, source, at)) = self.machine.clone_some() else { return };
+        let mut versions = Versions::default();
+        for sector in self.versions[&source].sectors.keys() {
+            versions.sectors.insert(*sector, vec![(Seq::ZERO, self.versions[&source].at(*sector, at))]);
+        }
+        let branch = self.machine.store().branches(&name).unwrap()[0];
+        versions.newest = branch.start;
+        versions.times.push((branch.created_ns, branch.start));
+        self.versions.insert(name, versions);
+    }
+
+    /// Opens a past instant and keeps it open.
+    fn open_reader(&mut self) {
+        self.settle();
+        let names: Vec<VolumeName> = self.machine.volumes.keys().cloned().collect();
+        let name = &names[self.machine.rng.random_range(0..names.len())];
+        let (instant, seq) = self.some_instant(name);
+        let Some(device) = self.machine.open_kept(name, &instant) else { return };
+        let versions = &self.versions[name];
+        let held = |sector: &u64| (*sector, versions.at(*sector, seq));
+        let image = versions.sectors.keys().map(held).filter(|(_, stamp)| *stamp != 0).collect();
+        self.machine.keep_open(device, image, format!("{name}@{instant}"));
     }
 
     /// The process is killed with requests in flight, and started again.
@@ -244,7 +301,7 @@ impl Model {
         let name = &names[self.machine.rng.random_range(0..names.len())];
         let (instant, seq) = self.some_instant(name);
         let sectors = area(self.machine.rng.random_range(0..AREAS.len()));
-        let device = self.machine.store().open_at(name, &instant).unwrap();
+        let Some(device) = self.machine.open_kept(name, &instant) else { return };
         self.compare(name, &*device, &instant, seq, sectors);
     }
 
@@ -276,7 +333,7 @@ impl Model {
         for index in 0..INSTANTS {
             let name = &names[index % names.len()];
             let (instant, seq) = self.some_instant(name);
-            let device = other.store().open_at(name, &instant).unwrap();
+            let Some(device) = other.open_kept(name, &instant) else { continue };
             (0..AREAS.len()).for_each(|a| self.compare(name, &*device, &instant, seq, area(a)));
         }
     }

@@ -121,9 +121,8 @@ impl Request {
 /// The content of a volume's sectors as of one instant; what is not in it is zeroes.
 pub type Image = BTreeMap<u64, Stamp>;
 
-/// The image that requests leave behind, in order.
-pub fn replay<'a>(requests: impl IntoIterator<Item = &'a Request>) -> Image {
-    let mut image = Image::new();
+/// The image that requests make of one, in order.
+pub fn replay<'a>(mut image: Image, requests: impl IntoIterator<Item = &'a Request>) -> Image {
     for request in requests {
         request.each(|sector, stamp| match stamp {
             0 => drop(image.remove(&sector)),
@@ -149,6 +148,11 @@ pub struct Logged {
 /// # Panics
 /// If the log cannot be read, or does not keep to the order of `Seq`.
 pub fn logged(volume: &cdp_store::Volume, from: Seq) -> Vec<Logged> {
+    try_logged(volume, from).unwrap()
+}
+
+/// The same, where the log may not be readable.
+pub fn try_logged(volume: &cdp_store::Volume, from: Seq) -> Result<Vec<Logged>, cdp_store::Error> {
     let mut list: Vec<Logged> = Vec::new();
     let mut newest = Seq::ZERO;
     let read = volume.records(from, Seq::MAX, &mut |record| {
@@ -160,6 +164,5 @@ pub fn logged(volume: &cdp_store::Volume, from: Seq) -> Vec<Logged> {
         }
         true
     });
-    read.unwrap();
-    list
+    read.map(|()| list)
 }

@@ -1,6 +1,7 @@
 //! A store on a real directory, used as a front end would use it.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use cdp_store::{Store, StoreOptions, VolumeSpec};
@@ -49,7 +50,7 @@ fn what_is_written_is_read_back_at_every_instant_and_after_reopening() {
     let mut queue = volume.open_queue().unwrap();
     write(&mut queue, 0, 1, 8192);
     let first = volume.head();
-    let mark = store.mark(&name, &"one".parse().unwrap()).unwrap();
+    let mark = store.mark(&name, &Instant::Head, &"one".parse().unwrap(), BTreeMap::new()).unwrap();
     assert_eq!(mark.seq, first.seq);
     write(&mut queue, 4096, 2, 4096);
     write(&mut queue, 512, 3, 512);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -166,6 +166,21 @@ pub trait DeviceQueue: Send {
     /// # Errors
     /// Only when the ring itself is broken; the queue cannot be used any further.
     fn poll(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()>;
+
+    /// What becomes readable when an armed queue has something to report: for a thread that sleeps elsewhere, as
+    /// an async runtime does. It belongs to the queue and is only ever waited on, never read.
+    ///
+    /// # Errors
+    /// `Unsupported` from queues that only sleep in `poll`.
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>>;
+
+    /// Arms [`DeviceQueue::descriptor`] for one sleep elsewhere, after a `poll` that returned nothing. Says how long
+    /// that sleep may be: [`Wait::No`] asks for a `poll` at once, [`Wait::For`] for one after that time at the latest.
+    /// The next `poll` disarms it.
+    ///
+    /// # Errors
+    /// As `poll` and `descriptor`.
+    fn arm(&mut self) -> io::Result<Wait>;
 
     /// Requests submitted whose completion no `poll` has returned yet.
     fn in_flight(&self) -> usize;

@@ -6,13 +6,13 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use crate::{
@@ -180,6 +180,7 @@ impl BlockDevice for MemoryDevice {
             random: SplitMix(seed),
             pending: Vec::new(),
             watched: Vec::new(),
+            watching: epoll::create(epoll::CreateFlags::CLOEXEC)?,
         }))
     }
 
@@ -312,6 +313,8 @@ struct MemoryQueue {
     random: SplitMix,
     pending: Vec<Pending>,
     watched: Vec<(u64, Arc<OwnedFd>)>,
+    /// An epoll instance of the watched eventfds.
+    watching: OwnedFd,
 }
 
 impl DeviceQueue for MemoryQueue {
@@ -329,12 +332,19 @@ impl DeviceQueue for MemoryQueue {
     }
 
     fn watch(&mut self, eventfd: Arc<OwnedFd>, tag: u64) -> io::Result<()> {
+        epoll::add(&self.watching, &eventfd, epoll::EventData::new_u64(tag), epoll::EventFlags::IN)?;
         self.watched.push((tag, eventfd));
         Ok(())
     }
 
     fn unwatch(&mut self, tag: u64) {
-        self.watched.retain(|(watched, _)| *watched != tag);
+        self.watched.retain(|(watched, eventfd)| {
+            if *watched == tag {
+                // It was added by `watch`, and is removed once: there is nothing that could fail.
+                let _ = epoll::delete(&self.watching, eventfd);
+            }
+            *watched != tag
+        });
     }
 
     fn poll(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
@@ -359,6 +369,23 @@ impl DeviceQueue for MemoryQueue {
                 return Ok(());
             }
         }
+    }
+
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        Ok(self.watching.as_fd())
+    }
+
+    fn arm(&mut self) -> io::Result<Wait> {
+        // Completions are due by the clock; only eventfds come by the descriptor.
+        let next = self
+            .pending
+            .iter()
+            .map(|p| p.due.map_or(Duration::ZERO, |due| due.saturating_duration_since(Instant::now())));
+        Ok(match next.min() {
+            Some(Duration::ZERO) => Wait::No,
+            Some(time) => Wait::For(time),
+            None => Wait::Forever,
+        })
     }
 
     fn in_flight(&self) -> usize {

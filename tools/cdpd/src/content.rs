@@ -33,7 +33,7 @@ pub fn read(store: &Store, what: &VolumeAt, sink: &mut Sink<'_>) -> Result<At, A
     let resolved = store.resolve(&what.volume, &what.instant)?;
     let at = At::from(resolved);
     let volume = store.volume(&what.volume)?;
-    let device = volume.open_resolved(resolved);
+    let device = volume.open_resolved(resolved)?;
     let size_bytes = device.info().capacity;
     if !sink(Frame::Start(ContentStart { size_bytes, at: Some(at.clone()) }))? {
         return Ok(at);

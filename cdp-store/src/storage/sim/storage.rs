@@ -4,7 +4,7 @@ use std::any::Any;
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -331,6 +331,14 @@ impl Lane for SimLane {
             }
             world.step();
         }
+    }
+
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "a simulated lane sleeps only in `poll`"))
+    }
+
+    fn arm(&mut self) -> io::Result<bool> {
+        self.descriptor().map(|_| true)
     }
 
     fn in_flight(&self) -> usize {

@@ -3,7 +3,7 @@
 use std::io;
 use std::mem;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,8 @@ pub(super) struct UringLane {
     waker: Arc<LaneWaker>,
     /// Where the read of the alarm is in flight.
     alarm: Option<Id>,
+    /// Somebody sleeps on the ring's descriptor, outside `poll`.
+    armed: bool,
     completions: Vec<Completion>,
     /// Last, so that the store is unlocked after the ring has gone.
     directory: Arc<Directory>,
@@ -48,6 +50,7 @@ impl UringLane {
             watches: Vec::new(),
             waker: Arc::new(LaneWaker::new()?),
             alarm: None,
+            armed: false,
             completions: Vec::new(),
             directory,
         })
@@ -173,15 +176,20 @@ impl UringLane {
         self.queue(id);
     }
 
+    /// Has the ring read the alarm that a waker of a sleeping lane sets off.
+    fn set_alarm(&mut self) {
+        if self.alarm.is_none() {
+            let fd = self.waker.alarm();
+            self.alarm = Some(self.start(Operation::Alarm { fd, value: Arc::default() }));
+        }
+    }
+
     /// Sleeps until there is something in `done`, the waker is called or the time is over.
     fn sleep(&mut self, deadline: Option<Instant>, done: &mut Vec<Done>) -> io::Result<()> {
         let before = done.len();
         loop {
             let rest = deadline.map(|end| end.saturating_duration_since(Instant::now()));
-            if self.alarm.is_none() {
-                let fd = self.waker.alarm();
-                self.alarm = Some(self.start(Operation::Alarm { fd, value: Arc::default() }));
-            }
+            self.set_alarm();
             let slept = if self.waker.fall_asleep() { self.ring.sleep(rest) } else { self.ring.submit() };
             self.waker.get_up();
             slept?;
@@ -292,6 +300,9 @@ impl Lane for UringLane {
     }
 
     fn poll(&mut self, wait: Wait, done: &mut Vec<Done>) -> io::Result<()> {
+        if std::mem::take(&mut self.armed) {
+            self.waker.get_up();
+        }
         let before = done.len();
         self.unreported -= self.refused.len();
         done.append(&mut self.refused);
@@ -310,6 +321,18 @@ impl Lane for UringLane {
             Wait::No | Wait::Forever => None,
         };
         self.sleep(deadline, done)
+    }
+
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        Ok(self.ring.descriptor())
+    }
+
+    fn arm(&mut self) -> io::Result<bool> {
+        self.set_alarm();
+        self.armed = true;
+        let still = self.waker.fall_asleep();
+        self.ring.submit()?;
+        Ok(still && self.refused.is_empty() && !self.ring.has_completions())
     }
 
     fn in_flight(&self) -> usize {

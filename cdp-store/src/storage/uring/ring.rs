@@ -110,6 +110,18 @@ impl Ring {
         }
     }
 
+    /// What becomes readable when something has ended.
+    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring owns this descriptor and closes it only when it is dropped, which the borrow of `self`
+        // keeps from happening.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+
+    /// Whether something has ended that was not taken out.
+    pub(super) fn has_completions(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
     /// Takes out what has ended.
     pub(super) fn reap(&mut self, into: &mut Vec<Completion>) {
         into.extend(self.ring.completion().map(|entry: cqueue::Entry| (entry.user_data(), entry.result())));

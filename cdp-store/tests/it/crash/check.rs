@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use cdp_types::{BlockDevice, Instant, Origin, Seq, VolumeName};
+use cdp_types::{BlockDevice, Instant, IoError, Origin, Seq, VolumeName};
 use rand::Rng;
 
 use crate::content::{SECTOR, stamps_of};
@@ -22,10 +22,14 @@ pub fn one_continues_the_other(a: &[Logged], b: &[Logged]) {
 
 /// Reads all areas of a device and compares them with an image.
 pub fn assert_holds(device: &dyn BlockDevice, image: &Image, what: &str) {
+    try_assert_holds(device, image, what).unwrap_or_else(|error| panic!("{what}: {error}"));
+}
+
+/// The same, where reading may fail.
+pub fn try_assert_holds(device: &dyn BlockDevice, image: &Image, what: &str) -> Result<(), IoError> {
     for index in 0..AREAS.len() {
         let sectors = area(index);
-        let bytes = read(device, sectors.bytes());
-        let bytes = bytes.unwrap_or_else(|error| panic!("{what}: reading {sectors:?}: {error}"));
+        let bytes = read(device, sectors.bytes())?;
         assert_eq!(bytes.len(), sectors.count as usize * SECTOR);
         for (offset, found) in stamps_of(&bytes).into_iter().enumerate() {
             let sector = sectors.first + offset as u64;
@@ -40,6 +44,7 @@ pub fn assert_holds(device: &dyn BlockDevice, image: &Image, what: &str) {
             );
         }
     }
+    Ok(())
 }
 
 impl Machine {
@@ -74,7 +79,7 @@ impl Machine {
             let memory = &self.volumes[&name];
             assert_nothing_lost(&name, memory, &log, |t| t.fate == Fate::Acknowledged, "1");
             assert_nothing_dead(&name, memory, &log);
-            assert_holds(&*volume, &memory.image(&log, |_| true), "invariant 4 violated: at the head");
+            assert_holds(&*volume, &memory.image(&log, Seq::MAX), "invariant 4 violated: at the head");
         }
     }
 
@@ -99,7 +104,12 @@ impl Machine {
                         self.volumes.get_mut(&name).unwrap().marks.insert(label, mark.seq);
                     }
                 }
-                Undecided::Create(..) | Undecided::Destroy(_) => {}
+                Undecided::Clone(name, memory) if there.contains(&name) => {
+                    self.volumes.insert(name, *memory);
+                }
+                Undecided::Revert(name, to) => self.decide_revert(&name, to),
+                Undecided::DeleteBranch(name) => self.decide_deletion(&name),
+                Undecided::Create(..) | Undecided::Destroy(_) | Undecided::Clone(..) => {}
             }
         }
         let expected: BTreeSet<VolumeName> = self.volumes.keys().cloned().collect();
@@ -108,6 +118,7 @@ impl Machine {
             let memory = &self.volumes[&info.name];
             let size = memory.blocks * cdp_types::BLOCK_SIZE;
             assert_eq!(info.size_bytes, size, "invariant 3 violated: the size of {}", info.name);
+            self.check_branches(&info.name);
             let marks: BTreeMap<_, _> = info.marks.iter().map(|m| (m.label.clone(), m.seq)).collect();
             assert_eq!(marks, memory.marks, "invariant 3 violated: the marks of {}", info.name);
         }
@@ -150,7 +161,7 @@ impl Machine {
         let memory = &self.volumes[name];
         assert_holds(
             &*volume,
-            &memory.image(log, |_| true),
+            &memory.image(log, Seq::MAX),
             &format!("invariant 2 violated: {name} at the head"),
         );
         let mut instants: Vec<Instant> = memory.marks.keys().cloned().map(Instant::Mark).collect();
@@ -161,13 +172,14 @@ impl Machine {
         }
         let memory = &self.volumes[name];
         for instant in instants {
-            let device = self.store().open_at(name, &instant).unwrap();
-            let image = match &instant {
-                Instant::Time(time) => memory.image(log, |l| l.time_ns <= *time),
-                Instant::Mark(label) => memory.image(log, |l| l.seq <= memory.marks[label]),
-                Instant::Seq(seq) => memory.image(log, |l| l.seq <= *seq),
+            let at = match &instant {
+                Instant::Time(time) => memory.floor_time(log, *time),
+                Instant::Mark(label) => memory.marks[label],
+                Instant::Seq(seq) => *seq,
                 other => unreachable!("{other} is not asked for"),
             };
+            let Some(device) = self.open_kept(name, &instant) else { continue };
+            let image = memory.image(log, at);
             assert_holds(&*device, &image, &format!("invariant 4 violated: {name} at {instant}"));
         }
     }

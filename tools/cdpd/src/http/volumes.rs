@@ -104,7 +104,7 @@ pub(super) async fn mark(
     Body(new): Body<NewMark>,
 ) -> Result<(StatusCode, Json<Mark>), ApiError> {
     let mark = blocking(&app, move |app| {
-        let mark = app.store.mark(&name, &new.label)?;
+        let mark = app.store.mark(&name, &cdp_types::Instant::Head, &new.label, std::collections::BTreeMap::new())?;
         tracing::info!(volume = %name, label = %new.label, seq = %mark.seq, "marked");
         Ok(inspect::mark(mark))
     });

@@ -1,0 +1,362 @@
+//! Revert and clone: one record of the store log, whatever the size of the volume and the length of its history.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cdp_types::{BranchId, Instant, Seq, VolumeName};
+use serde::{Deserialize, Serialize};
+
+use super::Store;
+use crate::catalogue::{BranchRow, BranchState, Change, Ledger, Stage, VolumeRow};
+use crate::error::{Error, ErrorKind, Result};
+use crate::lineage::At;
+use crate::volume::{BranchInfo, Resolved, Volume};
+
+/// How long a revert waits for writes that are in flight.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
+/// A read looks in at most so many places before the line behind a branch is flattened in the background.
+const FLATTEN_FROM: usize = 8;
+/// From here on a revert or a clone does not return before that is done.
+const DEPTH_LIMIT: usize = 64;
+
+/// What a revert has done to one volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reverted {
+    /// The volume.
+    pub volume: VolumeName,
+    /// The instant at which it is again.
+    pub at: Resolved,
+    /// Its new head branch.
+    pub branch: BranchId,
+    /// The new head's first instant.
+    pub seq: Seq,
+    /// Where it was before: reverting to this instant undoes the revert.
+    pub undo: Resolved,
+}
+
+/// A clone to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CloneSpec {
+    /// Whose history it shares.
+    pub source: VolumeName,
+    /// Up to where.
+    pub at: Instant,
+    /// Its name.
+    pub name: VolumeName,
+}
+
+impl Store {
+    /// Puts volumes back to earlier instants, all of them or none: each goes on with a new branch that begins there.
+    /// Nothing is deleted; [`Reverted::undo`] leads back. It takes as long for 1 GiB as for 16 TiB.
+    ///
+    /// Queues that were open stay behind: they fail every further request. Without `force` there must be none.
+    ///
+    /// 1. Resolve the instants and make what they refer to durable. Crash: nothing happened.
+    /// 2. Keep queues from writing, and wait for what is in flight.
+    /// 3. Commit one record with all new branches: the commit point.
+    /// 4. Switch the volumes' heads in memory.
+    ///
+    /// # Durability
+    /// The new heads, and all that they refer to, survive a power cut once this returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if a volume is in use, [`ErrorKind::NotFound`] and [`ErrorKind::Invalid`] as
+    /// [`Store::resolve`], [`ErrorKind::ReadOnly`] if a volume's log is damaged. No volume is changed then.
+    pub fn revert(&self, targets: &[(VolumeName, Instant)], force: bool) -> Result<Vec<Reverted>> {
+        self.writable()?;
+        let mut volumes: Vec<Arc<Volume>> = Vec::with_capacity(targets.len());
+        for (name, _) in targets {
+            let volume = self.volume(name)?;
+            if volumes.iter().any(|v| v.id() == volume.id()) {
+                return Err(Error::new(ErrorKind::Invalid, format!("volume '{name}' is named twice")));
+            }
+            if let Some((_, why)) = volume.refusal() {
+                return Err(Error::new(ErrorKind::ReadOnly, format!("volume '{name}': {why}")));
+            }
+            volumes.push(volume);
+        }
+        let instants: Vec<&Instant> = targets.iter().map(|(_, instant)| instant).collect();
+        let origins = self.resolve_together(&volumes, &instants)?;
+        let mut ended = Vec::new();
+        let outcome = self.end_tenures(&volumes, force, &mut ended).and_then(|()| {
+            // From here on nothing of these volumes moves.
+            let undo: Vec<Resolved> =
+                volumes.iter().map(|v| self.resolve_in(v, &Instant::Head)).collect::<Result<_>>()?;
+            self.commit_revert(&volumes, &origins, &undo)
+        });
+        for volume in ended {
+            volume.begin_tenure();
+        }
+        let reverted = outcome?;
+        for volume in &volumes {
+            self.keep_shallow(volume)?;
+        }
+        Ok(reverted)
+    }
+
+    fn end_tenures<'a>(
+        &self,
+        volumes: &'a [Arc<Volume>],
+        force: bool,
+        ended: &mut Vec<&'a Arc<Volume>>,
+    ) -> Result<()> {
+        for volume in volumes {
+            if !volume.end_tenure(force) {
+                let name = volume.row().name;
+                let text = format!("volume '{name}' is in use; stop its users, or use force to cut them off");
+                return Err(Error::new(ErrorKind::Busy, text));
+            }
+            ended.push(volume);
+        }
+        volumes.iter().try_for_each(|volume| self.wait_for_acks(volume, Seq::MAX))
+    }
+
+    fn commit_revert(
+        &self,
+        volumes: &[Arc<Volume>],
+        origins: &[Resolved],
+        undo: &[Resolved],
+    ) -> Result<Vec<Reverted>> {
+        let mut ledger = self.ledger();
+        let (start, created_ns) = self.new_instant();
+        let first = ledger.catalogue().next_branch().0;
+        let rows: Vec<BranchRow> = volumes
+            .iter()
+            .zip(origins)
+            .zip(first..)
+            .map(|((volume, origin), id)| {
+                let parent = Some(self.nearest_parent(*origin)?);
+                let (id, volume, state) = (BranchId(id), volume.id(), BranchState::Kept);
+                Ok(BranchRow { id, volume, parent, start, created_ns, state })
+            })
+            .collect::<Result<_>>()?;
+        let changes: Vec<Change> = rows.iter().map(|&branch| Change::Revert { branch }).collect();
+        self.commit(&mut ledger, &changes)?;
+        let mut reverted = Vec::with_capacity(rows.len());
+        for (((volume, branch), &at), &undo) in volumes.iter().zip(&rows).zip(origins).zip(undo) {
+            self.inner.shared.branches.insert(*branch);
+            if let Some(row) = ledger.catalogue().volumes.get(&volume.id()) {
+                volume.switch(branch, row.clone());
+            }
+            let volume = volume.row().name;
+            reverted.push(Reverted { volume, at, branch: branch.id, seq: start, undo });
+        }
+        Ok(reverted)
+    }
+
+    /// Makes new volumes that share the history of others up to given instants, all of them or none. They take no
+    /// space until they are written.
+    ///
+    /// # Durability
+    /// The clones, and all that they refer to, survive a power cut once this returns.
+    ///
+    /// # Errors
+    /// As [`Store::resolve`], or [`ErrorKind::Exists`] if a name is taken. Nothing is made then.
+    pub fn clone_volumes(&self, specs: &[CloneSpec]) -> Result<Vec<Arc<Volume>>> {
+        let sources: Vec<Arc<Volume>> =
+            specs.iter().map(|spec| self.volume(&spec.source)).collect::<Result<_>>()?;
+        let instants: Vec<&Instant> = specs.iter().map(|spec| &spec.at).collect();
+        let origins = self.resolve_together(&sources, &instants)?;
+        let mut ledger = self.ledger();
+        for (index, spec) in specs.iter().enumerate() {
+            self.check_free(&ledger, &spec.name)?;
+            if specs[..index].iter().any(|other| other.name == spec.name) {
+                return Err(Error::new(ErrorKind::Invalid, format!("'{}' is named twice", spec.name)));
+            }
+        }
+        let names = specs.iter().map(|spec| Some(&spec.name));
+        let volumes = self.commit_clones(&mut ledger, &sources, &origins, names)?;
+        drop(ledger);
+        for volume in &volumes {
+            self.keep_shallow(volume)?;
+        }
+        Ok(volumes)
+    }
+
+    /// Makes clones; one without a name is a scratch volume.
+    pub(super) fn commit_clones<'a>(
+        &self,
+        ledger: &mut Ledger,
+        sources: &[Arc<Volume>],
+        origins: &[Resolved],
+        names: impl Iterator<Item = Option<&'a VolumeName>>,
+    ) -> Result<Vec<Arc<Volume>>> {
+        let (start, created_ns) = self.new_instant();
+        let (volume, branch) = (ledger.catalogue().next_volume().0, ledger.catalogue().next_branch().0);
+        let mut made = Vec::with_capacity(sources.len());
+        for (((index, source), origin), name) in (0..).zip(sources).zip(origins).zip(names) {
+            let (id, branch) = (cdp_types::VolumeId(volume + index), BranchId(branch + index));
+            let source = source.row();
+            let (name, stage) = match name {
+                Some(name) => (name.clone(), Stage::Visible),
+                None => (source.name, Stage::Scratch),
+            };
+            let row = VolumeRow { id, name, branch, created_ns, serving: None, stage, ..source };
+            let parent = Some(self.nearest_parent(*origin)?);
+            let state = BranchState::Kept;
+            made.push((row, BranchRow { id: branch, volume: id, parent, start, created_ns, state }));
+        }
+        let create = |(volume, branch): &(VolumeRow, BranchRow)| Change::Create {
+            volume: volume.clone(),
+            branch: *branch,
+        };
+        self.commit(ledger, &made.iter().map(create).collect::<Vec<_>>())?;
+        Ok(made.into_iter().map(|(row, branch)| self.show(row, branch)).collect())
+    }
+
+    /// A new point in the store's order, after everything that was acknowledged.
+    fn new_instant(&self) -> (Seq, u64) {
+        let log = &self.inner.shared.log;
+        let seq = log.next_seq.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        (Seq(seq), log.clock.stamp().time_ns)
+    }
+
+    /// What a branch that begins at an instant inherits from: the nearest branch that has changes of its own by then.
+    fn nearest_parent(&self, origin: Resolved) -> Result<(BranchId, Seq)> {
+        let shared = &self.inner.shared;
+        let mut at = At { branch: origin.branch, seq: origin.seq };
+        while shared.lineage().time_of(at)?.is_none()
+            && let Some(parent) = shared.branches.parent_of(at.branch)
+        {
+            at = parent;
+        }
+        Ok((at.branch, at.seq))
+    }
+
+    /// Resolves an instant of each of several volumes so that together they are one instant of the store, and makes
+    /// what they refer to durable.
+    fn resolve_together(&self, volumes: &[Arc<Volume>], instants: &[&Instant]) -> Result<Vec<Resolved>> {
+        let heads = instants.iter().filter(|instant| ***instant == Instant::Head).count();
+        let together = (volumes.len() > 1 && heads == volumes.len()).then(|| {
+            let newest = volumes.iter().map(|v| v.head().seq).max().unwrap_or(Seq::ZERO);
+            // What was given an earlier place on another volume may be acknowledged only after this.
+            volumes.iter().try_for_each(|v| self.wait_for_acks(v, newest)).map(|()| newest)
+        });
+        let together = together.transpose()?;
+        let resolve = |(volume, instant): (&Arc<Volume>, &&Instant)| match together {
+            Some(seq) => self.resolve_durably(volume, &Instant::Seq(seq.min(volume.head().seq))),
+            None => self.resolve_durably(volume, instant),
+        };
+        volumes.iter().zip(instants).map(resolve).collect()
+    }
+
+    /// Waits until nothing up to `seq` is in flight on a volume.
+    fn wait_for_acks(&self, volume: &Volume, seq: Seq) -> Result<()> {
+        let began = std::time::Instant::now();
+        while volume.log().first_unacknowledged().is_some_and(|first| first <= seq) {
+            if began.elapsed() > DRAIN_PATIENCE {
+                let text = format!("volume '{}' has writes in flight that do not end", volume.row().name);
+                return Err(Error::new(ErrorKind::Busy, text));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    fn keep_shallow(&self, volume: &Volume) -> Result<()> {
+        if self.depth(volume) >= DEPTH_LIMIT { self.flatten(volume) } else { Ok(()) }
+    }
+
+    fn depth(&self, volume: &Volume) -> usize {
+        let at = At { branch: volume.row().branch, seq: Seq::MAX };
+        self.inner.shared.lineage().depth(at)
+    }
+
+    fn flatten(&self, volume: &Volume) -> Result<()> {
+        let Some(branch) = self.inner.shared.branches.get(volume.row().branch) else { return Ok(()) };
+        self.inner.shared.lineage().flatten(&branch.row)
+    }
+
+    /// Shortens the way that reads of a head have to go, if one has become long; says whether one was.
+    ///
+    /// # Errors
+    /// If the index cannot be read or written.
+    pub(super) fn flatten_one(&self) -> Result<bool> {
+        let deep = self.all_volumes().into_iter().find(|volume| self.depth(volume) >= FLATTEN_FROM);
+        match deep {
+            Some(volume) => self.flatten(&volume).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// A volume's branches, oldest first.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], or if the index cannot be read.
+    pub fn branches(&self, name: &VolumeName) -> Result<Vec<BranchInfo>> {
+        let volume = self.volume(name)?;
+        let (rows, origins) = {
+            let ledger = self.ledger();
+            let all = &ledger.catalogue().branches;
+            let rows: Vec<BranchRow> = all.values().filter(|b| b.volume == volume.id()).copied().collect();
+            let origin = |b: &BranchRow| b.parent.and_then(|(parent, _)| all.get(&parent).copied());
+            let origins: Vec<Option<BranchRow>> = rows.iter().map(origin).collect();
+            (rows, origins)
+        };
+        let mut infos = Vec::with_capacity(rows.len());
+        for (index, (row, origin)) in rows.iter().zip(&origins).enumerate() {
+            if row.state == BranchState::Gone {
+                continue;
+            }
+            let from = match (row.parent, origin) {
+                (Some((branch, seq)), Some(origin)) => Some(self.timed(At { branch, seq }, origin)?),
+                _ => None,
+            };
+            let end = match rows.get(index + 1) {
+                Some(next) => At { branch: row.id, seq: next.start.before() },
+                None => At { branch: row.id, seq: volume.head().seq },
+            };
+            infos.push(BranchInfo {
+                id: row.id,
+                head: row.id == volume.row().branch,
+                from,
+                from_volume: origin.map(|b| b.volume),
+                start: row.start,
+                created_ns: row.created_ns,
+                end: self.timed(end, row)?,
+                deleted: row.state != BranchState::Kept,
+            });
+        }
+        Ok(infos)
+    }
+
+    fn timed(&self, at: At, branch: &BranchRow) -> Result<Resolved> {
+        let entry = self.inner.shared.lineage().time_of(at)?;
+        let (seq, time_ns) = entry.map_or((branch.start, branch.created_ns), |e| (e.seq, e.time_ns));
+        Ok(Resolved { branch: at.branch, seq: seq.max(branch.start).min(at.seq), time_ns })
+    }
+
+    /// Deletes a branch that a revert has left behind: its instants cannot be opened any more, but for those that
+    /// other branches inherit. Whoever reads one of them can go on.
+    ///
+    /// # Durability
+    /// Once this returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] for the head, and, without `force`, for a branch with marks.
+    pub fn delete_branch(&self, name: &VolumeName, branch: BranchId, force: bool) -> Result<()> {
+        let volume = self.volume(name)?;
+        let mut ledger = self.ledger();
+        let row = ledger.catalogue().branches.get(&branch);
+        let known = row.is_some_and(|row| row.volume == volume.id() && row.state == BranchState::Kept);
+        if !known {
+            let text = format!("volume '{name}' has no branch {branch}");
+            return Err(Error::new(ErrorKind::NotFound, text));
+        }
+        if volume.row().branch == branch {
+            let text = format!("branch {branch} is the head of volume '{name}'; revert to another one first");
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        let mark = ledger.catalogue().marks.values().find(|mark| mark.branch == branch);
+        if let Some(mark) = mark.filter(|_| !force) {
+            let text = format!(
+                "mark '{}' lies on branch {branch}; delete it first, or use force to delete marks as well",
+                mark.label
+            );
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        self.commit(&mut ledger, &[Change::DeleteBranch { branch }])?;
+        drop(ledger);
+        self.reclaim()
+    }
+}

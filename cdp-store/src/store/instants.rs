@@ -1,0 +1,161 @@
+//! Finding instants.
+//!
+//! A volume's history is what its users saw, in the order in which they saw it: before a revert the old branch, from
+//! its start on the new one. So a time or a `Seq` means the same whatever was reverted since, and what a revert has
+//! left behind is still found where it was. Before a clone's own beginning its history is that of its source.
+
+use std::sync::Arc;
+
+use cdp_types::{BlockDevice, Instant, Ordinal, Seq, VolumeName};
+
+use super::Store;
+use crate::catalogue::{BranchRow, BranchState, Catalogue, Stage};
+use crate::error::{Error, ErrorKind, Result};
+use crate::lineage::At;
+use crate::volume::{Resolved, Volume};
+
+/// A point of the store's order.
+#[derive(Clone, Copy, Debug)]
+enum Point {
+    Seq(Seq),
+    Time(u64),
+}
+
+impl Point {
+    fn reaches(self, branch: &BranchRow) -> bool {
+        match self {
+            Self::Seq(seq) => branch.start <= seq,
+            Self::Time(time_ns) => branch.created_ns <= time_ns,
+        }
+    }
+}
+
+impl Store {
+    /// Finds an instant of a volume's history.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such volume, mark or flush, if the instant lies before the volume's
+    /// history, or in a part of it that was deleted; [`ErrorKind::Invalid`] for a `Seq` in the future.
+    pub fn resolve(&self, name: &VolumeName, instant: &Instant) -> Result<Resolved> {
+        self.resolve_in(&*self.volume(name)?, instant)
+    }
+
+    pub(super) fn resolve_in(&self, volume: &Volume, instant: &Instant) -> Result<Resolved> {
+        let head = volume.head();
+        let point = match instant {
+            Instant::Head => Point::Seq(head.seq),
+            Instant::Seq(seq) if *seq > head.seq => {
+                let text =
+                    format!("seq:{seq} is not in the history yet; the newest instant is seq:{}", head.seq);
+                return Err(Error::new(ErrorKind::Invalid, text));
+            }
+            Instant::Seq(seq) => Point::Seq(*seq),
+            Instant::Time(time_ns) => Point::Time(*time_ns),
+            Instant::FlushBack(back) => Point::Seq(volume.find_flush(*back)?),
+            Instant::Mark(label) => {
+                let ledger = self.ledger();
+                let marks = &ledger.catalogue().marks;
+                let Some(mark) = marks.get(&(volume.id(), label.clone())) else {
+                    let text = format!("volume '{}' has no mark '{label}'", volume.row().name);
+                    return Err(Error::new(ErrorKind::NotFound, text));
+                };
+                return Ok(Resolved { branch: mark.branch, seq: mark.seq, time_ns: mark.time_ns });
+            }
+            Instant::Epoch(epoch) => {
+                let text = format!("volume '{}' has no epoch {epoch}", volume.row().name);
+                return Err(Error::new(ErrorKind::NotFound, text));
+            }
+        };
+        let (branch, limit) = locate(self.ledger().catalogue(), volume, point)?;
+        let lineage = self.inner.shared.lineage();
+        let seq = match point {
+            Point::Seq(seq) => seq,
+            Point::Time(time_ns) => {
+                lineage.floor_time(branch.id, time_ns)?.map_or(branch.start, |entry| entry.seq)
+            }
+        };
+        let at = At { branch: branch.id, seq: seq.max(branch.start).min(limit) };
+        self.check_kept(volume, &branch, at.seq)?;
+        let time_ns = lineage.time_of(at)?.map_or(branch.created_ns, |entry| entry.time_ns);
+        Ok(Resolved { branch: at.branch, seq: at.seq, time_ns })
+    }
+
+    /// The same, with everything up to the instant made durable.
+    ///
+    /// # Durability
+    /// What the instant refers to, once this returns.
+    pub(super) fn resolve_durably(&self, volume: &Volume, instant: &Instant) -> Result<Resolved> {
+        let at = self.resolve_in(volume, instant)?;
+        let shared = &self.inner.shared;
+        let owner = shared.branches.owner_of(at.branch);
+        // What is shared of a destroyed volume was made durable when it began to be.
+        if let Some(owner) = owner.filter(|owner| owner.row().stage != Stage::Destroyed) {
+            let entry = shared.lineage().time_of(At { branch: at.branch, seq: at.seq })?;
+            // Unless a batch ends just there, the one behind the entry may hold part of it.
+            let last =
+                entry.map_or(Ordinal(1), |e| if e.seq == at.seq { e.ordinal } else { e.ordinal.next() });
+            owner.make_durable(last)?;
+        }
+        Ok(at)
+    }
+
+    /// Refuses what is left of a deleted branch only by chance.
+    fn check_kept(&self, volume: &Volume, branch: &BranchRow, seq: Seq) -> Result<()> {
+        let ledger = self.ledger();
+        let catalogue = ledger.catalogue();
+        let state = catalogue.branches.get(&branch.id).map_or(BranchState::Gone, |row| row.state);
+        let inherited = catalogue
+            .branches
+            .values()
+            .filter(|b| b.state != BranchState::Gone)
+            .filter_map(|b| b.parent.filter(|(parent, _)| *parent == branch.id))
+            .map(|(_, fork)| fork)
+            .max();
+        if state == BranchState::Kept
+            || (state == BranchState::Deleted && inherited.is_some_and(|fork| seq <= fork))
+        {
+            return Ok(());
+        }
+        let nearest = match inherited.filter(|_| state == BranchState::Deleted) {
+            Some(fork) => fork,
+            None => catalogue.branches[&volume.row().branch].start,
+        };
+        let text = format!(
+            "seq:{seq} of volume '{}' lies on branch {}, which was deleted; the nearest instant left is seq:{nearest}",
+            volume.row().name,
+            branch.id
+        );
+        Err(Error::new(ErrorKind::NotFound, text))
+    }
+
+    /// Opens a volume at an instant, for reading. What is read never changes, whatever is written, reverted, cloned or
+    /// deleted meanwhile.
+    ///
+    /// # Errors
+    /// As [`Store::resolve`].
+    pub fn open_at(&self, name: &VolumeName, instant: &Instant) -> Result<Arc<dyn BlockDevice>> {
+        let volume = self.volume(name)?;
+        let at = self.resolve_in(&volume, instant)?;
+        volume.open_resolved(at)
+    }
+}
+
+/// On which branch a volume was at a point, and the last `Seq` of that branch that is part of its history.
+fn locate(catalogue: &Catalogue, volume: &Volume, point: Point) -> Result<(BranchRow, Seq)> {
+    let own: Vec<BranchRow> =
+        catalogue.branches.values().filter(|b| b.volume == volume.id()).copied().collect();
+    if let Some(index) = own.iter().rposition(|b| point.reaches(b)) {
+        let limit = own.get(index + 1).map_or(Seq::MAX, |next| next.start.before());
+        return Ok((own[index], limit));
+    }
+    let mut branch = own.first();
+    while let Some((parent, fork)) = branch.and_then(|b| b.parent) {
+        branch = catalogue.branches.get(&parent);
+        if let Some(found) = branch.filter(|b| point.reaches(b)) {
+            return Ok((*found, fork));
+        }
+    }
+    let began = cdp_types::Instant::Time(branch.map_or(0, |b| b.created_ns));
+    let text = format!("the history of volume '{}' begins at {began}", volume.row().name);
+    Err(Error::new(ErrorKind::NotFound, text))
+}

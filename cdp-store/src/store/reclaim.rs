@@ -1,0 +1,171 @@
+//! Giving back what nobody shares any more: of destroyed volumes, abandoned imports and scratch volumes, deleted
+//! branches. Each step is a record of the store log or can be repeated, so that a crash at any point leaves only
+//! work for the next opening.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, PoisonError};
+
+use cdp_types::{BranchId, VolumeId, VolumeName};
+
+use super::Store;
+use crate::catalogue::{BranchState, Change, Stage};
+use crate::error::{Error, ErrorKind, Result};
+use crate::index::{IndexBatch, IndexError};
+use crate::lineage::flattened;
+use crate::volume::Volume;
+
+impl Store {
+    /// Removes a volume. Its history stays as long as clones share it or someone reads it; then its segments are given
+    /// back.
+    ///
+    /// # Durability
+    /// It is gone after a power cut once this returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] if it is served and `force` is not set.
+    pub fn destroy_volume(&self, name: &VolumeName, force: bool) -> Result<()> {
+        let volume = self.volume(name)?;
+        if volume.row().serving.is_some() && !force {
+            let text = format!("volume '{name}' is served to guests; stop serving it, or use force");
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        self.remove(volume)
+    }
+
+    /// Ends a volume for its users.
+    pub(super) fn remove(&self, volume: Arc<Volume>) -> Result<()> {
+        let mut ledger = self.ledger();
+        self.change_volume(&mut ledger, &volume, Change::Destroy { volume: volume.id() })?;
+        drop(ledger);
+        // What clones share of it was made durable when they were made.
+        volume.end_tenure(true);
+        volume.log().retire("the volume was destroyed");
+        drop(volume);
+        self.reclaim()
+    }
+
+    /// Gives back what can be. The rest waits for its readers: the background tries again.
+    pub(super) fn reclaim(&self) -> Result<()> {
+        self.destroy_abandoned()?;
+        let mut clean = BTreeSet::new();
+        while self.reclaim_volumes(&mut clean)? {}
+        self.retire_reclaimed(&clean)?;
+        self.forget_branches()
+    }
+
+    /// Whether there is anything that waits to be given back.
+    pub(super) fn has_unreclaimed(&self) -> bool {
+        let ledger = self.ledger();
+        let catalogue = ledger.catalogue();
+        !catalogue.retiring.is_empty()
+            || catalogue.volumes.values().any(|row| row.stage != Stage::Visible)
+            || catalogue.branches.values().any(|row| row.state == BranchState::Deleted)
+    }
+
+    fn live(&self, id: VolumeId) -> Option<Arc<Volume>> {
+        self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
+    /// Whether anybody but the store itself has a volume in hand.
+    fn is_held(&self, id: VolumeId) -> bool {
+        let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
+        volumes.get(&id).is_some_and(|volume| Arc::strong_count(volume) > 1)
+    }
+
+    fn in_stage(&self, stages: &[Stage]) -> Vec<VolumeId> {
+        let ledger = self.ledger();
+        let rows = ledger.catalogue().volumes.values();
+        rows.filter(|row| stages.contains(&row.stage)).map(|row| row.id).collect()
+    }
+
+    /// Imports and scratch volumes that nobody works on any more: they were cut short.
+    fn destroy_abandoned(&self) -> Result<()> {
+        for id in self.in_stage(&[Stage::Importing, Stage::Scratch]) {
+            if self.is_held(id) {
+                continue;
+            }
+            let mut ledger = self.ledger();
+            match self.live(id) {
+                Some(volume) => {
+                    self.change_volume(&mut ledger, &volume, Change::Destroy { volume: id })?;
+                    volume.log().retire("nobody uses it any more");
+                }
+                None => self.commit(&mut ledger, &[Change::Destroy { volume: id }])?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes destroyed volumes that nobody shares or reads out of the catalogue, and notes those whose files can be used
+    /// again; says whether there was one.
+    fn reclaim_volumes(&self, clean: &mut BTreeSet<VolumeId>) -> Result<bool> {
+        let mut any = false;
+        for id in self.in_stage(&[Stage::Destroyed]) {
+            let mut ledger = self.ledger();
+            let branches = ledger.catalogue().branches_of(id);
+            let is_read = branches.iter().any(|branch| self.inner.shared.branches.is_held(*branch));
+            if ledger.catalogue().is_shared(id) || self.is_held(id) || is_read {
+                continue;
+            }
+            self.commit(&mut ledger, &[Change::Reclaim { volume: id }])?;
+            drop(ledger);
+            let gone = self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+            self.inner.shared.branches.disown(id);
+            // A write that was reported as failed may land late; a file with such a one is not used again.
+            if gone.is_some_and(|volume| !volume.log().had_failures()) {
+                clean.insert(id);
+            }
+            any = true;
+        }
+        Ok(any)
+    }
+
+    /// Gives back the segments and the index rows of volumes that are out of the catalogue.
+    fn retire_reclaimed(&self, clean: &BTreeSet<VolumeId>) -> Result<()> {
+        let retiring = self.ledger().catalogue().retiring.clone();
+        let shared = &self.inner.shared;
+        for (volume, branches) in retiring {
+            shared.log.segments.release(volume, clean.contains(&volume), shared.log.generation)?;
+            let mut batch = IndexBatch::new();
+            batch.forget_watermark(volume);
+            shared.index.write(&batch).map_err(failed)?;
+            for branch in branches {
+                shared.branches.remove(branch);
+                self.drop_branch(branch)?;
+            }
+            self.commit(&mut self.ledger(), &[Change::Retire { volume }])?;
+        }
+        Ok(())
+    }
+
+    /// Drops deleted branches that nobody inherits from or reads.
+    fn forget_branches(&self) -> Result<()> {
+        loop {
+            let ledger = self.ledger();
+            let catalogue = ledger.catalogue();
+            let branches = &self.inner.shared.branches;
+            let free = |id: BranchId| !catalogue.is_inherited(id) && branches.remove(id);
+            let lives =
+                |id: &VolumeId| catalogue.volumes.get(id).is_some_and(|v| v.stage != Stage::Destroyed);
+            let mut deleted = catalogue
+                .branches
+                .values()
+                .filter(|row| row.state == BranchState::Deleted && lives(&row.volume) && free(row.id));
+            let Some(branch) = deleted.next().map(|row| row.id) else { return Ok(()) };
+            drop(ledger);
+            // Its rows first: a crash in between leaves a branch that is deleted and empty, and this is done again.
+            self.drop_branch(branch)?;
+            self.commit(&mut self.ledger(), &[Change::ForgetBranch { branch }])?;
+        }
+    }
+
+    fn drop_branch(&self, branch: BranchId) -> Result<()> {
+        let shared = &self.inner.shared;
+        shared.index.drop_branch(flattened(branch)).map_err(failed)?;
+        shared.index.drop_branch(branch).map_err(failed)
+    }
+}
+
+fn failed(error: IndexError) -> Error {
+    Error::new(ErrorKind::Io, "removing what was deleted from the index").with(error)
+}
