@@ -254,12 +254,7 @@ impl Store {
     }
 
     fn keep_shallow(&self, volume: &Volume) -> Result<()> {
-        if self.depth(volume) >= DEPTH_LIMIT { self.flatten(volume) } else { Ok(()) }
-    }
-
-    fn depth(&self, volume: &Volume) -> usize {
-        let at = At { branch: volume.row().branch, seq: Seq::MAX };
-        self.inner.shared.lineage().depth(at)
+        if volume.read_depth() >= DEPTH_LIMIT { self.flatten(volume) } else { Ok(()) }
     }
 
     fn flatten(&self, volume: &Volume) -> Result<()> {
@@ -272,7 +267,7 @@ impl Store {
     /// # Errors
     /// If the index cannot be read or written.
     pub(super) fn flatten_one(&self) -> Result<bool> {
-        let deep = self.all_volumes().into_iter().find(|volume| self.depth(volume) >= FLATTEN_FROM);
+        let deep = self.all_volumes().into_iter().find(|volume| volume.read_depth() >= FLATTEN_FROM);
         match deep {
             Some(volume) => self.flatten(&volume).map(|()| true),
             None => Ok(false),

@@ -48,8 +48,14 @@ impl Store {
     pub(super) fn reclaim(&self) -> Result<()> {
         self.destroy_abandoned()?;
         let mut clean = BTreeSet::new();
-        while self.reclaim_volumes(&mut clean)? {}
-        self.retire_reclaimed(&clean)?;
+        // One that is gone may have been the last to share another.
+        loop {
+            let any = self.reclaim_volumes(&mut clean)?;
+            self.retire_reclaimed(&clean)?;
+            if !any {
+                break;
+            }
+        }
         self.forget_branches()
     }
 

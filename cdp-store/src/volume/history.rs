@@ -103,6 +103,13 @@ impl Volume {
         })
     }
 
+    /// In how many places a read of the head may have to look for a block's state: the branch itself, and what it
+    /// inherits from. Bounded, however often the volume was reverted.
+    #[must_use]
+    pub fn read_depth(&self) -> usize {
+        self.shared().lineage().depth(At { branch: self.row().branch, seq: Seq::MAX })
+    }
+
     /// Opens a found instant for reading. It never changes, whatever is written meanwhile.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bench;
+mod branches;
 mod branching;
 mod content;
 mod crash;
