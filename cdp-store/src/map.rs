@@ -410,6 +410,16 @@ impl HeadMap {
         self.times(branch).filter(|t| t.seq <= seq).last()
     }
 
+    /// The batch of a branch with which everything up to a `Seq` is in the log; zero if the index has it, so that it is
+    /// durable. Beyond the last batch the answer is the largest ordinal.
+    #[must_use]
+    pub fn reaching(&self, branch: BranchId, seq: Seq) -> Ordinal {
+        if seq <= self.indexed {
+            return Ordinal(0);
+        }
+        self.times(branch).find(|t| t.seq >= seq).map_or(Ordinal(u64::MAX), |t| t.ordinal)
+    }
+
     fn times(&self, branch: BranchId) -> impl Iterator<Item = TimeEntry> {
         self.chunks().flat_map(|c| &c.times).filter(move |(b, _)| *b == branch).map(|&(_, entry)| entry)
     }

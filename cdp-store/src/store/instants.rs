@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use cdp_types::{BlockDevice, Instant, Ordinal, Seq, VolumeName};
+use cdp_types::{BlockDevice, Instant, Seq, VolumeName};
 
 use super::Store;
 use crate::catalogue::{BranchRow, BranchState, Catalogue, Stage};
@@ -86,14 +86,10 @@ impl Store {
     /// What the instant refers to, once this returns.
     pub(super) fn resolve_durably(&self, volume: &Volume, instant: &Instant) -> Result<Resolved> {
         let at = self.resolve_in(volume, instant)?;
-        let shared = &self.inner.shared;
-        let owner = shared.branches.owner_of(at.branch);
+        let owner = self.inner.shared.branches.owner_of(at.branch);
         // What is shared of a destroyed volume was made durable when it began to be.
         if let Some(owner) = owner.filter(|owner| owner.row().stage != Stage::Destroyed) {
-            let entry = shared.lineage().time_of(At { branch: at.branch, seq: at.seq })?;
-            // Unless a batch ends just there, the one behind the entry may hold part of it.
-            let last =
-                entry.map_or(Ordinal(1), |e| if e.seq == at.seq { e.ordinal } else { e.ordinal.next() });
+            let last = owner.map().reaching(at.branch, at.seq);
             owner.make_durable(last)?;
         }
         Ok(at)
