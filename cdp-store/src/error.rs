@@ -108,7 +108,8 @@ impl Error {
     }
 
     /// The same for a front end's client.
-    pub(crate) fn to_io(&self) -> IoError {
+    #[must_use]
+    pub fn to_io(&self) -> IoError {
         let kind = match self.kind {
             ErrorKind::Invalid | ErrorKind::NotFound | ErrorKind::Exists => IoErrorKind::Invalid,
             ErrorKind::Corrupt | ErrorKind::Foreign | ErrorKind::Newer => IoErrorKind::Corrupt,

@@ -29,6 +29,6 @@ pub use store::{
     StoreInfo, VerifyProgress, VerifyReport, VolumeSpec,
 };
 pub use volume::{
-    BranchInfo, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, Volume, VolumeInfo,
-    VolumeState, VolumeStats,
+    BranchInfo, ChangedRun, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, Volume,
+    VolumeInfo, VolumeState, VolumeStats,
 };

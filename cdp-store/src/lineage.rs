@@ -5,7 +5,7 @@
 //! [`Flattening`] stands for all branches between one and the far end, so that a read's cost does not grow with the
 //! number of reverts and clones.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 use cdp_types::{BranchId, Seq, VolumeId};
@@ -182,6 +182,30 @@ pub struct Lineage<'a> {
     pub index: &'a TimeIndex,
 }
 
+/// Leaves of which something was ever said.
+#[derive(Debug)]
+pub struct Said<'a> {
+    index: &'a TimeIndex,
+    branches: Vec<BranchId>,
+    /// Those that the index may not have yet.
+    pending: BTreeSet<u64>,
+}
+
+impl Said<'_> {
+    /// The first one at or after `from`.
+    ///
+    /// # Errors
+    /// If the index cannot be read.
+    pub fn next(&self, from: u64) -> Result<Option<u64>> {
+        let mut next = self.pending.range(from..).next().copied();
+        for &branch in &self.branches {
+            let indexed = self.index.next_leaf(branch, from).map_err(failed("walking the time index"))?;
+            next = [next, indexed].into_iter().flatten().min();
+        }
+        Ok(next)
+    }
+}
+
 fn failed(what: &'static str) -> impl Fn(crate::index::IndexError) -> Error {
     move |e| Error::new(ErrorKind::Io, what).with(e)
 }
@@ -233,22 +257,19 @@ impl Lineage<'_> {
         Ok(states)
     }
 
-    /// The first leaf at or after `from` of which a branch, or what it inherits from, has anything to say.
-    ///
-    /// # Errors
-    /// If the index cannot be read.
-    pub fn next_leaf(&self, at: At, from: u64) -> Result<Option<u64>> {
-        self.next_leaf_of(self.branches.line(at), from)
-    }
-
-    fn next_leaf_of(&self, places: impl Iterator<Item = At>, from: u64) -> Result<Option<u64>> {
-        let mut next: Option<u64> = None;
-        for At { branch, .. } in places {
-            let pending = self.branches.owner_of(branch).and_then(|v| v.map().next_leaf(branch, from));
-            let indexed = self.index.next_leaf(branch, from).map_err(failed("walking the time index"))?;
-            next = [next, pending, indexed].into_iter().flatten().min();
+    /// The leaves of which some places have anything to say: those that were written by now.
+    #[must_use]
+    pub fn said(&self, places: impl IntoIterator<Item = At>) -> Said<'_> {
+        let mut pending = BTreeSet::new();
+        let mut branches: Vec<BranchId> = places.into_iter().map(|at| at.branch).collect();
+        branches.sort_unstable();
+        branches.dedup();
+        for &branch in &branches {
+            if let Some(volume) = self.branches.owner_of(branch) {
+                volume.map().collect_leaves(branch, &mut pending);
+            }
         }
-        Ok(next)
+        Said { index: self.index, branches, pending }
     }
 
     /// The newest entry of a branch's own time at or before a time.
@@ -301,7 +322,8 @@ impl Lineage<'_> {
         let mut batch = IndexBatch::new();
         batch.inherited_zeroes(images.branch, &self.zeroed_between(between)?, images.seq);
         let mut leaf = 0;
-        while let Some(found) = self.next_leaf_of(between.iter().copied(), leaf)? {
+        let said = self.said(between.iter().copied());
+        while let Some(found) = said.next(leaf)? {
             let mut states = self.leaf_of(between.iter().copied().chain([base]), found)?;
             // Behind an image nothing is left to be asked.
             for state in states.iter_mut().filter(|s| matches!(s, BlockState::Unsaid)) {

@@ -1,7 +1,7 @@
 //! The head map: what the log has said of a volume's blocks since the index was last written, and a bounded
 //! cache of whole leaves as they are at the head.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -308,11 +308,10 @@ impl HeadMap {
         found
     }
 
-    /// The first leaf of a branch at or after `from` of which something is not in the index yet.
-    #[must_use]
-    pub fn next_leaf(&self, branch: BranchId, from: u64) -> Option<u64> {
-        let here = |k: &&NodeKey| k.branch == branch && k.level == 0 && k.node >= from;
-        self.chunks().flat_map(|c| c.nodes.keys()).filter(here).map(|k| k.node).min()
+    /// Adds the leaves of a branch of which something is not in the index yet.
+    pub fn collect_leaves(&self, branch: BranchId, into: &mut BTreeSet<u64>) {
+        let here = |k: &&NodeKey| k.branch == branch && k.level == 0;
+        into.extend(self.chunks().flat_map(|c| c.nodes.keys()).filter(here).map(|k| k.node));
     }
 
     /// The runs of children that nodes above a branch's leaves say were zeroed, up to and including `until`, of what

@@ -81,7 +81,7 @@ impl Store {
         let outcome = self.end_tenures(&volumes, force, &mut ended).and_then(|()| {
             // From here on nothing of these volumes moves.
             let undo: Vec<Resolved> =
-                volumes.iter().map(|v| self.resolve_in(v, &Instant::Head)).collect::<Result<_>>()?;
+                volumes.iter().map(|v| self.resolve_of(v, &Instant::Head)).collect::<Result<_>>()?;
             self.commit_revert(&volumes, &origins, &undo)
         });
         for volume in ended {

@@ -37,10 +37,14 @@ impl Store {
     /// [`ErrorKind::NotFound`] if there is no such volume, mark or flush, if the instant lies before the volume's
     /// history, or in a part of it that was deleted; [`ErrorKind::Invalid`] for a `Seq` in the future.
     pub fn resolve(&self, name: &VolumeName, instant: &Instant) -> Result<Resolved> {
-        self.resolve_in(&*self.volume(name)?, instant)
+        self.resolve_of(&*self.volume(name)?, instant)
     }
 
-    pub(super) fn resolve_in(&self, volume: &Volume, instant: &Instant) -> Result<Resolved> {
+    /// The same for a volume that is at hand, whatever its name has become, and for scratch volumes, which have none.
+    ///
+    /// # Errors
+    /// As [`Store::resolve`].
+    pub fn resolve_of(&self, volume: &Volume, instant: &Instant) -> Result<Resolved> {
         let head = volume.head();
         let point = match instant {
             Instant::Head => Point::Seq(head.seq),
@@ -85,7 +89,7 @@ impl Store {
     /// # Durability
     /// What the instant refers to, once this returns.
     pub(super) fn resolve_durably(&self, volume: &Volume, instant: &Instant) -> Result<Resolved> {
-        let at = self.resolve_in(volume, instant)?;
+        let at = self.resolve_of(volume, instant)?;
         let owner = self.inner.shared.branches.owner_of(at.branch);
         // What is shared of a destroyed volume was made durable when it began to be.
         if let Some(owner) = owner.filter(|owner| owner.row().stage != Stage::Destroyed) {
@@ -131,7 +135,7 @@ impl Store {
     /// As [`Store::resolve`].
     pub fn open_at(&self, name: &VolumeName, instant: &Instant) -> Result<Arc<dyn BlockDevice>> {
         let volume = self.volume(name)?;
-        let at = self.resolve_in(&volume, instant)?;
+        let at = self.resolve_of(&volume, instant)?;
         volume.open_resolved(at)
     }
 }

@@ -7,7 +7,7 @@ use cdp_types::{Instant, Label, VolumeName};
 use super::Store;
 use crate::catalogue::{Change, MarkRow};
 use crate::error::{Error, ErrorKind, Result};
-use crate::volume::{MarkInfo, Resolved};
+use crate::volume::{MarkInfo, Resolved, Volume};
 
 /// The most that a mark's metadata may have, keys and values together, in bytes.
 const MAX_METADATA_BYTES: usize = 16 << 10;
@@ -43,6 +43,14 @@ impl Store {
         let mark = MarkRow { volume: volume.id(), label: label.clone(), branch, seq, time_ns, metadata };
         self.commit(&mut ledger, &[Change::Mark { mark: mark.clone() }])?;
         Ok(mark.into())
+    }
+
+    /// A volume's marks, oldest first.
+    #[must_use]
+    pub fn marks(&self, volume: &Volume) -> Vec<MarkInfo> {
+        let mut marks: Vec<MarkInfo> = self.marks_of(volume.id()).into_iter().map(MarkInfo::from).collect();
+        marks.sort_by_key(|mark| mark.seq);
+        marks
     }
 
     /// Forgets a mark. The instant stays what it is.

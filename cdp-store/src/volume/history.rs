@@ -7,14 +7,10 @@ use std::sync::Arc;
 
 use cdp_types::{BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Ordinal, Origin, Seq};
 
-use super::{
-    ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeState,
-    VolumeStats,
-};
+use super::{Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeState, VolumeStats};
 use crate::catalogue::MarkRow;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::RecordKind;
-use crate::index::{BlockState, FANOUT, LogPos};
 use crate::lineage::{At, Branch};
 use crate::log::{BatchAt, ChainReader};
 use crate::queue::PastQueue;
@@ -195,81 +191,6 @@ impl Volume {
         }
         Ok(newest)
     }
-
-    /// Calls `visit` with what is known of all blocks at an instant, in order, in the longest runs, until it says no.
-    ///
-    /// # Errors
-    /// If the index cannot be read.
-    pub fn extents(&self, at: Resolved, visit: &mut dyn FnMut(ExtentInfo) -> bool) -> Result<()> {
-        let blocks = self.row().size_bytes.div_ceil(cdp_types::BLOCK_SIZE);
-        let leaves = blocks.div_ceil(FANOUT as u64);
-        let (lineage, place) = (self.shared().lineage(), At { branch: at.branch, seq: at.seq });
-        let mut run: Option<ExtentInfo> = None;
-        let mut leaf = 0;
-        while leaf < leaves {
-            let next = lineage.next_leaf(place, leaf)?.unwrap_or(leaves).min(leaves);
-            if next > leaf {
-                let first_block = leaf * FANOUT as u64;
-                let block_count = (next * FANOUT as u64).min(blocks) - first_block;
-                let gap = ExtentInfo { first_block, block_count, state: ExtentState::Unsaid };
-                if !extend(&mut run, gap, visit) {
-                    return Ok(());
-                }
-                leaf = next;
-                continue;
-            }
-            let states = lineage.leaf_at(place, leaf)?;
-            for (index, state) in states.iter().enumerate() {
-                let first_block = leaf * FANOUT as u64 + index as u64;
-                if first_block >= blocks {
-                    break;
-                }
-                let one = ExtentInfo { first_block, block_count: 1, state: extent_state(*state) };
-                if !extend(&mut run, one, visit) {
-                    return Ok(());
-                }
-            }
-            leaf += 1;
-        }
-        if let Some(run) = run {
-            visit(run);
-        }
-        Ok(())
-    }
-}
-
-fn extent_state(state: BlockState) -> ExtentState {
-    match state {
-        BlockState::Unsaid => ExtentState::Unsaid,
-        BlockState::Zero => ExtentState::Zero,
-        BlockState::Mapped(place) => mapped(place.pos),
-    }
-}
-
-fn mapped(pos: LogPos) -> ExtentState {
-    ExtentState::Mapped { segment: pos.incarnation(), offset: pos.offset_bytes() }
-}
-
-/// Joins `one` to the run if it continues it; otherwise passes the run on and starts a new one.
-fn extend(run: &mut Option<ExtentInfo>, one: ExtentInfo, visit: &mut dyn FnMut(ExtentInfo) -> bool) -> bool {
-    if let Some(last) = run {
-        let follows = match (last.state, one.state) {
-            (
-                ExtentState::Mapped { segment: a, offset: x },
-                ExtentState::Mapped { segment: b, offset: y },
-            ) => a == b && y == x + last.block_count * cdp_types::BLOCK_SIZE,
-            (a, b) => a == b,
-        };
-        if follows {
-            last.block_count += one.block_count;
-            return true;
-        }
-        let passed = *last;
-        *run = Some(one);
-        return visit(passed);
-    }
-    *run = Some(one);
-    true
 }
 
 /// A past instant of a volume, read-only.

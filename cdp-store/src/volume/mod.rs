@@ -1,5 +1,6 @@
 //! A volume: its log, its head map, and the requests of its queues between the two.
 
+mod extents;
 mod history;
 mod indexing;
 mod info;
@@ -26,6 +27,7 @@ use crate::queue::{HeadQueue, Inbox, Mail};
 use crate::segments::{Blank, Segment};
 use crate::shared::Shared;
 
+pub use extents::ChangedRun;
 pub(crate) use indexing::write_chunk;
 pub use info::{
     BranchInfo, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, VolumeInfo,

@@ -104,12 +104,14 @@ impl Machine {
 
     /// After a crash: whether a revert has happened shows in the volume's branches.
     pub fn decide_revert(&mut self, name: &VolumeName, to: Seq) {
-        let newest = *self.store().branches(name).unwrap().last().unwrap();
-        let known = self.volumes[name].forks.last().map_or(Seq::ZERO, |f| f.start);
-        if newest.head
-            && newest.start > known
-            && !(self.volumes[name].forks.is_empty() && newest.from_volume != Some(self.volume(name).id()))
-        {
+        if self.store().volume(name).is_err() {
+            return;
+        }
+        let branches = self.store().branches(name).unwrap();
+        let newest = branches.last().unwrap().start;
+        // A volume that was never reverted has one branch, which for a clone begins late.
+        let known = self.volumes[name].forks.last().map_or(branches[0].start, |f| f.start);
+        if newest > known {
             let log = logged(&self.volume(name), Seq::ZERO);
             self.note_revert(name, &log, to);
         }
@@ -171,7 +173,7 @@ impl Machine {
 
     /// After a crash: whether a branch was deleted shows in the marks that were on it.
     pub fn decide_deletion(&mut self, name: &VolumeName) {
-        if self.volumes.contains_key(name) {
+        if self.store().volume(name).is_ok() {
             self.adopt_marks(name);
         }
     }

@@ -72,6 +72,8 @@ impl Machine {
         }
         self.drain();
         self.disk.clear_faults();
+        // A fault may have kept a change from being told of, and an opening since may have found it.
+        self.check_catalogue();
         let names: Vec<VolumeName> = self.volumes.keys().cloned().collect();
         for name in names {
             let volume = self.volume(&name);
