@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod debian;
+mod disaster;
 mod discard;
 mod disks;
 mod images;

@@ -38,8 +38,8 @@ fn a_served_volume_is_not_destroyed_and_a_bad_command_is_an_error_in_words() {
             let said = tool.refused(bad)?;
             ensure!(!said.trim().is_empty() && !said.contains("panicked"), "{bad:?}: {said}");
         }
-        let listed = tool.json(&["volume", "list"])?;
-        ensure!(listed[0]["name"] == "web1", "{listed}");
+        let listed = tool.json_lines(&["volume", "list"])?;
+        ensure!(listed.len() == 1 && listed[0]["name"] == "web1", "{listed:?}");
         tool.run(&["volume", "destroy", "web1", "--yes", "--force"])?;
         tool.refused(&["volume", "show", "web1"])?;
         cdpd.stop()

@@ -92,13 +92,17 @@ impl Guest {
         &mut self.qmp
     }
 
-    /// Presses the reset button and waits until the guest has booted again.
+    /// Presses the reset button and waits until the guest has booted again; one that stood still runs then.
     ///
     /// # Errors
     /// QEMU refuses, or the guest does not come back.
     pub fn reset(&mut self) -> Result<()> {
         let boots = self.channel()?.boots();
+        let stood_still = self.qmp.status()? == "paused";
         self.qmp.execute("system_reset", json!({}))?;
+        if stood_still {
+            self.qmp.execute("cont", json!({}))?;
+        }
         self.wait_boot(boots + 1)
     }
 

@@ -82,6 +82,13 @@ impl Access {
         }
     }
 
+    pub(crate) fn branches(&self, name: &VolumeName) -> Result<Vec<api::Branch>, ApiError> {
+        match self {
+            Self::Online(client) => client.get(&format!("/v1/volumes/{name}/branches")),
+            Self::Offline(store) => inspect::branches(store, name),
+        }
+    }
+
     pub(crate) fn segments(&self, visit: &mut dyn FnMut(SegmentInfo) -> bool) -> Result<(), ApiError> {
         match self {
             Self::Online(client) => {

@@ -7,6 +7,10 @@ use cdpd::size::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+mod history;
+
+pub(crate) use history::{BranchCommand, CloneArgs, MarkArgs, RevertArgs};
+
 const INSTANTS: &str = "Instants:
   head                             the present (a volume's name alone means it too)
   -5m, -90s, -1h30m, -2d           that long ago
@@ -44,16 +48,12 @@ pub(crate) enum Command {
     /// Make, list, change, serve and destroy volumes
     #[command(subcommand)]
     Volume(VolumeCommand),
-    /// Name a volume's present, to find it again
-    #[command(after_help = "Example:
-  cdp-tool mark web1 before-upgrade
-  cdp-tool extract web1@mark:before-upgrade web1.raw")]
-    Mark {
-        /// The volume
-        volume: VolumeName,
-        /// The name: letters, digits, '.', '_' and '-'
-        label: Label,
-    },
+    /// Put volumes back to an instant; nothing is deleted, so it can be undone
+    Revert(RevertArgs),
+    /// Make volumes that share the history of others up to an instant
+    Clone(CloneArgs),
+    /// Name an instant of a volume, to find it again
+    Mark(MarkArgs),
     /// List a volume's marks
     #[command(after_help = "Example:
   cdp-tool marks web1")]
@@ -61,6 +61,18 @@ pub(crate) enum Command {
         /// The volume
         volume: VolumeName,
     },
+    /// Forget a mark; the instant that it names stays
+    #[command(after_help = "Example:
+  cdp-tool unmark web1 before-upgrade")]
+    Unmark {
+        /// The volume
+        volume: VolumeName,
+        /// The mark's name
+        label: Label,
+    },
+    /// List and delete branches: what reverts have left behind
+    #[command(subcommand)]
+    Branch(BranchCommand),
     /// Look into the store, its segments, and the records and the map of a volume
     #[command(subcommand)]
     Inspect(InspectCommand),
@@ -148,9 +160,12 @@ The volume appears once the whole image is in it, or not at all. Holes of the im
         /// Its new name
         new: VolumeName,
     },
-    /// Destroy a volume and its whole history
+    /// Destroy a volume and its whole history, but for what clones share of it
     #[command(after_help = "Example:
-  cdp-tool volume destroy web1 --yes")]
+  cdp-tool volume destroy web1 --yes
+
+What clones share of its history stays as long as they need it: a volume can be destroyed under its \
+                      clones, and gives back its space when the last of them is gone.")]
     Destroy {
         /// The volume
         name: VolumeName,
@@ -297,14 +312,14 @@ fn block_size(text: &str) -> Result<u32, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used)]
 
     use clap::CommandFactory;
 
     use super::*;
 
-    fn parse(line: &str) -> Result<Cli, clap::Error> {
+    pub(super) fn parse(line: &str) -> Result<Cli, clap::Error> {
         Cli::try_parse_from(line.split_whitespace())
     }
 

@@ -8,23 +8,36 @@
 //! | `/v1/volumes/{name}` | GET: [`Volume`]; PATCH [`VolumeChange`]: [`Volume`]; DELETE `?force=true` |
 //! | `/v1/volumes/{name}/import` | POST `?logical_block_size=`, a [content stream](crate::frames): lines, then [`Volume`] |
 //! | `/v1/volumes/{name}/marks` | GET: a list of [`Mark`]; POST [`NewMark`]: [`Mark`] |
+//! | `/v1/volumes/{name}/marks/{label}` | DELETE |
+//! | `/v1/volumes/{name}/branches` | GET: a list of [`Branch`], oldest first |
+//! | `/v1/volumes/{name}/branches/{id}` | DELETE `?force=true` |
 //! | `/v1/volumes/{name}/serve` | PUT [`ServeRequest`]: [`Volume`]; DELETE: [`Volume`] |
 //! | `/v1/volumes/{name}/records` | GET `?from=&to=&limit=`: lines of [`Record`], then [`RecordsEnd`] |
 //! | `/v1/volumes/{name}/map` | GET `?at=`: lines of [`ExtentInfo`](cdp_store::ExtentInfo), then [`MapEnd`] |
 //! | `/v1/volumes/{name}/data` | GET `?at=`: a [content stream](crate::frames) |
+//! | `/v1/revert` | POST [`RevertRequest`]: a list of [`Reverted`], in the request's order |
+//! | `/v1/clone` | POST [`CloneRequest`]: a list of [`Volume`], in the request's order |
 //! | `/v1/verify` | POST: lines with progress, then [`VerifyReport`](cdp_store::VerifyReport) |
+//! | `/v1/nbd/connections` | GET: a list of [`NbdConnection`] |
 //! | `/v1/metrics` | GET: Prometheus text |
 //!
-//! `?at=`, `?from=` and `?to=` take instants as [`cdp_types::Instant::parse`] does; local times are UTC here.
+//! `at`, `from` and `to` take instants as [`cdp_types::Instant::parse`] does; local times are UTC here.
 //! An answer in *lines* is NDJSON: one [`Line`] each, the last of which is `done` or `error`; one that stops
 //! without either is incomplete. Any other refusal is an [`ApiError`] with a matching status. Sizes are
 //! integers of bytes, times are given twice: exactly in nanoseconds since 1970 and readably in RFC 3339.
 
 use std::fmt;
 
-use cdp_store::{RecordInfo, Resolved, StoreInfo, VolumeStats};
-use cdp_types::{BranchId, Instant, Label, Ordinal, Seq, VolumeId, VolumeName};
+use cdp_store::{RecordInfo, StoreInfo, VolumeStats};
+use cdp_types::{BranchId, Instant, Ordinal, Seq, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
+
+mod history;
+
+pub(crate) use history::head;
+pub use history::{
+    At, Branch, CloneRequest, Inherited, Mark, NewClone, NewMark, RevertRequest, RevertTarget, Reverted,
+};
 
 /// What a client can do about a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,6 +149,25 @@ pub struct Progress {
     pub total_bytes: u64,
 }
 
+/// A client of the NBD server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdConnection {
+    /// Counts from 1 since the daemon was started.
+    pub id: u64,
+    /// Address and port, or process and user.
+    pub peer: String,
+    /// What it has opened; none during its handshake.
+    pub export: Option<String>,
+    /// Bytes that it has read.
+    pub read_bytes: u64,
+    /// Bytes that it has written.
+    pub written_bytes: u64,
+    /// Requests that it has made.
+    pub requests: u64,
+    /// Whether it uses TLS.
+    pub tls: bool,
+}
+
 /// How many items there were.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Count {
@@ -163,25 +195,6 @@ pub struct DaemonStatus {
     pub pid: u32,
     /// Since when it has been ready, in RFC 3339.
     pub started: String,
-}
-
-/// An instant, resolved.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct At {
-    /// Every change up to and including this one.
-    pub seq: Seq,
-    /// When that was, in RFC 3339.
-    pub time: String,
-    /// The same, in nanoseconds since 1970.
-    pub time_ns: u64,
-    /// In which line of history.
-    pub branch: BranchId,
-}
-
-impl From<Resolved> for At {
-    fn from(at: Resolved) -> Self {
-        Self { seq: at.seq, time: rfc3339(at.time_ns), time_ns: at.time_ns, branch: at.branch }
-    }
 }
 
 /// A time in RFC 3339, to the nanosecond, UTC.
@@ -272,19 +285,6 @@ impl fmt::Display for ServingStatus {
     }
 }
 
-/// A named instant.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mark {
-    /// Its name.
-    pub label: Label,
-    /// Every change up to and including this one.
-    pub seq: Seq,
-    /// When that was, in RFC 3339.
-    pub time: String,
-    /// The same, in nanoseconds since 1970.
-    pub time_ns: u64,
-}
-
 /// One change of a volume.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
@@ -344,14 +344,6 @@ pub enum VolumeChange {
     Name(VolumeName),
     /// Another size, in bytes.
     SizeBytes(u64),
-}
-
-/// A mark to be made at the head.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NewMark {
-    /// Its name.
-    pub label: Label,
 }
 
 /// How a volume is to be served from now on, restarts included.

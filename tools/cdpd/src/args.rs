@@ -7,6 +7,7 @@ use clap::Parser;
 
 use crate::config::Overrides;
 use crate::logging::LogFormat;
+use crate::nbd::NbdAddress;
 
 /// Serves the volumes of one store to virtual machines, and keeps every write that they make.
 ///
@@ -19,6 +20,7 @@ use crate::logging::LogFormat;
     after_help = "Examples:
   cdpd --store /srv/cdp
   cdpd --store /srv/cdp --http 127.0.0.1:8080 --log-format json
+  cdpd --store /srv/cdp --nbd unix:/run/cdp/nbd.sock --nbd tcp:127.0.0.1:10809
 
 Exit status: 0 after a clean stop, 2 after a failure."
 )]
@@ -38,6 +40,12 @@ pub struct Args {
     /// Let --http be an address that other machines can reach
     #[arg(long)]
     http_allow_remote: bool,
+    /// Export volumes and their instants over NBD on this socket, unix:PATH or tcp:ADDRESS:PORT; may be repeated
+    #[arg(long, value_name = "SOCKET")]
+    nbd: Vec<NbdAddress>,
+    /// Let --nbd be an address that other machines can reach
+    #[arg(long)]
+    nbd_allow_remote: bool,
     /// How the log on standard error looks; RUST_LOG says what goes into it
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<LogFormat>,
@@ -52,6 +60,8 @@ impl Args {
             no_create: self.no_create,
             http: self.http,
             http_allow_remote: self.http_allow_remote,
+            nbd: self.nbd.clone(),
+            nbd_allow_remote: self.nbd_allow_remote,
             log_format: self.log_format,
         }
     }

@@ -11,6 +11,7 @@ use cdp_store::StoreOptions;
 use serde::{Deserialize, Deserializer};
 
 use crate::logging::LogFormat;
+use crate::nbd::{Nbd, NbdAddress};
 use crate::size::ByteSize;
 
 /// The file's name in the store's directory.
@@ -37,6 +38,8 @@ pub struct Config {
     pub limits: Limits,
     /// How volumes are served.
     pub vhost_user: VhostUser,
+    /// How volumes and their instants are exported.
+    pub nbd: Nbd,
 }
 
 /// How volumes are served.
@@ -78,6 +81,10 @@ pub struct Overrides {
     pub http: Option<SocketAddr>,
     /// Whether that may be an address that others can reach.
     pub http_allow_remote: bool,
+    /// Where NBD listens, besides what the file says.
+    pub nbd: Vec<NbdAddress>,
+    /// Whether that may be an address that others can reach.
+    pub nbd_allow_remote: bool,
     /// How the log looks.
     pub log_format: Option<LogFormat>,
 }
@@ -90,6 +97,7 @@ struct File {
     control: ControlSection,
     vhost_user: VhostUser,
     http: HttpSection,
+    nbd: Nbd,
     log: LogSection,
     limits: Limits,
 }
@@ -156,6 +164,7 @@ impl Config {
             log_filter: "info".to_owned(),
             limits: Limits::default(),
             vhost_user: VhostUser::default(),
+            nbd: Nbd::default(),
         }
     }
 
@@ -179,6 +188,8 @@ impl Config {
         config.apply(file);
         config.create &= !flags.no_create;
         config.http = flags.http.or(config.http);
+        config.nbd.listen.extend(flags.nbd.iter().cloned());
+        config.nbd.allow_remote |= flags.nbd_allow_remote;
         config.log_format = flags.log_format.unwrap_or(config.log_format);
         config.check(allow_remote)?;
         Ok(config)
@@ -196,6 +207,7 @@ impl Config {
         self.limits = file.limits;
         self.http = file.http.listen;
         self.vhost_user = file.vhost_user;
+        self.nbd = file.nbd;
         self.socket_mode = file.control.mode.map_or(self.socket_mode, |mode| mode.0);
         self.log_format = file.log.format.unwrap_or(self.log_format);
         self.log_filter = file.log.filter.unwrap_or_else(|| self.log_filter.clone());
@@ -208,7 +220,7 @@ impl Config {
                  use a loopback address, or say --http-allow-remote"
             );
         }
-        Ok(())
+        self.nbd.check()
     }
 }
 

@@ -72,7 +72,7 @@ impl<'a, 'b> Reader<'a, 'b> {
     fn read_mapped(&mut self, volume: &Volume, at: Resolved, size: u64) -> Result<bool, ApiError> {
         let mut run = BlockRange::default();
         let mut outcome = Ok(true);
-        volume.extents(at, &mut |extent| {
+        volume.extents(at, volume.blocks(), &mut |extent| {
             if !matches!(extent.state, ExtentState::Mapped { .. }) {
                 return true;
             }

@@ -1,6 +1,7 @@
 //! The daemon, from opening its store to closing it.
 
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use crate::Config;
 use crate::api::DaemonStatus;
 use crate::http::{App, Listener, Listening, listen, router};
+use crate::nbd::NbdServer;
 use crate::serving::Servers;
 use crate::socket;
 
@@ -33,6 +35,15 @@ pub struct Daemon {
     listeners: JoinSet<()>,
     retries: JoinHandle<()>,
     config: Config,
+}
+
+/// The sockets that systemd has passed on for NBD: those named `nbd`, and those without a name.
+fn inherited() -> anyhow::Result<Vec<OwnedFd>> {
+    let passed = sd_notify::listen_fds_with_names().context("cannot read what systemd has passed on")?;
+    let ours = passed.filter(|(_, name)| matches!(name.as_str(), "nbd" | "unknown" | ""));
+    // SAFETY: systemd has opened these descriptors for this process (sd_listen_fds(3)) and says so once, in the
+    // environment of its start, when nothing else here can own them; this is called once.
+    Ok(ours.map(|(fd, _)| unsafe { OwnedFd::from_raw_fd(fd) }).collect())
 }
 
 impl Daemon {
@@ -67,6 +78,9 @@ impl Daemon {
         for listener in bind(&config).await? {
             listeners.spawn(listen(listener, on.clone()));
         }
+        let exporting = (config.nbd.clone(), Arc::clone(&app));
+        let nbd = on_thread(move || NbdServer::start(&exporting.0, &exporting.1, inherited()?)).await?;
+        app.set_nbd(nbd);
         let retries = tokio::spawn(retry(Arc::clone(&app)));
         tracing::info!(store = %config.store.display(), version = env!("CARGO_PKG_VERSION"), "ready");
         Ok(Self { app, stopping, listeners, retries, config })
@@ -88,9 +102,10 @@ impl Daemon {
         // 1. Refuse new requests of the API, end long answers.
         self.stopping.send_replace(true);
         self.retries.abort();
-        // 2. Drain the guests' rings. Their machines wait for the next start.
+        // 2. Answer NBD clients' requests in flight, drain the guests' rings. Their machines wait for the next start.
         let app = Arc::clone(&self.app);
         let drained = on_thread(move || {
+            app.stop_nbd();
             app.servers.shutdown();
             Ok(())
         });

@@ -1,6 +1,8 @@
 //! What can be seen of a store, served by a daemon or stopped.
 
-use cdp_store::{ExtentInfo, Store, VolumeInfo};
+use std::collections::BTreeMap;
+
+use cdp_store::{BranchInfo, ExtentInfo, Store, VolumeInfo};
 use cdp_types::{Instant, Seq, VolumeAt, VolumeName};
 
 use crate::api::{self, ApiError, At, MapEnd, Record, RecordsEnd, ServingStatus, rfc3339};
@@ -37,17 +39,39 @@ pub fn volume(info: VolumeInfo, status: ServingStatus) -> api::Volume {
         },
         state: info.state,
         serving,
-        marks: info.marks.into_iter().map(mark).collect(),
+        marks: info.marks.into_iter().map(api::Mark::from).collect(),
         created: rfc3339(info.created_ns),
         created_ns: info.created_ns,
         stats: info.stats,
     }
 }
 
-/// A mark as the API shows it.
-#[must_use]
-pub fn mark(info: cdp_store::MarkInfo) -> api::Mark {
-    api::Mark { label: info.label, seq: info.seq, time: rfc3339(info.time_ns), time_ns: info.time_ns }
+/// A volume's branches as the API shows them, oldest first. Blocks.
+///
+/// # Errors
+/// No such volume, or a damaged index.
+pub fn branches(store: &Store, name: &VolumeName) -> Result<Vec<api::Branch>, ApiError> {
+    let branches = store.branches(name)?;
+    let names: BTreeMap<_, _> = store.volumes().into_iter().map(|v| (v.id, v.name)).collect();
+    let show = |info: BranchInfo| {
+        let inherited = info.from.zip(info.from_volume);
+        let inherited = inherited.map(|(at, volume)| api::Inherited {
+            volume,
+            name: names.get(&volume).cloned(),
+            at: at.into(),
+        });
+        api::Branch {
+            id: info.id,
+            head: info.head,
+            from: inherited,
+            start: info.start,
+            created: rfc3339(info.created_ns),
+            created_ns: info.created_ns,
+            end: info.end.into(),
+            deleted: info.deleted,
+        }
+    };
+    Ok(branches.into_iter().map(show).collect())
 }
 
 /// Shows `visit` a volume's records, oldest first, until it returns false. Blocks.
@@ -87,7 +111,8 @@ pub fn map(
 ) -> Result<MapEnd, ApiError> {
     let at = store.resolve(&what.volume, &what.instant)?;
     let mut count = 0;
-    store.volume(&what.volume)?.extents(at, &mut |extent| {
+    let volume = store.volume(&what.volume)?;
+    volume.extents(at, volume.blocks(), &mut |extent| {
         count += 1;
         visit(extent)
     })?;

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cdp_store::{Serving, Store};
-use cdp_types::{NoVmControl, VolumeId, VolumeName};
+use cdp_store::{Reverted, Serving, Store};
+use cdp_types::{Instant, NoVmControl, VolumeId, VolumeName};
 use vhost_blk::{Server, ServerConfig, ServerStats};
 
 use crate::api::{ApiError, ErrorKind, ServingStatus, one_line};
@@ -17,6 +17,9 @@ use crate::config::VhostUser;
 pub const DEFAULT_QUEUES: u16 = 16;
 /// The most queues that a volume can offer.
 pub(crate) const MAX_QUEUES: u16 = 256;
+
+/// How long a guest that has just ended may take to be noticed: whoever waits for its end reverts its disk next.
+const PARTING: Duration = Duration::from_millis(400);
 
 /// The servers of one store.
 ///
@@ -35,6 +38,13 @@ pub(crate) struct Servers {
 struct Entry {
     serving: Serving,
     outcome: Result<Server, String>,
+}
+
+/// A volume that a guest is connected to.
+struct Connected {
+    id: VolumeId,
+    name: VolumeName,
+    serving: Serving,
 }
 
 impl Servers {
@@ -132,6 +142,89 @@ impl Servers {
         Ok(())
     }
 
+    /// Puts volumes back to earlier instants, all of them or none. With `force`, guests that run on them are
+    /// disconnected; their monitors may connect again afterwards, and find the disk reverted.
+    ///
+    /// # Errors
+    /// As [`Store::revert`]; without `force`, that a guest runs on one of them. Nothing is changed then, and no
+    /// guest disconnected for a request that could not be met anyhow.
+    pub(crate) fn revert(
+        &self,
+        targets: &[(VolumeName, Instant)],
+        force: bool,
+    ) -> Result<Vec<Reverted>, ApiError> {
+        let _changing = lock(&self.changing);
+        let patience = if force { Duration::ZERO } else { PARTING };
+        let reverted = match self.revert_idle(targets, patience) {
+            Err(error) if error.kind() == cdp_store::ErrorKind::Busy => {
+                let connected = self.connected(targets.iter().map(|(name, _)| name));
+                if !force {
+                    return Err(refuse_under_guests(&connected).unwrap_or_else(|| error.into()));
+                }
+                self.revert_without_guests(targets, connected)?
+            }
+            outcome => outcome?,
+        };
+        for Reverted { volume, at, branch, undo, .. } in &reverted {
+            tracing::info!(%volume, to = %at.seq, undo = %undo.seq, %branch, "reverted");
+        }
+        Ok(reverted)
+    }
+
+    /// Reverts volumes that nobody uses, or will not in a moment.
+    fn revert_idle(
+        &self,
+        targets: &[(VolumeName, Instant)],
+        patience: Duration,
+    ) -> cdp_store::Result<Vec<Reverted>> {
+        let began = std::time::Instant::now();
+        loop {
+            match self.store.revert(targets, false) {
+                Err(error) if error.kind() == cdp_store::ErrorKind::Busy && began.elapsed() < patience => {
+                    std::thread::sleep(PARTING / 8);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Reverts volumes with the servers of their guests stopped meanwhile.
+    ///
+    /// 1. Stop the servers: requests in flight end, none comes after them.
+    /// 2. Revert, or fail to.
+    /// 3. Serve again in either case. Crash at any point: the next start serves what the store remembers.
+    fn revert_without_guests(
+        &self,
+        targets: &[(VolumeName, Instant)],
+        connected: Vec<Connected>,
+    ) -> Result<Vec<Reverted>, ApiError> {
+        for guest in &connected {
+            tracing::warn!(volume = %guest.name, socket = guest.serving.socket, "disconnecting the guest");
+            self.stop(guest.id);
+        }
+        let reverted = self.store.revert(targets, true);
+        for Connected { id, name, serving } in connected {
+            let outcome = self.start(&name, id, &serving).map_err(|error| error.message);
+            if let Err(error) = &outcome {
+                tracing::error!(volume = %name, socket = serving.socket, error, "cannot serve; will retry");
+            }
+            lock(&self.running).insert(id, Entry { serving, outcome });
+        }
+        Ok(reverted?)
+    }
+
+    /// Those of some volumes whose guests are connected.
+    fn connected<'a>(&self, names: impl Iterator<Item = &'a VolumeName>) -> Vec<Connected> {
+        let running = lock(&self.running);
+        let connected = |name: &VolumeName| {
+            let id = self.store.volume(name).ok()?.id();
+            let entry = running.get(&id)?;
+            let is_connected = entry.outcome.as_ref().is_ok_and(|server| server.stats().connected);
+            is_connected.then(|| Connected { id, name: name.clone(), serving: entry.serving.clone() })
+        };
+        names.filter_map(connected).collect()
+    }
+
     /// How a volume's socket does.
     pub(crate) fn status(&self, id: VolumeId) -> ServingStatus {
         match lock(&self.running).get(&id).map(|entry| &entry.outcome) {
@@ -194,6 +287,25 @@ impl Servers {
             ApiError::new(kind, format!("cannot serve volume '{name}' on {}", one_line(&error)))
         })
     }
+}
+
+/// Why volumes are not reverted, if it is for these guests.
+fn refuse_under_guests(connected: &[Connected]) -> Option<ApiError> {
+    let names: Vec<_> = connected.iter().map(|guest| format!("'{}'", guest.name)).collect();
+    let sockets: Vec<_> = connected.iter().map(|guest| guest.serving.socket.as_str()).collect();
+    let (names, sockets) = (names.join(", "), sockets.join(", "));
+    let message = match connected.len() {
+        0 => return None,
+        1 => format!(
+            "volume {names} is in use: the guest connected on {sockets} is running: stop it (QMP `stop`, or \
+             shut it down), or use --force, which disconnects it"
+        ),
+        _ => format!(
+            "volumes {names} are in use: of the guests connected on {sockets} at least one is running: stop \
+             them (QMP `stop`, or shut them down), or use --force, which disconnects them"
+        ),
+    };
+    Some(ApiError::new(ErrorKind::Busy, message))
 }
 
 fn check(serving: &Serving, reserved: &Path) -> Result<(), ApiError> {

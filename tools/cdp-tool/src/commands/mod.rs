@@ -2,19 +2,21 @@
 
 mod documents;
 mod extract;
+mod history;
 mod inspect;
 mod marks;
 mod verify;
 mod volume;
 
+use std::io::{self, BufRead, IsTerminal};
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use cdp_types::{Instant, VolumeAt};
 use jiff::Zoned;
 
 use crate::access::{Access, online, stopped};
-use crate::cli::{Cli, Command, InspectCommand, VolumeCommand};
+use crate::cli::{BranchCommand, Cli, Command, InspectCommand, VolumeCommand};
 use crate::output::Output;
 
 /// How a command went that did not fail.
@@ -41,8 +43,17 @@ fn dispatch(command: Command, store: Option<&Path>, output: &mut Output) -> anyh
     let store = || store.context("which store? say --store DIR, or set CDP_STORE");
     match command {
         Command::Volume(command) => volumes(command, store()?, output)?,
-        Command::Mark { volume, label } => marks::mark(&online(store()?)?, &volume, label, output)?,
+        Command::Mark(args) => marks::mark(&online(store()?)?, args, output)?,
         Command::Marks { volume } => marks::list(&Access::open(store()?)?, &volume, output)?,
+        Command::Unmark { volume, label } => marks::unmark(&online(store()?)?, &volume, &label, output)?,
+        Command::Revert(args) => history::revert(&online(store()?)?, &args, output)?,
+        Command::Clone(args) => history::clone(&online(store()?)?, &args, output)?,
+        Command::Branch(BranchCommand::List { volume }) => {
+            history::branches(&Access::open(store()?)?, &volume, output)?;
+        }
+        Command::Branch(BranchCommand::Delete { volume, branch, force, yes }) => {
+            history::delete_branch(&online(store()?)?, &volume, branch, force, yes, output)?;
+        }
         Command::Inspect(command) => {
             let access = Access::open(store()?)?;
             match command {
@@ -81,6 +92,17 @@ fn volumes(command: VolumeCommand, store: &Path, output: &mut Output) -> anyhow:
         }
         VolumeCommand::Unserve { name } => volume::unserve(&online(store)?, &name, output),
     }
+}
+
+/// Asks whether something may go for good: it may if the answer is `word`.
+fn confirmed(what: &str, deed: &str, question: &str, word: &str) -> anyhow::Result<bool> {
+    if !io::stdin().is_terminal() {
+        bail!("there is nobody to ask whether {what} may be {deed}; say --yes");
+    }
+    eprint!("{question}");
+    let mut answer = String::new();
+    io::stdin().lock().read_line(&mut answer).context("cannot read the answer")?;
+    Ok(answer.trim() == word)
 }
 
 /// A volume at an instant, as the user's clock and zone have it.

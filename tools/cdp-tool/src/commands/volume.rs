@@ -1,6 +1,6 @@
 //! Volumes.
 
-use std::io::{self, BufRead, IsTerminal, Seek, SeekFrom};
+use std::io::{Seek, SeekFrom};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -13,7 +13,7 @@ use hyper::Method;
 
 use crate::access::Access;
 use crate::cli::CreateArgs;
-use crate::commands::marks;
+use crate::commands::{confirmed, marks};
 use crate::image;
 use crate::output::{Column, Output};
 use crate::progress::Progress;
@@ -60,7 +60,7 @@ fn import(client: &Client, args: &CreateArgs, from: &Path) -> anyhow::Result<Vol
 pub(super) fn list(access: &Access, output: &mut Output) -> anyhow::Result<()> {
     let volumes = access.volumes()?;
     if output.is_json() {
-        return output.value(&volumes);
+        return volumes.iter().try_for_each(|volume| output.item(volume));
     }
     let row = |volume: &Volume| {
         vec![
@@ -164,7 +164,11 @@ pub(super) fn destroy(
     let path = format!("/v1/volumes/{name}");
     // Asked first, so that a name that was mistyped is not asked about.
     let volume: Volume = client.get(&path)?;
-    if !yes && !confirmed(&volume)? {
+    let question = format!(
+        "Destroy volume '{name}' ({}) with its whole history? Type its name to confirm: ",
+        ByteSize(volume.size_bytes)
+    );
+    if !yes && !confirmed(&format!("volume '{name}'"), "destroyed", &question, name.as_str())? {
         bail!("volume '{name}' was not destroyed");
     }
     client.delete::<()>(&format!("{path}?force={force}"))?;
@@ -172,21 +176,6 @@ pub(super) fn destroy(
         return output.value(&serde_json::json!({ "destroyed": name }));
     }
     output.line(format!("destroyed {name}"))
-}
-
-/// Asks whether a volume may go.
-fn confirmed(volume: &Volume) -> anyhow::Result<bool> {
-    if !io::stdin().is_terminal() {
-        bail!("there is nobody to ask whether volume '{}' may be destroyed; say --yes", volume.name);
-    }
-    eprint!(
-        "Destroy volume '{}' ({}) with its whole history? Type its name to confirm: ",
-        volume.name,
-        ByteSize(volume.size_bytes),
-    );
-    let mut answer = String::new();
-    io::stdin().lock().read_line(&mut answer).context("cannot read the answer")?;
-    Ok(answer.trim() == volume.name.as_str())
 }
 
 /// Serves a volume.

@@ -10,7 +10,7 @@ use cdp_store::VolumeSpec;
 use cdp_types::{VolumeAt, VolumeName};
 use serde::Deserialize;
 
-use super::extract::{Name, Params, instant};
+use super::extract::{Name, Params, instant, now};
 use super::inspect::InstantParam;
 use super::stream::{Inlet, lines, stream};
 use super::{App, volumes};
@@ -24,7 +24,7 @@ pub(super) async fn data(
     Name(volume): Name,
     Params(params): Params<InstantParam>,
 ) -> Result<Response, ApiError> {
-    let what = VolumeAt { volume, instant: instant(&params.at)? };
+    let what = VolumeAt { volume, instant: instant(&params.at, &now())? };
     let last = |error| Frame::Error(error).encode();
     stream(&app, CONTENT_TYPE, last, move |app, outlet| {
         content::read(&app.store, &what, &mut |frame| Ok(outlet.send(frame.encode()))).map(drop)

@@ -6,10 +6,10 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
 use cdp_store::{ExtentInfo, SegmentInfo, VerifyReport};
-use cdp_types::{Instant, VolumeAt};
+use cdp_types::VolumeAt;
 use serde::Deserialize;
 
-use super::extract::{Name, Params, instant};
+use super::extract::{Name, Params, instant, now};
 use super::stream::lines;
 use super::{App, blocking};
 use crate::api::{ApiError, Count, MapEnd, Progress, Record, RecordsEnd, StoreStatus};
@@ -19,12 +19,8 @@ use crate::inspect::{self, RecordsQuery};
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct InstantParam {
-    #[serde(default = "head")]
+    #[serde(default = "crate::api::head")]
     pub(super) at: String,
-}
-
-fn head() -> String {
-    Instant::Head.to_string()
 }
 
 /// Which records.
@@ -32,7 +28,7 @@ fn head() -> String {
 #[serde(deny_unknown_fields)]
 pub(super) struct RecordsParams {
     from: Option<String>,
-    #[serde(default = "head")]
+    #[serde(default = "crate::api::head")]
     to: String,
     limit: Option<u64>,
 }
@@ -71,8 +67,9 @@ pub(super) async fn records(
     Name(volume): Name,
     Params(params): Params<RecordsParams>,
 ) -> Result<Response, ApiError> {
-    let from = params.from.as_deref().map(instant).transpose()?;
-    let query = RecordsQuery { volume, from, to: instant(&params.to)?, limit: params.limit };
+    let now = now();
+    let from = params.from.as_deref().map(|from| instant(from, &now)).transpose()?;
+    let query = RecordsQuery { volume, from, to: instant(&params.to, &now)?, limit: params.limit };
     lines::<Record, RecordsEnd>(&app, move |app, lines| {
         inspect::records(&app.store, &query, &mut |record| lines.item(&record))
     })
@@ -85,7 +82,7 @@ pub(super) async fn map(
     Name(volume): Name,
     Params(params): Params<InstantParam>,
 ) -> Result<Response, ApiError> {
-    let what = VolumeAt { volume, instant: instant(&params.at)? };
+    let what = VolumeAt { volume, instant: instant(&params.at, &now())? };
     lines::<ExtentInfo, MapEnd>(&app, move |app, lines| {
         inspect::map(&app.store, &what, &mut |extent| lines.item(&extent))
     })

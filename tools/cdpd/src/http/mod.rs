@@ -2,13 +2,15 @@
 
 mod content;
 mod extract;
+mod history;
 mod inspect;
 mod listen;
 mod metrics;
+mod nbd;
 mod stream;
 mod volumes;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request, State};
@@ -22,6 +24,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::api::{ApiError, DaemonStatus, ErrorKind};
 use crate::config::Limits;
+use crate::nbd::NbdServer;
 use crate::serving::Servers;
 
 pub(crate) use listen::{Listener, Listening, Peer, listen};
@@ -36,6 +39,8 @@ pub(crate) struct App {
     pub(crate) store: Store,
     pub(crate) servers: Servers,
     pub(crate) daemon: DaemonStatus,
+    /// Set once the daemon exports; taken when it stops, since its exports hold this.
+    nbd: Mutex<NbdServer>,
     requests: Arc<Semaphore>,
     streams: Arc<Semaphore>,
     /// Turns true when the daemon stops; long answers then end.
@@ -55,10 +60,25 @@ impl App {
             store,
             servers,
             daemon,
+            nbd: Mutex::default(),
             requests: permits(limits.requests),
             streams: permits(limits.streams),
             stopping,
         }
+    }
+
+    fn nbd(&self) -> MutexGuard<'_, NbdServer> {
+        self.nbd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands over the NBD server.
+    pub(crate) fn set_nbd(&self, server: NbdServer) {
+        *self.nbd() = server;
+    }
+
+    /// Ends the NBD server, once requests in flight have ended.
+    pub(crate) fn stop_nbd(&self) {
+        self.nbd().stop();
     }
 }
 
@@ -90,10 +110,16 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/store", get(inspect::store))
         .route("/v1/segments", get(inspect::segments))
         .route("/v1/verify", post(inspect::verify))
+        .route("/v1/revert", post(history::revert))
+        .route("/v1/clone", post(history::clone))
         .route("/v1/metrics", get(metrics::metrics))
+        .route("/v1/nbd/connections", get(nbd::connections))
         .route("/v1/volumes", get(volumes::list).post(volumes::create))
         .route("/v1/volumes/{name}", get(volumes::show).patch(volumes::change).delete(volumes::destroy))
-        .route("/v1/volumes/{name}/marks", get(volumes::marks).post(volumes::mark))
+        .route("/v1/volumes/{name}/marks", get(history::marks).post(history::mark))
+        .route("/v1/volumes/{name}/marks/{label}", delete(history::unmark))
+        .route("/v1/volumes/{name}/branches", get(history::branches))
+        .route("/v1/volumes/{name}/branches/{id}", delete(history::delete_branch))
         .route("/v1/volumes/{name}/serve", delete(volumes::unserve).put(volumes::serve))
         .route("/v1/volumes/{name}/records", get(inspect::records))
         .route("/v1/volumes/{name}/map", get(inspect::map))

@@ -1,4 +1,4 @@
-//! Volumes, their marks, and how they are served.
+//! Volumes, and how they are served.
 
 use std::sync::Arc;
 
@@ -7,11 +7,10 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use cdp_store::{Serving, VolumeInfo, VolumeSpec};
 use cdp_types::VolumeName;
-use serde::Deserialize;
 
-use super::extract::{Body, Name, Params};
+use super::extract::{Body, Force, Name, Params};
 use super::{App, blocking};
-use crate::api::{ApiError, Mark, NewMark, NewVolume, ServeRequest, Volume, VolumeChange};
+use crate::api::{ApiError, NewVolume, ServeRequest, Volume, VolumeChange};
 use crate::inspect;
 
 /// A volume as it is now.
@@ -71,44 +70,14 @@ pub(super) async fn change(
     volume.await.map(Json)
 }
 
-/// How a volume is to go.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct DestroyParams {
-    #[serde(default)]
-    force: bool,
-}
-
 /// `DELETE /v1/volumes/{name}`
 pub(super) async fn destroy(
     State(app): State<Arc<App>>,
     Name(name): Name,
-    Params(params): Params<DestroyParams>,
+    Params(Force { force }): Params<Force>,
 ) -> Result<StatusCode, ApiError> {
-    blocking(&app, move |app| app.servers.destroy(&name, params.force)).await?;
+    blocking(&app, move |app| app.servers.destroy(&name, force)).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// `GET /v1/volumes/{name}/marks`
-pub(super) async fn marks(
-    State(app): State<Arc<App>>,
-    Name(name): Name,
-) -> Result<Json<Vec<Mark>>, ApiError> {
-    blocking(&app, move |app| Ok(view(app, &name)?.marks)).await.map(Json)
-}
-
-/// `POST /v1/volumes/{name}/marks`
-pub(super) async fn mark(
-    State(app): State<Arc<App>>,
-    Name(name): Name,
-    Body(new): Body<NewMark>,
-) -> Result<(StatusCode, Json<Mark>), ApiError> {
-    let mark = blocking(&app, move |app| {
-        let mark = app.store.mark(&name, &cdp_types::Instant::Head, &new.label, std::collections::BTreeMap::new())?;
-        tracing::info!(volume = %name, label = %new.label, seq = %mark.seq, "marked");
-        Ok(inspect::mark(mark))
-    });
-    Ok((StatusCode::CREATED, Json(mark.await?)))
 }
 
 /// `PUT /v1/volumes/{name}/serve`

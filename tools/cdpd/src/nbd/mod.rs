@@ -1,0 +1,80 @@
+//! Volumes and their instants over NBD.
+
+mod config;
+mod contexts;
+mod exports;
+mod guarded;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use cdp_types::VolumeName;
+use nbd_export::{ConnectionInfo, Listen, Server, ServerConfig};
+
+use crate::http::App;
+
+pub use config::{Nbd, NbdAddress};
+use exports::{Heads, StoreExports};
+
+/// How long clients' requests in flight get when the daemon stops.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The NBD server of a daemon, if it has one. Clones of its exports hold the daemon's [`App`], never the other way
+/// round.
+#[derive(Default)]
+pub(crate) struct NbdServer {
+    server: Option<Server>,
+}
+
+impl NbdServer {
+    /// Listens where the configuration says, and on what systemd has passed on.
+    ///
+    /// # Errors
+    /// An address cannot be had, or the certificates cannot be used.
+    pub(crate) fn start(config: &Nbd, app: &Arc<App>, inherited: Vec<OwnedFd>) -> anyhow::Result<Self> {
+        let mut listen: Vec<Listen> =
+            config.listen.iter().map(|address| address.to_listen(config.mode)).collect();
+        listen.extend(inherited.into_iter().map(Listen::Inherited));
+        if listen.is_empty() {
+            return Ok(Self::default());
+        }
+        let heads = Heads::new(&config.writable, config.writable_beside_guests);
+        let exports = StoreExports::new(Arc::clone(app), heads);
+        let server_config = ServerConfig {
+            tls: config.tls.as_ref().map(config::NbdTls::to_tls),
+            limits: config.limits(),
+            ..ServerConfig::new(listen)
+        };
+        let server = Server::start(server_config, Arc::new(exports)).context("cannot serve NBD")?;
+        for address in server.addresses() {
+            tracing::info!(%address, tls = config.tls.is_some(), "NBD listens");
+        }
+        Ok(Self { server: Some(server) })
+    }
+
+    /// Who is connected.
+    pub(crate) fn connections(&self) -> Vec<ConnectionInfo> {
+        self.server.as_ref().map(Server::connections).unwrap_or_default()
+    }
+
+    /// Cuts off the clients of volumes' heads, for whom a revert would change the disk under their feet.
+    pub(crate) fn disconnect_heads(&self, volumes: &[VolumeName]) {
+        let Some(server) = &self.server else { return };
+        let is_head = |client: &ConnectionInfo| {
+            client.export.as_ref().is_some_and(|export| volumes.iter().any(|name| name.as_str() == export))
+        };
+        let left = server.disconnect(is_head, PATIENCE);
+        if left > 0 {
+            tracing::warn!("{left} NBD connections have requests in flight that do not end");
+        }
+    }
+
+    /// Lets requests in flight end, and stops.
+    pub(crate) fn stop(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            server.shutdown(PATIENCE);
+        }
+    }
+}
