@@ -54,7 +54,9 @@ pub struct Limits {
     pub handshake: Duration,
     /// Requests that one connection may have in flight; further ones are not read.
     pub requests: usize,
-    /// Memory for the payloads of one connection, in bytes; the same.
+    /// Memory for the payloads of one connection, in bytes; the same, though one request is always taken. A few
+    /// megabytes keep any disk busy, and payloads in the processor's caches on their way from the disk to the socket:
+    /// with 64 MiB, `nbdcopy` takes a fifth more processor time.
     pub connection_bytes: usize,
     /// Memory for the payloads of all connections, in bytes. Whoever waits for it gets it in turn.
     pub total_bytes: usize,
@@ -71,7 +73,7 @@ impl Default for Limits {
             connections: 256,
             handshake: Duration::from_secs(10),
             requests: 128,
-            connection_bytes: 64 << 20,
+            connection_bytes: 4 << 20,
             total_bytes: 256 << 20,
             max_request: 32 << 20,
             stall: Duration::from_secs(10),
@@ -114,10 +116,8 @@ impl ServerConfig {
         if !limits.max_request.is_power_of_two() || !(1 << 16..=32 << 20).contains(&limits.max_request) {
             return wrong("the longest request must be a power of two from 64 KiB to 32 MiB");
         }
-        if limits.connection_bytes < limits.max_request || limits.total_bytes < limits.connection_bytes {
-            return wrong(
-                "a connection's memory must hold the longest request, and all memory that of a connection",
-            );
+        if limits.total_bytes < limits.connection_bytes.max(limits.max_request) {
+            return wrong("all memory must hold that of a connection, and the longest request");
         }
         if u32::try_from(limits.total_bytes / 4096).is_err() {
             return wrong("no more than 16 TiB of memory can be counted");

@@ -19,6 +19,8 @@ use crate::{Error, ErrorKind, Listen};
 
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 128;
+/// What a Unix socket may hold of replies, in bytes: the default is less than what clients commonly read at once.
+const UNIX_SEND_BUFFER: usize = 1 << 20;
 /// When a peer that says nothing is asked whether it is still there, and how often until it is given up.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
@@ -139,6 +141,8 @@ impl Listener {
             Address::Unix(_) => {
                 let stream = UnixStream::from(fd);
                 let peer = peer_name(&stream);
+                // As far as `net.core.wmem_max` lets us; it works with less, too.
+                let _ = sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER);
                 Ok(Some((Socket::Unix(stream), peer)))
             }
             Address::Tcp(_) => {

@@ -30,11 +30,7 @@ impl Worker {
         let (started, start) = mpsc::sync_channel(1);
         let counted = Arc::clone(&load);
         let thread = std::thread::Builder::new().name(format!("nbd-{index}")).spawn(move || {
-            let mut ring = tokio_uring::uring_builder();
-            ring.setup_coop_taskrun().setup_taskrun_flag();
-            let mut builder = tokio_uring::builder();
-            builder.entries(RING_ENTRIES).uring_builder(&ring);
-            let runtime = match tokio_uring::Runtime::new(&builder) {
+            let runtime = match tokio_uring::Runtime::new(tokio_uring::builder().entries(RING_ENTRIES)) {
                 Ok(runtime) => runtime,
                 // Somebody waits for it, in `spawn`.
                 Err(error) => return drop(started.send(Err(error))),

@@ -15,7 +15,7 @@ use crate::programs::{built, system};
 
 /// Programs of this machine that busybox has not, or only a lesser version of. Debian's busybox prefers its own even
 /// to what `$PATH` names first: where it has one, only the path helps (`/tools/blkdiscard`).
-const TOOLS: [&str; 4] = ["mke2fs", "e2fsck", "resize2fs", "blkdiscard"];
+const TOOLS: [&str; 5] = ["mke2fs", "e2fsck", "resize2fs", "blkdiscard", "nbd-client"];
 
 /// The first program of the guest. Which of its three lives it leads is on the kernel's command line.
 const INIT: &str = include_str!("init.sh");

@@ -12,7 +12,7 @@ use crate::process::run;
 use crate::programs::{cache, system};
 
 /// What the guest needs beyond what its kernel has built in.
-const WANTED: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
+const WANTED: [&str; 5] = ["virtio_pci", "virtio_blk", "ext4", "virtio_net", "nbd"];
 
 /// An unpacked kernel package.
 #[derive(Debug)]

@@ -9,6 +9,8 @@ mod disks;
 mod images;
 mod killed_daemon;
 mod lifecycle;
+mod nbd;
+mod nbd_guests;
 mod past;
 mod power_cord;
 mod rebuild;

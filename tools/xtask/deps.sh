@@ -87,6 +87,8 @@ if [ $# -gt 0 ]; then install "$@"; exit; fi
 [ "$(uname -m)" = x86_64 ] || die "the end-to-end tests boot an x86-64 guest with this machine's own programs in it"
 install build-essential make libclang-dev ca-certificates
 install e2fsprogs util-linux debootstrap xz-utils zstd
+# NBD clients that others wrote; nbd-client runs inside the guests.
+install libnbd-bin python3-libnbd nbdkit fio nbd-client
 # Debian's other busybox conflicts with this one, and serves as well.
 command -v busybox >/dev/null || install busybox-static
 install_qemu

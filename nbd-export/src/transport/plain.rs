@@ -69,23 +69,14 @@ impl Transport for Plain {
     }
 
     async fn send(&self, mut batch: Vec<Piece>) -> (io::Result<()>, Vec<Piece>) {
-        while !batch.is_empty() {
-            // Nearly always the socket has room: then the reply is on its way before the thread goes to sleep, and no
-            // completion has to be waited for.
-            let sent = match self.send_now(&batch) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let _turn = self.control.wait_for_client();
-                    let (result, rest) = match &self.stream {
-                        Stream::Unix(stream) => stream.writev(batch).await,
-                        Stream::Tcp(stream) => stream.writev(batch).await,
-                    };
-                    batch = rest;
-                    result
-                }
-                result => result,
-            };
-            match sent {
-                Ok(0) => return (Err(io::ErrorKind::WriteZero.into()), batch),
+        // Nearly always the socket has room: then the replies are on their way before the thread goes to sleep, and no
+        // completion has to be waited for.
+        let mut result = match self.send_now(&batch) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            result => result,
+        };
+        loop {
+            match result {
                 Ok(count) => {
                     self.moved(count);
                     advance(&mut batch, count);
@@ -93,8 +84,15 @@ impl Transport for Plain {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return (Err(error), batch),
             }
+            if batch.is_empty() {
+                return (Ok(()), batch);
+            }
+            let _turn = self.control.wait_for_client();
+            (result, batch) = match &self.stream {
+                Stream::Unix(stream) => stream.writev(batch).await,
+                Stream::Tcp(stream) => stream.writev(batch).await,
+            };
         }
-        (Ok(()), batch)
     }
 
     async fn farewell(&self) {

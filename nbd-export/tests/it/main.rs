@@ -12,3 +12,4 @@ mod model;
 mod programs;
 mod requests;
 mod tls;
+mod wakeups;

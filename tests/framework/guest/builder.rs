@@ -46,12 +46,13 @@ pub struct GuestBuilder {
     queues: u32,
     memory_mb: u32,
     smp: u32,
+    network: bool,
     boot: Boot,
 }
 
 impl Default for GuestBuilder {
     fn default() -> Self {
-        Self { disks: Vec::new(), queues: 1, memory_mb: 256, smp: 1, boot: Boot::Agent }
+        Self { disks: Vec::new(), queues: 1, memory_mb: 256, smp: 1, network: false, boot: Boot::Agent }
     }
 }
 
@@ -94,6 +95,13 @@ impl GuestBuilder {
         self
     }
 
+    /// Gives it a network card; this machine's loopback addresses are 10.0.2.2 for it.
+    #[must_use]
+    pub fn network(mut self) -> Self {
+        self.network = true;
+        self
+    }
+
     /// What to boot into.
     #[must_use]
     pub fn into(mut self, boot: Boot) -> Self {
@@ -132,6 +140,10 @@ impl GuestBuilder {
         let mut guest = Guest { name, channel, qmp, qemu, console, console_socket, keyboard: None };
         if self.boot == Boot::Agent {
             guest.wait_boot(1)?;
+            if self.network {
+                // What QEMU's user network gives to its first guest.
+                guest.run("ip addr add 10.0.2.15/24 dev eth0 && ip link set eth0 up && ip link set lo up")?;
+            }
         }
         Ok(guest)
     }
@@ -180,6 +192,9 @@ impl GuestBuilder {
             let queues = self.queues;
             let device = format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}");
             command.args(["-chardev", &socket, "-device", &device]);
+        }
+        if self.network {
+            command.args(["-nic", "user,model=virtio-net-pci"]);
         }
         Ok(command)
     }

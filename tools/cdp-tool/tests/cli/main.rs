@@ -125,7 +125,7 @@ fn volumes_are_made_changed_and_destroyed() {
     assert!(bench.complaint("volume resize web1 --size 1G").contains("shrink"));
     bench.text("volume rename web1 web2");
     let mark = bench.json("mark web2 before-upgrade");
-    assert_eq!(bench.lines("marks web2"), [mark.clone()]);
+    assert_eq!(bench.lines("marks web2"), std::slice::from_ref(&mark));
 
     let shown = bench.json("volume show web2");
     assert_eq!(shown["head"]["seq"], mark["seq"]);
