@@ -5,6 +5,7 @@
 //! - [`server`] starts and kills what is measured: our `cdpd`, `qemu-storage-daemon`, or nothing but a file.
 //! - [`compare`] measures them in turn; [`report`] makes medians, ratios, JSON and Markdown of it.
 //! - [`verify`] does not measure: it checks every byte, across abrupt disconnects and kills.
+//! - [`travel`] measures what reverts, clones and past instants cost, [`nbd`] our exports beside `qemu-nbd`'s.
 //! - [`recovery`] measures how long a killed daemon with a long log takes to its first read.
 //!
 //! Nothing here links the programs under test, and nothing here passes or fails by the clock.
@@ -15,9 +16,11 @@ mod drive;
 mod home;
 mod machine;
 mod meter;
+mod nbd;
 mod recovery;
 mod report;
 mod server;
+mod travel;
 mod verify;
 mod workload;
 
@@ -39,6 +42,10 @@ enum Command {
     Compare(compare::Args),
     /// How long cdpd takes from its start to its first read, after a kill in the middle of writing
     Recovery(recovery::Args),
+    /// How long reverts, clones and the first byte of a past instant take
+    Travel(travel::Args),
+    /// Our NBD exports and qemu-nbd's of a raw file, in turn
+    Nbd(nbd::Args),
     /// Random requests with every byte checked, across abrupt disconnects and kills of the daemon
     Verify(verify::Args),
 }
@@ -47,6 +54,8 @@ fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Compare(args) => compare::run(&args),
         Command::Recovery(args) => recovery::run(&args),
+        Command::Travel(args) => travel::run(&args),
+        Command::Nbd(args) => nbd::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     match result {

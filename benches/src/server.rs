@@ -24,7 +24,7 @@ const READY: Duration = Duration::from_secs(120);
 /// How long a clean stop may take.
 const STOP: Duration = Duration::from_secs(60);
 /// The volume in our store.
-const VOLUME: &str = "bench";
+pub(crate) const VOLUME: &str = "bench";
 
 /// Queues that every server offers.
 pub(crate) const QUEUES: usize = 4;
@@ -63,6 +63,7 @@ impl Ours {
         ensure!(self.process.is_none(), "cdpd is running");
         let mut command = tied(&built("cdpd")?);
         command.arg("--store").arg(self.store());
+        command.arg("--nbd").arg(format!("unix:{}", self.nbd_socket().display()));
         self.process = Some(Process::spawn("cdpd", command, &self.log())?);
         Ok(())
     }
@@ -77,7 +78,7 @@ impl Ours {
     }
 
     fn wait_until_it_listens(&mut self) -> Result<()> {
-        let socket = self.store().join("cdpd.sock");
+        let socket = self.control();
         self.wait_for(&socket)
     }
 
@@ -148,6 +149,21 @@ impl Ours {
     /// Where its volume is served.
     pub(crate) fn place(&self) -> Place {
         Place::VhostUser(self.socket())
+    }
+
+    /// Where it answers its API.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.store().join("cdpd.sock")
+    }
+
+    /// Where it serves NBD.
+    pub(crate) fn nbd_socket(&self) -> PathBuf {
+        self.dir.join("nbd.sock")
+    }
+
+    /// One of its exports, for clients that take URIs.
+    pub(crate) fn nbd_uri(&self, export: &str) -> String {
+        format!("nbd+unix:///{export}?socket={}", self.nbd_socket().display())
     }
 
     /// Its process id.

@@ -12,6 +12,7 @@ pub mod storage;
 mod catalogue;
 mod error;
 mod format;
+mod leaves;
 mod lineage;
 mod log;
 mod map;

@@ -13,7 +13,8 @@ use cdp_types::{BranchId, Seq, VolumeId};
 use crate::catalogue::BranchRow;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{BlockState, IndexBatch, IndexResult, NodeRun, TimeEntry, TimeIndex};
-use crate::map::{Leaf, apply_changes};
+use crate::leaves::Leaf;
+use crate::map::apply_changes;
 use crate::volume::Volume;
 
 /// Set in the number under which a branch's flattening has its images.

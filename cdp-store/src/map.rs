@@ -1,9 +1,8 @@
 //! The head map: what the log has said of a volume's blocks since the index was last written, and a bounded
 //! cache of whole leaves as they are at the head.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cdp_types::{BlockRange, BranchId, Ordinal, Seq};
 
@@ -12,9 +11,7 @@ use crate::index::{
     BlockState, Change, ChangeState, FANOUT, LEVELS, LogPos, NodeKey, NodeRun, Place, TimeEntry, child_of,
     decompose,
 };
-
-/// The states of a leaf's blocks.
-pub type Leaf = Box<[BlockState; FANOUT]>;
+use crate::leaves::{Leaf, LeafBudget, LeafCache, States};
 
 /// A stretch of a log that the index does not have yet: every change, by node, oldest first.
 #[derive(Debug, Default)]
@@ -48,35 +45,6 @@ const CHUNK_CHANGES: usize = 64 << 10;
 /// Flushes remembered for `flush:-N`.
 const FLUSHES_KEPT: usize = 4096;
 
-/// Leaves that every volume may cache, whatever the budget says.
-const LEAVES_ALWAYS: usize = 16;
-
-/// How many leaves the volumes of a store may cache together.
-#[derive(Debug)]
-pub struct LeafBudget {
-    limit: usize,
-    used: AtomicUsize,
-}
-
-impl LeafBudget {
-    /// A budget of so many bytes.
-    #[must_use]
-    pub fn new(bytes: usize) -> Arc<Self> {
-        let leaf_bytes = size_of::<[BlockState; FANOUT]>() + 128;
-        Arc::new(Self { limit: bytes / leaf_bytes, used: AtomicUsize::new(0) })
-    }
-
-    fn is_spent(&self) -> bool {
-        self.used.load(Ordering::Relaxed) >= self.limit
-    }
-}
-
-impl Drop for HeadMap {
-    fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.cache.len(), Ordering::Relaxed);
-    }
-}
-
 /// The map of a volume's head.
 #[derive(Debug)]
 pub struct HeadMap {
@@ -88,17 +56,12 @@ pub struct HeadMap {
     applied: Seq,
     /// Everything up to here is in the index and no longer here.
     indexed: Seq,
-    cache: BTreeMap<u64, Cached>,
-    hand: u64,
-    budget: Arc<LeafBudget>,
+    cache: LeafCache,
     flushes: VecDeque<(Seq, u64)>,
 }
 
-#[derive(Debug)]
-struct Cached {
-    states: Leaf,
-    used: bool,
-}
+/// Leaves that every volume may cache, whatever the budget says.
+const LEAVES_ALWAYS: usize = 16;
 
 /// One change of one leaf, as a run of its blocks.
 #[derive(Clone, Copy, Debug)]
@@ -128,9 +91,7 @@ impl HeadMap {
             head,
             applied: indexed,
             indexed,
-            cache: BTreeMap::new(),
-            hand: 0,
-            budget,
+            cache: LeafCache::new(budget, LEAVES_ALWAYS),
             flushes: VecDeque::new(),
         }
     }
@@ -143,7 +104,6 @@ impl HeadMap {
 
     /// Makes another branch the head, which begins at `start`.
     pub fn switch(&mut self, head: BranchId, start: Seq) {
-        self.budget.used.fetch_sub(self.cache.len(), Ordering::Relaxed);
         self.cache.clear();
         self.head = head;
         self.applied = self.applied.max(start);
@@ -217,7 +177,7 @@ impl HeadMap {
         if branch == self.head
             && let Some(cached) = self.cache.get_mut(&key.node)
         {
-            cached.states[usize::from(first)] = BlockState::Mapped(place);
+            cached[usize::from(first)] = BlockState::Mapped(place);
         }
     }
 
@@ -232,10 +192,10 @@ impl HeadMap {
             return;
         }
         let fanout = FANOUT as u64;
-        for (&leaf, cached) in self.cache.range_mut(blocks.first / fanout..=(blocks.end() - 1) / fanout) {
+        for (leaf, cached) in self.cache.range_mut(blocks.first / fanout..=(blocks.end() - 1) / fanout) {
             let from = blocks.first.saturating_sub(leaf * fanout).min(fanout) as usize;
             let to = (blocks.end() - leaf * fanout).min(fanout) as usize;
-            cached.states[from..to].fill(BlockState::Zero);
+            cached[from..to].fill(BlockState::Zero);
         }
     }
 
@@ -275,24 +235,12 @@ impl HeadMap {
 
     /// A block's state, if its leaf is cached.
     pub fn cached(&mut self, block: u64) -> Option<BlockState> {
-        let cached = self.cache.get_mut(&(block / FANOUT as u64))?;
-        cached.used = true;
-        Some(cached.states[usize::from(child_of(block))])
+        self.cache.state(block)
     }
 
     /// Copies the states of consecutive blocks into `out`, as far as their leaf is cached; returns how many.
-    pub fn cached_run(&mut self, blocks: BlockRange, out: &mut smallvec::SmallVec<[BlockState; 32]>) -> u64 {
-        let mut done = 0;
-        while done < blocks.count {
-            let block = blocks.first + done;
-            let Some(cached) = self.cache.get_mut(&(block / FANOUT as u64)) else { break };
-            cached.used = true;
-            let from = usize::from(child_of(block));
-            let count = ((blocks.count - done) as usize).min(FANOUT - from);
-            out.extend_from_slice(&cached.states[from..from + count]);
-            done += count as u64;
-        }
-        done
+    pub fn cached_run(&mut self, blocks: BlockRange, out: &mut States) -> u64 {
+        self.cache.run(blocks, out)
     }
 
     /// What is not in the index yet of a branch's leaf, with `after < seq <= until`, oldest first.
@@ -334,29 +282,7 @@ impl HeadMap {
 
     /// Puts a leaf into the cache; it must be up to date with `applied`.
     pub fn insert(&mut self, leaf: u64, states: Leaf) {
-        while self.cache.len() >= LEAVES_ALWAYS && self.budget.is_spent() {
-            self.evict();
-        }
-        if self.cache.insert(leaf, Cached { states, used: true }).is_none() {
-            self.budget.used.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// CLOCK: the first leaf from the hand on that was not used since the hand last passed it.
-    fn evict(&mut self) {
-        while !self.cache.is_empty() {
-            match self.cache.range_mut(self.hand..).next() {
-                None => self.hand = 0,
-                Some((&leaf, cached)) => {
-                    self.hand = leaf + 1;
-                    if !std::mem::take(&mut cached.used) {
-                        self.cache.remove(&leaf);
-                        self.budget.used.fetch_sub(1, Ordering::Relaxed);
-                        return;
-                    }
-                }
-            }
-        }
+        self.cache.insert(leaf, states);
     }
 
     /// Leaves in the cache.

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::index::TimeIndex;
+use crate::leaves::LeafBudget;
 use crate::lineage::{Branches, Lineage};
 use crate::log::LogContext;
-use crate::map::LeafBudget;
 use crate::storage::Storage;
 
 /// Wakes a background thread, or tells it to stop.

@@ -139,8 +139,15 @@ fn a_head_is_written_and_verified_by_fio_and_a_past_instant_by_nobody() {
         let (head, first) = (nbd.uri("web1"), nbd.uri("web1@mark:first"));
         let uri = format!("--uri={head}");
         let jobs = ["--name=verify", "--ioengine=nbd", "--rw=randwrite", "--bs=512-64k", "--bsrange=4k-64k"];
-        let checks =
-            ["--size=32M", "--iodepth=16", "--verify=crc32c", "--do_verify=1", "--fsync=64", "--randseed=7"];
+        let checks = [
+            "--size=32M",
+            "--iodepth=16",
+            "--verify=crc32c",
+            "--do_verify=1",
+            "--fsync=64",
+            "--randseed=7",
+            "--verify_state_save=0",
+        ];
         client("fio", &[&jobs[..], &checks[..], &[&uri]].concat())?;
 
         let write = [

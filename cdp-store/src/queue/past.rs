@@ -2,20 +2,17 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cdp_types::{BlockRange, ByteRange, DeviceQueue, Event, IoError, IoErrorKind, Op, RequestId, Wait};
 
 use super::read::Reader;
 use crate::error::Result;
-use crate::index::{BlockState, FANOUT};
+use crate::index::FANOUT;
+use crate::leaves::{LeafCache, States};
 use crate::lineage::{At, Branch};
-use crate::map::Leaf;
 use crate::storage::{Done, Lane};
-use crate::volume::{States, Volume};
-
-/// Leaves that a queue of a past instant keeps: 2 MiB of disk each.
-const LEAVES_KEPT: usize = 64;
+use crate::volume::Volume;
 
 /// One queue of a past instant of a volume.
 pub struct PastQueue {
@@ -26,8 +23,8 @@ pub struct PastQueue {
     capacity: u64,
     lane: Box<dyn Lane>,
     reader: Reader,
-    /// Most recently used last.
-    leaves: Vec<(u64, Leaf)>,
+    /// What all queues of this instant have found out.
+    leaves: Arc<Mutex<LeafCache>>,
     events: Vec<Event>,
     done: Vec<Done>,
     in_flight: usize,
@@ -38,7 +35,12 @@ impl PastQueue {
     ///
     /// # Errors
     /// If the operating system gives no lane.
-    pub fn new(volume: Arc<Volume>, at: At, capacity: u64) -> io::Result<Self> {
+    pub fn new(
+        volume: Arc<Volume>,
+        at: At,
+        leaves: Arc<Mutex<LeafCache>>,
+        capacity: u64,
+    ) -> io::Result<Self> {
         let lane = volume.shared().storage.lane()?;
         let reader = Reader::new(volume.shared().log.segments.alignment());
         Ok(Self {
@@ -48,33 +50,31 @@ impl PastQueue {
             capacity,
             lane,
             reader,
-            leaves: Vec::new(),
+            leaves,
             events: Vec::new(),
             done: Vec::new(),
             in_flight: 0,
         })
     }
 
-    fn leaf(&mut self, leaf: u64) -> Result<&Leaf> {
-        let kept = match self.leaves.iter().position(|(number, _)| *number == leaf) {
-            Some(index) => self.leaves.remove(index),
-            None => (leaf, self.volume.shared().lineage().leaf_at(self.at, leaf)?),
-        };
-        if self.leaves.len() == LEAVES_KEPT {
-            self.leaves.remove(0);
-        }
-        self.leaves.push(kept);
-        let last = self.leaves.len() - 1;
-        Ok(&self.leaves[last].1)
-    }
-
     fn states(&mut self, blocks: BlockRange) -> Result<States> {
         let mut states = States::new();
-        for block in blocks.first..blocks.end() {
-            let state: BlockState = self.leaf(block / FANOUT as u64)?[(block % FANOUT as u64) as usize];
-            states.push(state);
+        loop {
+            let done = states.len() as u64;
+            let rest = BlockRange::new(blocks.first + done, blocks.count - done);
+            let found = self.leaves().run(rest, &mut states);
+            if found == rest.count {
+                return Ok(states);
+            }
+            let leaf = (rest.first + found) / FANOUT as u64;
+            let loaded = self.volume.shared().lineage().leaf_at(self.at, leaf)?;
+            self.leaves().insert(leaf, loaded);
         }
-        Ok(states)
+    }
+
+    fn leaves(&self) -> MutexGuard<'_, LeafCache> {
+        // It holds nothing that could be half-done.
+        self.leaves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn start(&mut self, id: RequestId, op: &Op) -> std::result::Result<(), IoError> {

@@ -9,8 +9,8 @@ use super::inspect::{Finding, VerifyReport};
 use crate::error::Result;
 use crate::format::{BatchHeader, RecordKind};
 use crate::index::{BlockState, FANOUT, LogPos, Place, unsaid};
+use crate::leaves::Leaf;
 use crate::lineage::At;
-use crate::map::Leaf;
 use crate::volume::{Head, Volume};
 
 /// Leaves that one walk of the log's headers compares: 16 GiB of disk, 64 MiB of memory.

@@ -5,8 +5,8 @@ use cdp_types::{BlockRange, Seq};
 use super::{ExtentInfo, ExtentState, Resolved, Volume};
 use crate::error::Result;
 use crate::index::{BlockState, FANOUT, LogPos};
+use crate::leaves::Leaf;
 use crate::lineage::At;
-use crate::map::Leaf;
 
 /// Blocks that have, or have not, changed between two instants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

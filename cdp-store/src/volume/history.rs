@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cdp_types::{BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Ordinal, Origin, Seq};
 
@@ -11,9 +11,13 @@ use super::{Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeStat
 use crate::catalogue::MarkRow;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::RecordKind;
+use crate::leaves::LeafCache;
 use crate::lineage::{At, Branch};
 use crate::log::{BatchAt, ChainReader};
 use crate::queue::PastQueue;
+
+/// Leaves that a past instant which is open may cache, whatever the budget says.
+const PAST_LEAVES_ALWAYS: usize = 64;
 
 impl Volume {
     /// Everything there is to tell of it; `marks` are the store's.
@@ -115,7 +119,9 @@ impl Volume {
             self.shared().branches.get(at.branch).ok_or_else(|| {
                 Error::new(ErrorKind::NotFound, format!("branch {} was deleted", at.branch))
             })?;
-        Ok(Arc::new(PastDevice { volume: Arc::clone(self), _branch: branch, at }))
+        let cache = LeafCache::new(Arc::clone(&self.shared().leaf_budget), PAST_LEAVES_ALWAYS);
+        let leaves = Arc::new(Mutex::new(cache));
+        Ok(Arc::new(PastDevice { volume: Arc::clone(self), _branch: branch, at, leaves }))
     }
 
     /// Calls `visit` with the acknowledged batches of its log from the one of ordinal `from` on, until it says no.
@@ -199,6 +205,8 @@ struct PastDevice {
     /// Held, so that its history stays.
     _branch: Arc<Branch>,
     at: Resolved,
+    /// Shared by its queues.
+    leaves: Arc<Mutex<LeafCache>>,
 }
 
 impl fmt::Debug for PastDevice {
@@ -219,7 +227,7 @@ impl BlockDevice for PastDevice {
     fn open_queue(&self) -> io::Result<Box<dyn DeviceQueue>> {
         let capacity = self.info().capacity;
         let at = At { branch: self.at.branch, seq: self.at.seq };
-        Ok(Box::new(PastQueue::new(Arc::clone(&self.volume), at, capacity)?))
+        Ok(Box::new(PastQueue::new(Arc::clone(&self.volume), at, Arc::clone(&self.leaves), capacity)?))
     }
 
     fn new_origin(&self) -> Origin {

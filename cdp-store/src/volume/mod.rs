@@ -14,12 +14,12 @@ use cdp_types::{
     BlockDevice, BlockRange, DeviceIdentity, DeviceInfo, DeviceQueue, Generation, IoErrorKind, Ordinal,
     Origin, Seq, VolumeId,
 };
-use smallvec::SmallVec;
 
 use crate::catalogue::{BranchRow, VolumeRow};
 use crate::error::Result;
 use crate::format::data_start;
-use crate::index::{BlockState, FANOUT};
+use crate::index::FANOUT;
+use crate::leaves::States;
 use crate::lineage::At;
 use crate::log::{Acked, Append, Draft, Failed, LogEnd, LogState};
 use crate::map::{HeadMap, apply_changes};
@@ -33,9 +33,6 @@ pub use info::{
     BranchInfo, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, VolumeInfo,
     VolumeState, VolumeStats,
 };
-
-/// The states of consecutive blocks.
-pub type States = SmallVec<[BlockState; 32]>;
 
 /// After so many bytes the background syncs the log, in case that no guest does.
 const SYNC_EVERY_BYTES: u64 = 64 << 20;

@@ -17,11 +17,13 @@ fn a_failed_sync_is_never_made_up_for() {
     let durable = volume.head().durable_ordinal;
     bench.write(0, 2, 12).unwrap();
     bench.machine.disk.fail_nth(OpKind::Sync, 0, libc::EIO);
-    assert_eq!(bench.flush(0).unwrap_err().kind(), IoErrorKind::Device);
+    let what = "invariant 6 violated: a flush succeeded whose sync had failed";
+    assert_eq!(bench.flush(0).expect_err(what).kind(), IoErrorKind::Device);
     for _ in 0..2 {
         let what = "invariant 6 violated: a flush succeeded after a sync had failed";
         assert_eq!(bench.flush(0).expect_err(what).kind(), IoErrorKind::Device);
-        assert_eq!(bench.write(0, 3, 13).unwrap_err().kind(), IoErrorKind::Device);
+        let what = "invariant 6 violated: a write was taken after a sync had failed";
+        assert_eq!(bench.write(0, 3, 13).expect_err(what).kind(), IoErrorKind::Device);
         // The index may only have what is durable, so nothing new.
         let _ = bench.machine.store().flush_index();
         let now = volume.head().durable_ordinal;

@@ -88,7 +88,8 @@ fn one_that_stalls_is_sent_away_when_others_need_its_memory() {
     assert_eq!(fixture.server.connections().len(), 2);
     let mut honest = Client::ready(&fixture.socket(), "past", Headers::Simple, &[]);
     assert_eq!(honest.read(0, 1 << 20), vec![1; 1 << 20]);
-    assert!(fixture.server.connections().len() < 3, "somebody had to go");
+    // Its memory is free a moment before its place is.
+    eventually("somebody goes", || fixture.server.connections().len() < 3);
     assert_eq!(honest.read(0, 4096), [1; 4096]);
 }
 

@@ -134,7 +134,6 @@ A clone is a volume like any other. It shares the history of its source up to th
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use super::*;
     use crate::cli::Command;
     use crate::cli::tests::parse;
 

@@ -65,7 +65,8 @@ fn several_volumes_go_back_together_and_forth_in_one_command() {
     assert_eq!(bench.lines(undo).len(), 2);
     bench.holds("other", &content);
 
-    let heads = || ["img", "other"].map(|name| bench.json(&format!("volume show {name}"))["head"]["seq"].clone());
+    let heads =
+        || ["img", "other"].map(|name| bench.json(&format!("volume show {name}"))["head"]["seq"].clone());
     let before = heads();
     for (line, part) in [
         ("revert img", "to which instant? say img@INSTANT, or --at INSTANT"),
