@@ -164,7 +164,7 @@ pub enum Change {
         /// The branch.
         branch: BranchRow,
     },
-    /// A branch is deleted, but for what others inherit from it. Marks on it go with it.
+    /// A branch is deleted, but for what others inherit from it. Marks on what is lost go with it.
     DeleteBranch {
         /// The branch.
         branch: BranchId,
@@ -301,7 +301,10 @@ impl Catalogue {
                 branch.volume
             }
             Change::DeleteBranch { branch } => {
-                self.remove_marks(rows, |mark| mark.branch == *branch);
+                let kept = self.inherited_upto(*branch);
+                self.remove_marks(rows, |mark| {
+                    mark.branch == *branch && kept.is_none_or(|kept| mark.seq > kept)
+                });
                 return self.set_branch_state(*branch, BranchState::Deleted, rows);
             }
             Change::ForgetBranch { branch } => {
@@ -362,11 +365,17 @@ impl Catalogue {
         self.branches.values().filter(|b| b.volume == volume).map(|b| b.id).collect()
     }
 
-    /// Whether anybody inherits from a branch.
+    /// The last instant of a branch that another inherits.
     #[must_use]
-    pub fn is_inherited(&self, branch: BranchId) -> bool {
-        let inherits = |b: &BranchRow| b.parent.is_some_and(|(parent, _)| parent == branch);
-        self.branches.values().any(|b| b.state != BranchState::Gone && inherits(b))
+    pub fn inherited_upto(&self, branch: BranchId) -> Option<Seq> {
+        let children = self.branches.values().filter(|b| b.state != BranchState::Gone);
+        children.filter_map(|b| b.parent.filter(|(parent, _)| *parent == branch)).map(|(_, fork)| fork).max()
+    }
+
+    /// Whether anything of a deleted branch is still needed: another inherits from it, or a mark names an instant of it.
+    #[must_use]
+    pub fn is_needed(&self, branch: BranchId) -> bool {
+        self.inherited_upto(branch).is_some() || self.marks.values().any(|mark| mark.branch == branch)
     }
 
     /// Whether anybody outside a volume inherits from its branches.

@@ -69,7 +69,7 @@ impl BlockDevice for FileDevice {
         vec![false; origins.len()]
     }
 
-    fn on_change(&self, _notify: Box<dyn Fn() + Send + Sync>) {}
+    fn on_change(&self, _notify: cdp_types::Listener) {}
 }
 
 impl FileDevice {

@@ -75,8 +75,14 @@ impl Server {
             changed: EventFd::new().map_err(failed)?,
             connection: Mutex::default(),
         });
-        let changed = shared.changed.clone();
-        shared.disk.device.on_change(Box::new(move || changed.signal()));
+        let listener = Arc::downgrade(&shared);
+        shared.disk.device.on_change(Box::new(move || {
+            let server = listener.upgrade();
+            if let Some(server) = &server {
+                server.changed.signal();
+            }
+            server.is_some()
+        }));
 
         let (ending, ended) = channel();
         let serving = Arc::clone(&shared);

@@ -7,7 +7,7 @@ use cdp_types::{BranchId, Instant, Seq, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::Store;
-use crate::catalogue::{BranchRow, BranchState, Change, Ledger, Stage, VolumeRow};
+use crate::catalogue::{BranchRow, BranchState, Change, Ledger, MarkRow, Stage, VolumeRow};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lineage::At;
 use crate::volume::{BranchInfo, Resolved, Volume};
@@ -294,7 +294,9 @@ impl Store {
                 continue;
             }
             let from = match (row.parent, origin) {
-                (Some((branch, seq)), Some(origin)) => Some(self.timed(At { branch, seq }, origin)?),
+                (Some((branch, seq)), Some(origin)) => {
+                    Some(Resolved { seq, ..self.timed(At { branch, seq }, origin)? })
+                }
                 _ => None,
             };
             let end = match rows.get(index + 1) {
@@ -342,7 +344,9 @@ impl Store {
             let text = format!("branch {branch} is the head of volume '{name}'; revert to another one first");
             return Err(Error::new(ErrorKind::Busy, text));
         }
-        let mark = ledger.catalogue().marks.values().find(|mark| mark.branch == branch);
+        let kept = ledger.catalogue().inherited_upto(branch);
+        let lost = |mark: &&MarkRow| mark.branch == branch && kept.is_none_or(|kept| mark.seq > kept);
+        let mark = ledger.catalogue().marks.values().find(lost);
         if let Some(mark) = mark.filter(|_| !force) {
             let text = format!(
                 "mark '{}' lies on branch {branch}; delete it first, or use force to delete marks as well",
@@ -352,6 +356,7 @@ impl Store {
         }
         self.commit(&mut ledger, &[Change::DeleteBranch { branch }])?;
         drop(ledger);
-        self.reclaim()
+        self.reclaim_now_or_later();
+        Ok(())
     }
 }

@@ -54,13 +54,25 @@ impl Store {
                 return Err(Error::new(ErrorKind::Invalid, text));
             }
             Instant::Seq(seq) => Point::Seq(*seq),
-            Instant::Time(time_ns) => Point::Time(*time_ns),
+            Instant::Time(time_ns) => {
+                let now = self.inner.shared.log.clock.stamp().time_ns;
+                if *time_ns > now {
+                    let text = format!("{instant} lies in the future; it is {}", Instant::Time(now));
+                    return Err(Error::new(ErrorKind::Invalid, text));
+                }
+                Point::Time(*time_ns)
+            }
             Instant::FlushBack(back) => Point::Seq(volume.find_flush(*back)?),
             Instant::Mark(label) => {
                 let ledger = self.ledger();
                 let marks = &ledger.catalogue().marks;
                 let Some(mark) = marks.get(&(volume.id(), label.clone())) else {
-                    let text = format!("volume '{}' has no mark '{label}'", volume.row().name);
+                    let names =
+                        marks.keys().filter(|(of, _)| *of == volume.id()).map(|(_, name)| name.as_str());
+                    let names: Vec<&str> = names.take(8).collect();
+                    let there = if names.is_empty() { "it has none".to_owned() } else { names.join(", ") };
+                    let text =
+                        format!("volume '{}' has no mark '{label}'; its marks: {there}", volume.row().name);
                     return Err(Error::new(ErrorKind::NotFound, text));
                 };
                 return Ok(Resolved { branch: mark.branch, seq: mark.seq, time_ns: mark.time_ns });
@@ -104,13 +116,7 @@ impl Store {
         let ledger = self.ledger();
         let catalogue = ledger.catalogue();
         let state = catalogue.branches.get(&branch.id).map_or(BranchState::Gone, |row| row.state);
-        let inherited = catalogue
-            .branches
-            .values()
-            .filter(|b| b.state != BranchState::Gone)
-            .filter_map(|b| b.parent.filter(|(parent, _)| *parent == branch.id))
-            .map(|(_, fork)| fork)
-            .max();
+        let inherited = catalogue.inherited_upto(branch.id);
         if state == BranchState::Kept
             || (state == BranchState::Deleted && inherited.is_some_and(|fork| seq <= fork))
         {

@@ -41,7 +41,15 @@ impl Store {
         volume.end_tenure(true);
         volume.log().retire("the volume was destroyed");
         drop(volume);
-        self.reclaim()
+        self.reclaim_now_or_later();
+        Ok(())
+    }
+
+    /// What is deleted is deleted, whether or not its space can be given back at once.
+    pub(super) fn reclaim_now_or_later(&self) {
+        if let Err(error) = self.reclaim() {
+            tracing::warn!("giving back what was deleted: {error}; it is tried again");
+        }
     }
 
     /// Gives back what can be. The rest waits for its readers: the background tries again.
@@ -150,7 +158,7 @@ impl Store {
             let ledger = self.ledger();
             let catalogue = ledger.catalogue();
             let branches = &self.inner.shared.branches;
-            let free = |id: BranchId| !catalogue.is_inherited(id) && branches.remove(id);
+            let free = |id: BranchId| !catalogue.is_needed(id) && branches.remove(id);
             let lives =
                 |id: &VolumeId| catalogue.volumes.get(id).is_some_and(|v| v.stage != Stage::Destroyed);
             let mut deleted = catalogue

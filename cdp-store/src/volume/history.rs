@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use cdp_types::{BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Ordinal, Origin, Seq};
+use cdp_types::{BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Listener, Ordinal, Origin, Seq};
 
 use super::{Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeState, VolumeStats};
 use crate::catalogue::MarkRow;
@@ -99,7 +99,14 @@ impl Volume {
             last.pop_front();
         }
         last.front().filter(|_| last.len() == keep && keep > 0).copied().ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("the history has {} flushes, not {back}", last.len()))
+            Error::new(
+                ErrorKind::NotFound,
+                format!(
+                    "the history has {} flushes, not {back}; the oldest is flush:-{}",
+                    last.len(),
+                    last.len().max(1)
+                ),
+            )
         })
     }
 
@@ -238,5 +245,5 @@ impl BlockDevice for PastDevice {
         vec![false; origins.len()]
     }
 
-    fn on_change(&self, _notify: Box<dyn Fn() + Send + Sync>) {}
+    fn on_change(&self, _notify: Listener) {}
 }

@@ -148,7 +148,7 @@ pub struct Resolved {
     pub branch: BranchId,
     /// Everything up to and including this request.
     pub seq: Seq,
-    /// Time of the batch with that request, in nanoseconds since 1970; 0 before the first.
+    /// Time of the last batch that lies before it as a whole, or of the branch's beginning, in nanoseconds since 1970.
     pub time_ns: u64,
 }
 

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering as Memory};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use cdp_types::{
-    BlockDevice, BlockRange, DeviceIdentity, DeviceInfo, DeviceQueue, Generation, IoErrorKind, Ordinal,
-    Origin, Seq, VolumeId,
+    BlockDevice, BlockRange, DeviceIdentity, DeviceInfo, DeviceQueue, Generation, IoErrorKind, Listener,
+    Ordinal, Origin, Seq, VolumeId,
 };
 
 use crate::catalogue::{BranchRow, VolumeRow};
@@ -51,8 +51,6 @@ pub(crate) struct Counters {
     pub errors: AtomicU64,
     pub leaf_loads: AtomicU64,
 }
-
-type Listener = Box<dyn Fn() + Send + Sync>;
 
 /// A disk with a history. It is a [`BlockDevice`]: its head, as guests and clients read and write it.
 pub struct Volume {
@@ -152,9 +150,7 @@ impl Volume {
     pub(crate) fn update_row(&self, row: VolumeRow) {
         self.size_bytes.store(row.size_bytes, Memory::Relaxed);
         *self.row.write().unwrap_or_else(PoisonError::into_inner) = row;
-        for listener in lock(&self.listeners).iter() {
-            listener();
-        }
+        lock(&self.listeners).retain(|listener| listener());
     }
 
     /// Counts a queue of its head, until [`Volume::leave`]; returns the head's tenure.
@@ -444,7 +440,7 @@ impl BlockDevice for Volume {
         self.look_further_back(origins, found)
     }
 
-    fn on_change(&self, notify: Box<dyn Fn() + Send + Sync>) {
+    fn on_change(&self, notify: Listener) {
         lock(&self.listeners).push(notify);
     }
 }

@@ -119,6 +119,9 @@ pub enum Wait {
     Forever,
 }
 
+/// Called on a change; says whether to call it again.
+pub type Listener = Box<dyn Fn() -> bool + Send + Sync>;
+
 /// A disk: a volume's head, or one of its past instants.
 pub trait BlockDevice: Send + Sync + fmt::Debug {
     /// Its present properties; the capacity can grow.
@@ -141,8 +144,9 @@ pub trait BlockDevice: Send + Sync + fmt::Debug {
     /// They are complete and must not be run again: a later, acknowledged write may lie over them.
     fn survived(&self, origins: &[Origin]) -> Vec<bool>;
 
-    /// Has `notify` called, from any thread, whenever `info` has changed. It must not block.
-    fn on_change(&self, notify: Box<dyn Fn() + Send + Sync>);
+    /// Has `notify` called, from any thread, whenever `info` has changed, until it says that nobody listens any more. It
+    /// must not block.
+    fn on_change(&self, notify: Listener);
 }
 
 /// One thread's lane into a [`BlockDevice`]. Dropping it waits for what is in flight in the kernel.

@@ -17,7 +17,9 @@ mod range;
 
 pub use buffer::{IoBuf, IoSegment};
 pub use control::{NoVmControl, VmControl};
-pub use device::{BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Event, Op, Ranges, RequestId, Wait};
+pub use device::{
+    BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Event, Listener, Op, Ranges, RequestId, Wait,
+};
 pub use error::{IoError, IoErrorKind};
 pub use ids::{BranchId, Generation, Ordinal, Origin, Seq, VolumeId};
 pub use instant::{Instant, InstantError, VolumeAt};

@@ -17,7 +17,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use crate::{
     BlockDevice, BranchId, ByteRange, DeviceIdentity, DeviceInfo, DeviceQueue, Event, IoBuf, IoError,
-    IoErrorKind, Op, Origin, RequestId, VolumeId, Wait,
+    IoErrorKind, Listener, Op, Origin, RequestId, VolumeId, Wait,
 };
 
 /// How requests are delayed and failed.
@@ -74,7 +74,7 @@ struct Shared {
     next_origin: AtomicU64,
     queues_opened: AtomicU64,
     flushes: AtomicU64,
-    listeners: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
+    listeners: Mutex<Vec<Listener>>,
 }
 
 /// The numbers of the requests that were carried out: 8 bytes each, little-endian, behind the number of times
@@ -127,9 +127,7 @@ impl MemoryDevice {
     /// Changes the size and tells whoever asked to be told.
     pub fn resize(&self, capacity: u64) {
         self.shared.capacity.store(capacity, Ordering::Release);
-        for notify in locked(&self.shared.listeners).iter() {
-            notify();
-        }
+        locked(&self.shared.listeners).retain(|notify| notify());
     }
 
     /// Puts the disk on another branch, as a forced revert does; the content stays.
@@ -200,7 +198,7 @@ impl BlockDevice for MemoryDevice {
         origins.iter().map(holds).collect()
     }
 
-    fn on_change(&self, notify: Box<dyn Fn() + Send + Sync>) {
+    fn on_change(&self, notify: Listener) {
         locked(&self.shared.listeners).push(notify);
     }
 }

@@ -40,7 +40,7 @@ impl BlockDevice for Distant {
     fn survived(&self, origins: &[Origin]) -> Vec<bool> {
         vec![false; origins.len()]
     }
-    fn on_change(&self, _notify: Box<dyn Fn() + Send + Sync>) {}
+    fn on_change(&self, _notify: cdp_types::Listener) {}
 }
 
 impl DeviceQueue for DistantQueue {

@@ -6,8 +6,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use cdp_types::{
-    BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Event, IoError, IoErrorKind, Op, Origin, RequestId,
-    Wait,
+    BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Event, IoError, IoErrorKind, Listener, Op, Origin,
+    RequestId, Wait,
 };
 
 /// Tells whether a guest has the volume.
@@ -54,7 +54,7 @@ impl BlockDevice for Guarded {
         self.device.survived(origins)
     }
 
-    fn on_change(&self, notify: Box<dyn Fn() + Send + Sync>) {
+    fn on_change(&self, notify: Listener) {
         self.device.on_change(notify);
     }
 }
