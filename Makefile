@@ -55,8 +55,8 @@ lint: deps ## Formatting, clippy with warnings as errors, and this project's own
 
 .PHONY: test
 test: lint build ## What CI runs: lint, unit, property, model and crash tests, then end to end under QEMU
-	$(call section,unit property model and crash tests)
-	$(CARGO) test --release --workspace --exclude e2e
+	$(call section,unit property model and crash tests; fuzzers for a minute each)
+	NBD_FUZZ_SECONDS=60 INSTANT_FUZZ_SECONDS=60 $(CARGO) test --release --workspace --exclude e2e
 	$(call section,end-to-end tests under QEMU)
 	$(CARGO) test --release -p e2e
 
@@ -80,6 +80,9 @@ bench: build ## Benchmarks, against qemu-storage-daemon in the same run; reports
 	@mkdir -p $(BENCH_REPORTS)
 	$(CARGO_TARGET_DIR)/release/bench-blk compare --dir $(BENCH_DIR) \
 		--json $(BENCH_REPORTS)/compare.json --markdown $(BENCH_REPORTS)/compare.md
+	$(CARGO_TARGET_DIR)/release/bench-blk nbd --dir $(BENCH_DIR) --json $(BENCH_REPORTS)/nbd.json
+	$(CARGO_TARGET_DIR)/release/bench-blk travel --dir $(BENCH_DIR) --writes 10,$(BENCH_WRITES) \
+		--json $(BENCH_REPORTS)/travel.json
 	$(CARGO_TARGET_DIR)/release/bench-blk recovery --dir $(BENCH_DIR) --writes $(BENCH_WRITES) \
 		--json $(BENCH_REPORTS)/recovery.json
 
