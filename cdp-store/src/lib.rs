@@ -26,8 +26,8 @@ mod volume;
 pub use error::{Error, ErrorKind, Result};
 pub use options::StoreOptions;
 pub use store::{
-    CloneSpec, Finding, Import, RebuildReport, Reverted, Scratch, Seams, SegmentInfo, SegmentState, Store,
-    StoreInfo, VerifyProgress, VerifyReport, VolumeSpec,
+    CloneSpec, Finding, Import, OpeningProgress, RebuildReport, Reverted, Scratch, Seams, SegmentInfo,
+    SegmentState, Store, StoreInfo, VerifyProgress, VerifyReport, VolumeSpec,
 };
 pub use volume::{
     BranchInfo, ChangedRun, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, Volume,

@@ -8,7 +8,7 @@ use cdp_types::{Generation, Ordinal, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::Store;
-use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY};
+use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY, OpeningProgress};
 use crate::catalogue::{STORE_LOG, Stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMAT_VERSION;
@@ -82,10 +82,10 @@ pub struct SegmentInfo {
     pub state: SegmentState,
 }
 
-/// How far a verification has come.
+/// How far a reading of logs has come: a verification, or a rebuild.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyProgress {
-    /// Bytes of log that were checked.
+    /// Bytes of log that were read.
     pub done_bytes: u64,
     /// Bytes of log in all, as an upper bound.
     pub total_bytes: u64,
@@ -237,7 +237,11 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::open`].
-    pub fn rebuild_index(dir: &Path, options: StoreOptions) -> Result<RebuildReport> {
+    pub fn rebuild_index(
+        dir: &Path,
+        options: StoreOptions,
+        progress: OpeningProgress,
+    ) -> Result<RebuildReport> {
         {
             // Held while the databases go, so that no daemon opens them meanwhile.
             let at = dir.display();
@@ -252,7 +256,7 @@ impl Store {
                 }
             }
         }
-        let store = Self::open(dir, options)?;
+        let store = Self::open_with_progress(dir, options, progress)?;
         let volumes = store.all_volumes();
         let batches = volumes.iter().map(|v| v.head().ordinal.0).sum();
         let report = RebuildReport { volumes: volumes.len() as u64, batches };

@@ -30,7 +30,7 @@ pub use import::{Import, Scratch};
 pub use inspect::{
     Finding, RebuildReport, SegmentInfo, SegmentState, StoreInfo, VerifyProgress, VerifyReport,
 };
-pub use open::Seams;
+pub use open::{OpeningProgress, Seams};
 
 use background::{Background, IndexHealth};
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use cdp_types::{BranchId, Generation, Ordinal, Origin, Seq, VolumeId};
 
+use super::inspect::VerifyProgress;
 use super::{Inner, Store};
 use crate::catalogue::{BranchRow, BranchState, Catalogue, Change, Ledger, STORE_LOG, Stage, VolumeRow};
 use crate::clock::{Clock, StoreClock, SystemClock};
@@ -45,6 +46,8 @@ pub struct Seams {
     pub secrets: fn() -> u64,
 }
 
+/// How much of the logs is read between two words of how far an opening has come.
+const TELL_EVERY_BYTES: u64 = 16 << 20;
 /// Fences in one record of the store log.
 const FENCES_PER_RECORD: usize = 4096;
 
@@ -124,6 +127,14 @@ impl Store {
     /// [`ErrorKind::Newer`] if this program is too old for it, [`ErrorKind::Corrupt`] if the store's own log is damaged. A
     /// damaged volume does not fail the opening: it is read-only and says so.
     pub fn open(dir: &Path, options: StoreOptions) -> Result<Self> {
+        Self::open_with_progress(dir, options, Box::new(|_| ()))
+    }
+
+    /// The same; `progress` is told how much of the logs has been read, which is much only after the index was lost.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with_progress(dir: &Path, options: StoreOptions, progress: OpeningProgress) -> Result<Self> {
         let at = dir.display();
         if !dir.join(SUPERBLOCK).exists() {
             return Err(Error::new(ErrorKind::Foreign, format!("{at} holds no store")));
@@ -135,7 +146,7 @@ impl Store {
         let catalogue = open_or_rebuild(&dir.join(CATALOGUE_DIRECTORY), |p| RocksKv::open_synced(p))?;
         let clock = Arc::new(SystemClock);
         let seams = Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random };
-        let store = Self::open_on(seams, options)?;
+        let store = Opening::new(seams, options, Mode::Write)?.told_by(progress).run()?;
         store.start_background()?;
         Ok(store)
     }
@@ -163,7 +174,8 @@ impl Store {
         Opening::new(seams, StoreOptions::default(), Mode::Read)?.run()
     }
 
-    /// Opens a store on any seams, without background threads: [`Store::step`] does their work.
+    /// Opens a store on any seams, without background threads: [`Store::pool_step`], [`Store::index_step`] and
+    /// [`Store::upkeep`] do their work.
     ///
     /// # Errors
     /// As [`Store::open`].
@@ -228,7 +240,14 @@ struct Opening {
     newest_seq: Seq,
     newest_time_ns: u64,
     leaf_budget: Arc<LeafBudget>,
+    progress: OpeningProgress,
+    /// Bytes of volumes' logs read so far, and in all, as an upper bound.
+    read_bytes: u64,
+    total_bytes: u64,
 }
+
+/// Told how much of the logs an opening has read.
+pub type OpeningProgress = Box<dyn FnMut(VerifyProgress)>;
 
 impl Opening {
     /// 1. Find the segments, and claim a new generation in the older superblock slot, and sync it: one that is newer
@@ -290,7 +309,19 @@ impl Opening {
             newest_seq,
             newest_time_ns,
             leaf_budget,
+            progress: Box::new(|_| ()),
+            read_bytes: 0,
+            total_bytes: 0,
         })
+    }
+
+    /// The same, which tells how far it has come.
+    fn told_by(mut self, progress: OpeningProgress) -> Self {
+        let segments = self.found.values().flatten().filter(|(_, s)| s.header.volume != STORE_LOG);
+        // A length that cannot be had now is an error when the segment is read.
+        self.total_bytes = segments.map(|(_, s)| s.file.len().unwrap_or(0)).sum();
+        self.progress = progress;
+        self
     }
 
     /// 3. Recover the store log, and from it the catalogue.
@@ -554,7 +585,14 @@ impl Opening {
             collect_origins(&batch, &mut survived);
         }
         let writable = self.mode == Mode::Write;
+        let (progress, total_bytes) = (&mut self.progress, self.total_bytes);
+        let (mut read_bytes, mut told) = (self.read_bytes, self.read_bytes);
         let recovery = recover(chain, fence, watermark, known_durable, &mut |batch, durable| {
+            read_bytes += batch.end() - batch.header.place.offset;
+            if read_bytes - told >= TELL_EVERY_BYTES {
+                told = read_bytes;
+                progress(VerifyProgress { done_bytes: read_bytes.min(total_bytes), total_bytes });
+            }
             collect_origins(&batch, &mut survived);
             if branches.get(&batch.header.branch).is_some_and(|b| b.state != BranchState::Gone) {
                 map.apply(&batch.header, batch.crc, batch.payload_at);
@@ -568,6 +606,7 @@ impl Opening {
             }
             Ok(())
         })?;
+        self.read_bytes = read_bytes;
         survived.sort_unstable();
         survived.dedup();
         self.settle(chain, &recovery)?;

@@ -1,10 +1,12 @@
 //! A store on a real directory, used as a front end would use it.
 #![allow(clippy::unwrap_used)]
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::time::Duration;
 
-use cdp_store::{Store, StoreOptions, VolumeSpec};
+use cdp_store::{Store, StoreOptions, VerifyProgress, VolumeSpec};
 use cdp_types::{BlockDevice, DeviceQueue, Event, Instant, IoBuf, Op, Origin, RequestId, Wait};
 
 fn options() -> StoreOptions {
@@ -94,7 +96,11 @@ fn what_is_written_is_read_back_at_every_instant_and_after_reopening() {
     check(&store);
     store.close().unwrap();
     drop(store);
-    Store::rebuild_index(&path, options()).unwrap();
+    let told = Rc::new(Cell::new(0));
+    let seen = Rc::clone(&told);
+    let progress = move |progress: VerifyProgress| seen.set(progress.done_bytes);
+    Store::rebuild_index(&path, options(), Box::new(progress)).unwrap();
+    assert!(told.get() >= 10 << 20, "a rebuild says how far it has come: {}", told.get());
     let store = Store::open_read_only(&path).unwrap();
     check(&store);
     assert!(store.create_volume(&"x".parse().unwrap(), spec).is_err());

@@ -1,7 +1,5 @@
 //! Progress of what takes long: on a terminal, and only there.
 
-use std::time::Duration;
-
 use cdpd::api;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -18,16 +16,6 @@ impl Progress {
         // The target hides itself where standard error is no terminal.
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(8));
         Self { bar: bar.with_style(style).with_message(what) }
-    }
-
-    /// A sign of life, for what does not tell how far it has come.
-    pub(crate) fn alive(what: &'static str) -> Self {
-        let style = ProgressStyle::with_template("{spinner} {msg}, {elapsed} so far");
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8));
-        let bar =
-            bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner())).with_message(what);
-        bar.enable_steady_tick(Duration::from_millis(125));
-        Self { bar }
     }
 
     /// Shows how far it has come.

@@ -331,7 +331,9 @@ impl Lane for UringLane {
         self.set_alarm();
         self.armed = true;
         let still = self.waker.fall_asleep();
-        self.ring.submit()?;
+        if self.ring.wants_kernel() {
+            self.ring.submit()?;
+        }
         Ok(still && self.refused.is_empty() && !self.ring.has_completions())
     }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context;
-use cdp_store::Store;
+use cdp_store::{Store, VerifyProgress};
 use cdp_types::VolumeId;
 use cdpd::Config;
 use cdpd::config::Overrides;
@@ -43,10 +43,10 @@ pub(super) fn verify(access: &Access, output: &mut Output) -> anyhow::Result<Out
 pub(super) fn rebuild_index(directory: &Path, output: &mut Output) -> anyhow::Result<()> {
     // As the daemon would open it: its configuration may lie in the store's directory.
     let options = Config::load(directory, &Overrides::default())?.options;
-    let progress = Progress::alive("rebuilding the index");
-    let report = Store::rebuild_index(directory, options)
+    let bar = Progress::new("rebuilding the index");
+    let show = move |progress: VerifyProgress| bar.at(progress.done_bytes, progress.total_bytes);
+    let report = Store::rebuild_index(directory, options, Box::new(show))
         .with_context(|| format!("cannot rebuild the index of the store in {}", directory.display()))?;
-    drop(progress);
     if output.is_json() {
         return output.value(&report);
     }
