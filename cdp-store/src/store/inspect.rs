@@ -8,7 +8,8 @@ use cdp_types::{Generation, Ordinal, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::Store;
-use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY, OpeningProgress};
+use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY};
+use super::opening::OpeningProgress;
 use crate::catalogue::{STORE_LOG, Stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMAT_VERSION;

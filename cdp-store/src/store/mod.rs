@@ -8,6 +8,7 @@ mod inspect;
 mod instants;
 mod marks;
 mod open;
+mod opening;
 mod reclaim;
 
 use std::collections::BTreeMap;
@@ -30,7 +31,8 @@ pub use import::{Import, Scratch};
 pub use inspect::{
     Finding, RebuildReport, SegmentInfo, SegmentState, StoreInfo, VerifyProgress, VerifyReport,
 };
-pub use open::{OpeningProgress, Seams};
+pub use open::Seams;
+pub use opening::OpeningProgress;
 
 use background::{Background, IndexHealth};
 

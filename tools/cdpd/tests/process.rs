@@ -4,7 +4,8 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::net::UnixDatagram;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -218,4 +219,25 @@ fn a_failure_to_start_is_one_line_with_what_to_do() {
     fs::write(bench.store().join("cdpd.toml"), "").unwrap();
     let (_daemon, _client) = bench.start(&[]);
     assert!(complain(&[]).contains("stop the other cdpd"));
+}
+
+#[test]
+fn a_socket_of_systemds_is_served_as_nbd() {
+    let bench = Bench::new();
+    let path = bench.root.path().join("nbd.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    // As systemd passes it on (sd_listen_fds(3)): descriptor 3, and the process's own number in the environment.
+    let program = bench.command(&[]);
+    let mut command = Command::new("sh");
+    command.args(["-c", "export LISTEN_PID=$$; exec \"$@\" 3<&0 0</dev/null", "sh"]);
+    command.arg(program.get_program()).args(program.get_args());
+    command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "nbd").env_remove("NOTIFY_SOCKET");
+    command.stdin(Stdio::from(OwnedFd::from(listener)));
+    let log = File::create(bench.root.path().join("log")).unwrap();
+    let _daemon = Daemon(command.stderr(log).spawn().unwrap());
+    let mut client = UnixStream::connect(&path).unwrap();
+    client.set_read_timeout(Some(DEADLINE)).unwrap();
+    let mut greeting = [0; 8];
+    client.read_exact(&mut greeting).unwrap_or_else(|error| panic!("{error}: {}", bench.log()));
+    assert_eq!(&greeting, b"NBDMAGIC");
 }
