@@ -524,13 +524,13 @@ impl Ledger {
         if body.len() > crate::log::Draft::MAX_BODY {
             return Err(Error::new(ErrorKind::Invalid, "too many changes at once"));
         }
-        if let Some(capacity) = self.log.wants_segment(context) {
-            self.log.supply(context.segments.create(capacity)?);
+        if let Some(wish) = self.log.wants_segment(context) {
+            self.log.supply(context.segments.create(wish.capacity)?);
         }
         if self.log.can_cut() {
             self.log.cut(context);
-            if let Some(capacity) = self.log.wants_segment(context) {
-                self.log.supply(context.segments.create(capacity)?);
+            if let Some(wish) = self.log.wants_segment(context) {
+                self.log.supply(context.segments.create(wish.capacity)?);
             }
         }
         let mut record = Record::event(RecordKind::Store, body.len() as u64);

@@ -28,6 +28,8 @@ pub const GENERATION_LIMIT: Generation =
 const FIRST_CAPACITY: u64 = 4 << 20;
 /// How much is zero-filled by one step, in bytes.
 const PREFILL_STEP: u64 = 1 << 20;
+/// What is zero-filled at once for a log whose guests flush, when no full-sized slot is ready, in bytes.
+const FILLED_CAPACITY: u64 = 64 << 20;
 
 /// A segment that holds a log's batches.
 #[derive(Debug)]
@@ -46,6 +48,19 @@ pub struct Blank {
     pub file: Arc<dyn File>,
     /// How far it may be written, in bytes.
     pub capacity: u64,
+    /// Whether all its blocks have been written before: syncing what is written over them costs the data alone.
+    pub filled: bool,
+}
+
+/// What a log wants of its next segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// How much it should hold, in bytes.
+    pub capacity: u64,
+    /// Whether it should lie on blocks that were written before, since guests flush; rather a smaller one then.
+    pub filled: bool,
+    /// Whether the present one grows, and is left as soon as this one is there.
+    pub leaves_growing: bool,
 }
 
 /// A slot found when the store was opened.
@@ -65,7 +80,7 @@ struct Pool {
     ready: Vec<Blank>,
     /// The slot being zero-filled, and how far that has come.
     filling: Option<(Blank, u64)>,
-    wanted: VecDeque<(VolumeId, u64)>,
+    wanted: VecDeque<(VolumeId, Wish)>,
     next_slot: u64,
     /// Files that were supplied without having been filled, newest first, and how far they may grow.
     growing: HashMap<VolumeId, Vec<Growing>>,
@@ -223,7 +238,12 @@ impl Segments {
                 recycle && segment.header.generation == generation && pool.ready.len() < 2 * self.pool_target;
             match Arc::try_unwrap(segment) {
                 Ok(segment) if room && segment.header.capacity == self.full_capacity => {
-                    pool.ready.push(Blank { slot, file: segment.file, capacity: self.full_capacity });
+                    pool.ready.push(Blank {
+                        slot,
+                        file: segment.file,
+                        capacity: self.full_capacity,
+                        filled: true,
+                    });
                 }
                 _ => {
                     drop(pool);
@@ -268,10 +288,10 @@ impl Segments {
     }
 
     /// Orders a blank segment for a log; [`Segments::step`] will supply it.
-    pub fn order(&self, volume: VolumeId, capacity: u64) {
+    pub fn order(&self, volume: VolumeId, wish: Wish) {
         let mut pool = self.pool();
         if !pool.wanted.iter().any(|(v, _)| *v == volume) {
-            pool.wanted.push_back((volume, capacity));
+            pool.wanted.push_back((volume, wish));
         }
     }
 
@@ -297,8 +317,8 @@ impl Segments {
     /// If a file cannot be made or written for another reason than space.
     pub fn step(&self) -> Result<PoolStep> {
         let wanted = self.pool().wanted.front().copied();
-        if let Some((volume, capacity)) = wanted {
-            return match self.supply(volume, capacity) {
+        if let Some((volume, wish)) = wanted {
+            return match self.supply(volume, wish) {
                 Ok(blank) => {
                     self.pool().wanted.retain(|(v, _)| *v != volume);
                     Ok(PoolStep::Supplied(volume, blank))
@@ -320,23 +340,33 @@ impl Segments {
         }
     }
 
-    /// A blank of this capacity: if it is full-sized, from the pool or a new file that grows; if it is small, a new
-    /// file that is zero-filled here.
-    fn supply(&self, volume: VolumeId, capacity: u64) -> Result<Blank> {
-        if capacity == self.full_capacity {
+    /// A blank as a log wishes for: if it is full-sized, from the pool, or else a new file that grows; if it is small,
+    /// or guests flush, a new file that is zero-filled here.
+    fn supply(&self, volume: VolumeId, wish: Wish) -> Result<Blank> {
+        let Wish { mut capacity, filled, leaves_growing } = wish;
+        let full_sized = capacity == self.full_capacity;
+        if full_sized {
             let mut pool = self.pool();
             pool.supplied += 1;
+            if filled && !leaves_growing {
+                // The log is on blocks that were written before: nothing of it grows any more.
+                pool.growing.remove(&volume);
+            }
             if let Some(blank) = pool.ready.pop() {
                 return Ok(blank);
             }
+            if filled {
+                capacity = capacity.min(FILLED_CAPACITY);
+            }
         }
         self.check_space(capacity)?;
-        let blank = self.create(capacity)?;
+        let mut blank = self.create(capacity)?;
         let mut done = 0;
-        while capacity < self.full_capacity && done < capacity {
+        while (filled || !full_sized) && done < capacity {
             done = self.fill(&blank, done)?;
         }
-        if capacity == self.full_capacity {
+        blank.filled = done == capacity;
+        if !blank.filled {
             let mut pool = self.pool();
             let growing = pool.growing.entry(volume).or_default();
             // Only a log's newest segment and the blank behind it can still grow.
@@ -376,7 +406,7 @@ impl Segments {
             Ok(file)
         };
         let file = make().map_err(|e| Error::io(format!("creating {name}"), e))?;
-        Ok(Blank { slot, file, capacity })
+        Ok(Blank { slot, file, capacity, filled: false })
     }
 
     fn check_space(&self, capacity: u64) -> Result<()> {
@@ -424,7 +454,7 @@ impl Segments {
         let done = self.fill(&blank, done)?;
         let mut pool = self.pool();
         if done == blank.capacity {
-            pool.ready.push(blank);
+            pool.ready.push(Blank { filled: true, ..blank });
         } else {
             pool.filling = Some((blank, done));
         }

@@ -13,7 +13,7 @@ use crate::clock::StoreClock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BatchHeader, BatchPlace, Cut, Record, RecordKind, SegmentHeader, header_stride};
 use crate::queue::Inbox;
-use crate::segments::{Blank, Segment, Segments};
+use crate::segments::{Blank, Segment, Segments, Wish};
 use crate::storage::{AlignedBuf, File};
 
 /// What all logs of a store share.
@@ -112,6 +112,8 @@ struct InFlight {
 struct Open {
     segment: Arc<Segment>,
     offset: u64,
+    /// Its file grows as it is written, which makes each sync dearer.
+    grows: bool,
 }
 
 /// The state of one volume's log. Always used under the volume's lock.
@@ -151,6 +153,8 @@ pub struct LogState {
     sync_waiters: Vec<Arc<Inbox>>,
     /// A guest's flush completed at this `Seq`; the next batch will say so.
     flushed_seq: Option<Seq>,
+    /// A guest has flushed since the present segment was opened.
+    flushed: bool,
     /// Blocks merged from partial writes and not yet acknowledged.
     overlay: HashMap<u64, (Ordinal, Box<[u8]>)>,
 }
@@ -187,6 +191,7 @@ impl LogState {
             syncing: false,
             sync_waiters: Vec::new(),
             flushed_seq: None,
+            flushed: false,
             overlay: HashMap::new(),
         }
     }
@@ -315,13 +320,17 @@ impl LogState {
         self.in_flight.len()
     }
 
-    /// Whether a blank segment should be supplied through [`LogState::supply`], and how large.
+    /// Whether a blank segment should be supplied through [`LogState::supply`], and of what kind.
     #[must_use]
-    pub fn wants_segment(&self, context: &LogContext) -> Option<u64> {
+    pub fn wants_segment(&self, context: &LogContext) -> Option<Wish> {
         // A cut always needs a fresh one, however little of the present one is used.
         let half_full = self.open.as_ref().is_none_or(|o| 2 * o.offset > o.segment.header.capacity);
-        (self.blank.is_none() && (half_full || self.needs_cut))
-            .then(|| context.segments.capacity_after(self.opened_since_cut))
+        let leaves_growing = self.flushed && self.open.as_ref().is_some_and(|open| open.grows);
+        (self.blank.is_none() && (half_full || self.needs_cut || leaves_growing)).then(|| Wish {
+            capacity: context.segments.capacity_after(self.opened_since_cut),
+            filled: self.flushed,
+            leaves_growing,
+        })
     }
 
     /// Hands over a blank segment.
@@ -351,8 +360,12 @@ impl LogState {
         let header_len =
             BatchHeader::encoded_len(draft.records.len(), draft.crcs.len(), draft.body.len(), unit);
         let total = (header_len + draft.payload_len()).next_multiple_of(unit as usize);
-        let fits = |open: &Open| open.offset + total as u64 <= open.segment.header.capacity;
-        if !self.open.as_ref().is_some_and(fits) && !self.open_next(context, total as u64) {
+        // A file that grows holds no more than what was written: to leave it costs nothing.
+        let better = self.flushed && self.blank.as_ref().is_some_and(|blank| blank.filled);
+        let stays = |open: &Open| {
+            open.offset + total as u64 <= open.segment.header.capacity && !(open.grows && better)
+        };
+        if !self.open.as_ref().is_some_and(stays) && !self.open_next(context, total as u64) {
             if self.flushed_seq.is_some() {
                 draft.records.pop();
             }
@@ -457,6 +470,7 @@ impl LogState {
             // and files that are not zero-filled grow.
             if let Some(blank) = &mut self.blank {
                 blank.capacity = (first_at + total).next_power_of_two();
+                blank.filled = false;
             }
         }
         let Some(blank) = self.blank.take() else { return false };
@@ -474,8 +488,10 @@ impl LogState {
             capacity: blank.capacity,
             opened_ns: context.clock.stamp().wall_ns,
         };
+        let grows = !blank.filled;
         let segment = context.segments.open_segment(blank, header);
-        self.open = Some(Open { segment, offset: first_at });
+        self.open = Some(Open { segment, offset: first_at, grows });
+        self.flushed = false;
         self.opened_since_cut += 1;
         true
     }
@@ -688,5 +704,6 @@ impl LogState {
     /// Has the next batch say that a guest's flush completed which covered everything up to `seq`.
     pub fn note_flush(&mut self, seq: Seq) {
         self.flushed_seq = Some(self.flushed_seq.map_or(seq, |s| s.max(seq)));
+        self.flushed = true;
     }
 }

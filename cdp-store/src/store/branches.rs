@@ -125,11 +125,11 @@ impl Store {
             .zip(origins)
             .zip(first..)
             .map(|((volume, origin), id)| {
-                let parent = Some(self.nearest_parent(*origin)?);
+                let parent = Some(self.nearest_parent(*origin));
                 let (id, volume, state) = (BranchId(id), volume.id(), BranchState::Kept);
-                Ok(BranchRow { id, volume, parent, start, created_ns, state })
+                BranchRow { id, volume, parent, start, created_ns, state }
             })
-            .collect::<Result<_>>()?;
+            .collect();
         let changes: Vec<Change> = rows.iter().map(|&branch| Change::Revert { branch }).collect();
         self.commit(&mut ledger, &changes)?;
         let mut reverted = Vec::with_capacity(rows.len());
@@ -192,7 +192,7 @@ impl Store {
                 None => (source.name, Stage::Scratch),
             };
             let row = VolumeRow { id, name, branch, created_ns, serving: None, stage, ..source };
-            let parent = Some(self.nearest_parent(*origin)?);
+            let parent = Some(self.nearest_parent(*origin));
             let state = BranchState::Kept;
             made.push((row, BranchRow { id: branch, volume: id, parent, start, created_ns, state }));
         }
@@ -211,16 +211,17 @@ impl Store {
         (Seq(seq), log.clock.stamp().time_ns)
     }
 
-    /// What a branch that begins at an instant inherits from: the nearest branch that has changes of its own by then.
-    fn nearest_parent(&self, origin: Resolved) -> Result<(BranchId, Seq)> {
-        let shared = &self.inner.shared;
+    /// What a branch that begins at an instant inherits from: the instant itself, or, if that is the very beginning of
+    /// its branch, what that one inherits from.
+    fn nearest_parent(&self, origin: Resolved) -> (BranchId, Seq) {
         let mut at = At { branch: origin.branch, seq: origin.seq };
-        while shared.lineage().time_of(at)?.is_none()
-            && let Some(parent) = shared.branches.parent_of(at.branch)
+        while let Some(branch) = self.inner.shared.branches.get(at.branch)
+            && at.seq <= branch.row.start
+            && let Some((parent, fork)) = branch.row.parent
         {
-            at = parent;
+            at = At { branch: parent, seq: fork };
         }
-        Ok((at.branch, at.seq))
+        (at.branch, at.seq)
     }
 
     /// Resolves an instant of each of several volumes so that together they are one instant of the store, and makes

@@ -249,8 +249,8 @@ impl Volume {
     }
 
     fn order_segment(&self, log: &LogState) {
-        if let Some(capacity) = log.wants_segment(&self.shared.log) {
-            self.shared.log.segments.order(self.id, capacity);
+        if let Some(wish) = log.wants_segment(&self.shared.log) {
+            self.shared.log.segments.order(self.id, wish);
             self.shared.pool_bell.ring();
         }
     }

@@ -314,3 +314,36 @@ fn a_scratch_view_is_written_alone_and_vanishes() {
     bench.restart(Crash::Kill);
     assert_eq!(bench.machine.store().volumes().len(), volumes, "a crash ends it as well");
 }
+
+#[test]
+fn an_instant_inside_the_first_batch_of_a_branch_is_on_that_branch() {
+    let bench = Bench::new(9);
+    let name = bench.name(0);
+    write(&bench, &name, 0, 1);
+    let base = head(&bench, &name);
+    write(&bench, &name, 0, 2);
+    revert(&bench, &name, base);
+    let volume = bench.machine.volume(&name);
+    let mut queue = volume.open_queue().unwrap();
+    // Taken together, they share a batch.
+    queue.submit(cdp_types::RequestId(1), write_op(1, 3, Origin(0)));
+    queue.submit(cdp_types::RequestId(2), write_op(2, 3, Origin(0)));
+    for _ in 0..crate::machine::PATIENCE {
+        queue.poll(Wait::For(std::time::Duration::from_millis(1)), &mut Vec::new()).unwrap();
+        bench.machine.store().pool_step().unwrap();
+        if queue.in_flight() == 0 {
+            break;
+        }
+    }
+    assert_eq!(queue.in_flight(), 0, "the writes never end");
+    drop(queue);
+    let records = bench.records(0);
+    let [first, second] = &records[records.len() - 2..] else { panic!("{records:?}") };
+    assert_eq!(first.ordinal, second.ordinal, "the test is about one batch");
+    let first = first.seq;
+    assert_eq!(blocks(&bench, &name, &Instant::Seq(first)), [1, 3, 0, 0]);
+    revert(&bench, &name, first);
+    assert_eq!(blocks(&bench, &name, &Instant::Head), [1, 3, 0, 0], "{HELD}: half of a batch");
+    let copy = clone(&bench, &name, Instant::Seq(first), "copy");
+    assert_eq!(blocks(&bench, &copy, &Instant::Head), [1, 3, 0, 0], "{HELD}: a clone of half of a batch");
+}
