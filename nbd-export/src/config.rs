@@ -32,17 +32,33 @@ pub enum TlsMode {
     Required,
 }
 
-/// TLS by X.509 certificates, version 1.2 or 1.3.
+/// TLS, version 1.2 or 1.3.
 #[derive(Clone, Debug)]
 pub struct Tls {
     /// Whether clients may or must.
     pub mode: TlsMode,
-    /// A PEM file with the server's certificate, and those that it was signed with, in order.
-    pub certificates: PathBuf,
-    /// A PEM file with its key.
-    pub key: PathBuf,
-    /// A PEM file with the authorities of which every client must show a certificate; none is asked for without.
-    pub client_authorities: Option<PathBuf>,
+    /// By what the two sides know each other.
+    pub credentials: TlsCredentials,
+}
+
+/// By what server and clients know each other. The files are read when the server starts, and never again.
+#[derive(Clone, Debug)]
+pub enum TlsCredentials {
+    /// X.509 certificates.
+    Certificates {
+        /// A PEM file with the server's certificate, and those that it was signed with, in order.
+        certificates: PathBuf,
+        /// A PEM file with its key.
+        key: PathBuf,
+        /// A PEM file with the authorities of which every client must show a certificate; none is asked for without.
+        client_authorities: Option<PathBuf>,
+    },
+    /// Keys that the server shares with its clients. Each side has to know the key of the user that the client names.
+    PreSharedKeys {
+        /// Lines `USER:HEXKEY`, as GnuTLS's `psktool` writes them. Nobody but its owner may have any right to it.
+        /// Keys have 16 to 64 bytes.
+        file: PathBuf,
+    },
 }
 
 /// What clients can use up, alone and together.

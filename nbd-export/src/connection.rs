@@ -129,7 +129,7 @@ impl Connection<'_> {
         if let Some(old) = self.opened.take() {
             tokio::task::spawn_blocking(move || drop(old));
         }
-        let accepted = timeout_at(self.deadline, Tls::accept(plain, Arc::clone(&tls.config))).await;
+        let accepted = timeout_at(self.deadline, Tls::accept(plain, tls)).await;
         let encrypted = match accepted {
             Ok(Ok(encrypted)) => encrypted,
             Ok(Err(error)) => return Left::Refused(format!("TLS: {error}")),

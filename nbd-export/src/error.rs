@@ -11,7 +11,7 @@ pub enum ErrorKind {
     Socket,
     /// A number in the configuration is out of range.
     Config,
-    /// A certificate or key cannot be used.
+    /// A certificate, a key or a file of keys cannot be used.
     Tls,
     /// The operating system gave no thread, no descriptor or no io_uring.
     Resources,

@@ -22,9 +22,8 @@
 //!   has ended by then is answered in one send. Payloads are received into, and sent from, the memory that the device
 //!   uses.
 //!
-//! Deliberately absent: the oldstyle handshake, RESIZE (no client has it), and TLS by pre-shared key, which `rustls`
-//! does not offer. Names and instants mean nothing here: [`Exports`] gives them their meaning. What of the protocol is
-//! supported is in `docs/nbd-protocol.md`.
+//! Deliberately absent: the oldstyle handshake and RESIZE (no client has it). Names and instants mean nothing here:
+//! [`Exports`] gives them their meaning. What of the protocol is supported is in `docs/nbd-protocol.md`.
 
 mod accept;
 mod complaints;
@@ -45,7 +44,7 @@ mod socket;
 mod transport;
 mod worker;
 
-pub use config::{Limits, Listen, ServerConfig, Tls, TlsMode};
+pub use config::{Limits, Listen, ServerConfig, Tls, TlsCredentials, TlsMode};
 pub use control::ConnectionInfo;
 pub use error::{Error, ErrorKind};
 pub use exports::{

@@ -85,7 +85,7 @@ command -v apt-get >/dev/null || die "no apt-get here; the packages needed are l
 if [ $# -gt 0 ]; then install "$@"; exit; fi
 
 [ "$(uname -m)" = x86_64 ] || die "the end-to-end tests boot an x86-64 guest with this machine's own programs in it"
-install build-essential make libclang-dev ca-certificates
+install build-essential make libclang-dev libssl-dev pkg-config ca-certificates
 install e2fsprogs util-linux debootstrap xz-utils zstd
 # NBD clients that others wrote; nbd-client runs inside the guests.
 install libnbd-bin python3-libnbd nbdkit fio nbd-client

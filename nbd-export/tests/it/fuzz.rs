@@ -6,6 +6,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,9 @@ use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-use crate::client::{Client, Headers, cmd, connect, flag, opt, option, queries, question};
+use crate::client::{Client, Headers, cmd, connect, flag, opt, option, queries, question, rep};
 use crate::fixture::{CAPACITY, Fixture};
+use crate::psk::{Keys, hello};
 use crate::tls::Papers;
 
 static PANICS: AtomicUsize = AtomicUsize::new(0);
@@ -159,16 +161,50 @@ fn converse(fixture: &Fixture, seed: u64) {
     });
 }
 
+/// Counts panics of the server's threads; a test's own are its failures anyway.
+fn count_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if std::thread::current().name().is_some_and(|name| name.starts_with("nbd-")) {
+                PANICS.fetch_add(1, Ordering::SeqCst);
+            }
+            hook(info);
+        }));
+    });
+}
+
+#[test]
+fn no_tls_handshake_breaks_the_server() {
+    count_panics();
+    let (papers, keys) = (Papers::new(), Keys::new());
+    let servers = [papers.tls(TlsMode::Required, true), keys.tls(TlsMode::Required)]
+        .map(|tls| Fixture::with(None, |config| config.tls = Some(tls)));
+    let until = Instant::now() + Duration::from_secs(1);
+    for seed in 0.. {
+        let mut random = SmallRng::seed_from_u64(seed);
+        let mut bytes = hello(random.random());
+        mutate(&mut random, &mut bytes);
+        for fixture in &servers {
+            let mut client = Client::greeted(&fixture.socket());
+            assert_eq!(client.ask(opt::STARTTLS, &[])[0].0, rep::ACK);
+            // It may leave in the middle.
+            let _ = client.stream.write_all(&bytes);
+            let _ = client.stream.shutdown(Shutdown::Write);
+            assert!(client.is_closed(), "seed {seed}");
+        }
+        assert_eq!(PANICS.load(Ordering::SeqCst), 0, "seed {seed}");
+        if Instant::now() >= until {
+            break;
+        }
+    }
+    servers.iter().for_each(Fixture::nobody_is_left);
+}
+
 #[test]
 fn no_conversation_breaks_the_server() {
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        // The server's threads; this test's own panics are its failures anyway.
-        if std::thread::current().name().is_some_and(|name| name.starts_with("nbd-")) {
-            PANICS.fetch_add(1, Ordering::SeqCst);
-        }
-        hook(info);
-    }));
+    count_panics();
     let limits = Limits { total_bytes: 64 << 20, handshake: Duration::from_secs(3), ..Limits::default() };
     let papers = Papers::new();
     let fixture = Fixture::with(None, |config| {

@@ -3,7 +3,7 @@
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use nbd_export::{Address, ErrorKind, Exports, Listen, Server, ServerConfig, Tls, TlsMode};
+use nbd_export::{Address, ErrorKind, Exports, Listen, Server, ServerConfig, Tls, TlsCredentials, TlsMode};
 
 use crate::client::{Client, Headers, cmd};
 use crate::fixture::{DEADLINE, Fixture, eventually, late};
@@ -101,7 +101,8 @@ fn what_cannot_be_started_leaves_nothing() {
     let mut config = ServerConfig::new(vec![unix(other.clone())]);
     let missing = fixture.directory.path().join("missing.pem");
     let (certificates, key) = (missing.clone(), missing);
-    config.tls = Some(Tls { mode: TlsMode::Required, certificates, key, client_authorities: None });
+    let credentials = TlsCredentials::Certificates { certificates, key, client_authorities: None };
+    config.tls = Some(Tls { mode: TlsMode::Required, credentials });
     assert_eq!(Server::start(config, exports()).err().unwrap().kind(), ErrorKind::Tls);
     let mut config = ServerConfig::new(vec![unix(other.clone())]);
     config.limits.max_request = 64 << 20;

@@ -10,6 +10,7 @@ mod hostile;
 mod lifecycle;
 mod model;
 mod programs;
+mod psk;
 mod requests;
 mod tls;
 mod wakeups;

@@ -1,13 +1,26 @@
 //! Clients that others wrote. A program that is missing is an error, and named with its Debian package.
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 use crate::fixture::{CAPACITY, DEADLINE, EXTENT, Fixture};
 
 /// Runs a program to its end, which must be a good one and come in time, and returns what it has printed.
 pub(crate) fn run(package: &str, command: &mut Command) -> String {
+    let (status, out, err) = end(package, command);
+    assert!(status.success(), "{command:?}: {status}\n{out}\n{err}");
+    out
+}
+
+/// Runs a program that must fail by itself, and returns its complaint.
+pub(crate) fn fails(package: &str, command: &mut Command) -> String {
+    let (status, out, err) = end(package, command);
+    assert!(status.code().is_some_and(|code| code != 0), "{command:?}: {status}\n{out}\n{err}");
+    err
+}
+
+fn end(package: &str, command: &mut Command) -> (ExitStatus, String, String) {
     let name = command.get_program().to_string_lossy().into_owned();
     let directory = tempfile::tempdir().unwrap();
     let (out, err) = (directory.path().join("out"), directory.path().join("err"));
@@ -30,9 +43,7 @@ pub(crate) fn run(package: &str, command: &mut Command) -> String {
         }
         std::thread::sleep(std::time::Duration::from_millis(5));
     };
-    let (out, err) = (fs::read_to_string(out).unwrap(), fs::read_to_string(err).unwrap());
-    assert!(status.success(), "{name}: {status}\n{out}\n{err}");
-    out
+    (status, fs::read_to_string(out).unwrap(), fs::read_to_string(err).unwrap())
 }
 
 fn pattern(fixture: &Fixture) -> Vec<u8> {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use nbd_export::{Tls, TlsMode};
+use nbd_export::{Tls, TlsCredentials, TlsMode};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -44,19 +44,19 @@ impl Papers {
     }
 
     pub(crate) fn tls(&self, mode: TlsMode, ask_for_client: bool) -> Tls {
-        Tls {
-            mode,
+        let credentials = TlsCredentials::Certificates {
             certificates: self.path("server-cert.pem"),
             key: self.path("server-key.pem"),
             client_authorities: ask_for_client.then(|| self.path("ca-cert.pem")),
-        }
+        };
+        Tls { mode, credentials }
     }
 
     fn server(&self, mode: TlsMode, ask_for_client: bool) -> Fixture {
         Fixture::with(None, |config| config.tls = Some(self.tls(mode, ask_for_client)))
     }
 
-    fn client(&self, with_certificate: bool) -> ClientConnection {
+    pub(crate) fn client(&self, with_certificate: bool) -> ClientConnection {
         let certificate = |name: &str| CertificateDer::from_pem_file(self.path(name)).unwrap();
         let mut roots = RootCertStore::empty();
         roots.add(certificate("ca-cert.pem")).unwrap();

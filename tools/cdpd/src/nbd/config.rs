@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use cdp_types::VolumeName;
-use nbd_export::{Limits, Listen, Tls, TlsMode};
+use nbd_export::{Limits, Listen, Tls, TlsCredentials, TlsMode};
 use serde::{Deserialize, Deserializer};
 
 use crate::config::SocketMode;
@@ -20,13 +20,13 @@ pub struct Nbd {
     pub listen: Vec<NbdAddress>,
     /// Its Unix sockets' mode; 0600 unless told otherwise.
     pub mode: Option<SocketMode>,
-    /// Whether addresses that other machines can reach may go without TLS and client certificates.
+    /// Whether addresses that other machines can reach may go without TLS by which clients are known.
     pub allow_remote: bool,
     /// The volumes whose heads clients may write to; `*` means all.
     pub writable: Vec<String>,
     /// Whether they may even while a guest has the volume.
     pub writable_beside_guests: bool,
-    /// Certificates, for TLS.
+    /// Certificates or pre-shared keys, for TLS.
     pub tls: Option<NbdTls>,
     /// Connections at one time.
     pub connections: Option<usize>,
@@ -36,31 +36,59 @@ pub struct Nbd {
 
 /// Section `[nbd.tls]`.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "TlsTable")]
 pub struct NbdTls {
     /// Whether clients that do not ask for TLS are refused; so unless told otherwise.
-    #[serde(default = "required")]
     pub required: bool,
-    /// A PEM file with the certificate and those that it was signed with.
-    pub certificates: PathBuf,
-    /// A PEM file with its key.
-    pub key: PathBuf,
-    /// A PEM file with the authorities of which every client must show a certificate.
-    pub client_authorities: Option<PathBuf>,
+    /// The server's certificates, or the keys that it shares with its clients.
+    pub credentials: TlsCredentials,
 }
 
-fn required() -> bool {
-    true
+/// Section `[nbd.tls]`, as it is written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TlsTable {
+    required: Option<bool>,
+    certificates: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_authorities: Option<PathBuf>,
+    psk_file: Option<PathBuf>,
+}
+
+impl TryFrom<TlsTable> for NbdTls {
+    type Error = &'static str;
+
+    fn try_from(table: TlsTable) -> Result<Self, Self::Error> {
+        let TlsTable { required, certificates, key, client_authorities, psk_file } = table;
+        let credentials = match (psk_file, certificates, key, client_authorities) {
+            (Some(file), None, None, None) => TlsCredentials::PreSharedKeys { file },
+            (Some(_), ..) => {
+                return Err(
+                    "psk_file stands alone: pre-shared keys, or certificates and their key, not both",
+                );
+            }
+            (None, Some(certificates), Some(key), client_authorities) => {
+                TlsCredentials::Certificates { certificates, key, client_authorities }
+            }
+            (None, ..) => return Err("give certificates and their key, or psk_file"),
+        };
+        Ok(Self { required: required.unwrap_or(true), credentials })
+    }
 }
 
 impl NbdTls {
     pub(super) fn to_tls(&self) -> Tls {
-        Tls {
-            mode: if self.required { TlsMode::Required } else { TlsMode::Allowed },
-            certificates: self.certificates.clone(),
-            key: self.key.clone(),
-            client_authorities: self.client_authorities.clone(),
-        }
+        let mode = if self.required { TlsMode::Required } else { TlsMode::Allowed };
+        Tls { mode, credentials: self.credentials.clone() }
+    }
+
+    /// Whether nobody is served who has not shown who it is.
+    fn knows_clients(&self) -> bool {
+        let asks = match &self.credentials {
+            TlsCredentials::Certificates { client_authorities, .. } => client_authorities.is_some(),
+            TlsCredentials::PreSharedKeys { .. } => true,
+        };
+        self.required && asks
     }
 }
 
@@ -70,8 +98,7 @@ impl Nbd {
     /// # Errors
     /// What is wrong, and what to do.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
-        let knows_clients =
-            self.tls.as_ref().is_some_and(|tls| tls.required && tls.client_authorities.is_some());
+        let knows_clients = self.tls.as_ref().is_some_and(NbdTls::knows_clients);
         for address in &self.listen {
             if let NbdAddress::Tcp(address) = address
                 && !address.ip().is_loopback()
@@ -80,7 +107,7 @@ impl Nbd {
             {
                 bail!(
                     "others could reach NBD on {address}, and it asks nobody who they are: use a loopback address, \
-                     give [nbd.tls] with client_authorities, or say --nbd-allow-remote"
+                     give [nbd.tls] with client_authorities or psk_file, or say --nbd-allow-remote"
                 );
             }
         }
@@ -162,18 +189,36 @@ mod tests {
         let open = Nbd { listen: vec!["tcp:0.0.0.0:10809".parse().unwrap()], ..Nbd::default() };
         assert!(open.check().unwrap_err().to_string().contains("--nbd-allow-remote"));
         assert!(Nbd { allow_remote: true, ..open.clone() }.check().is_ok());
-        let tls = |client_authorities: Option<&str>| NbdTls {
-            required: true,
-            certificates: "/c".into(),
-            key: "/k".into(),
-            client_authorities: client_authorities.map(PathBuf::from),
-        };
-        assert!(
-            Nbd { tls: Some(tls(None)), ..open.clone() }.check().is_err(),
-            "TLS alone asks nobody who they are"
-        );
-        assert!(Nbd { tls: Some(tls(Some("/ca"))), ..open }.check().is_ok());
+        let with = |tls: &str| Nbd { tls: Some(toml::from_str(tls).unwrap()), ..open.clone() }.check();
+        let certificates = "certificates = '/c'\nkey = '/k'\n";
+        assert!(with(certificates).is_err(), "TLS alone asks nobody who they are");
+        assert!(with(&format!("{certificates}client_authorities = '/ca'")).is_ok());
+        assert!(with(&format!("{certificates}client_authorities = '/ca'\nrequired = false")).is_err());
+        assert!(with("psk_file = '/p'").is_ok());
+        assert!(with("psk_file = '/p'\nrequired = false").is_err());
         assert!(Nbd { writable: vec!["no/name".to_owned()], ..Nbd::default() }.check().is_err());
         assert!(Nbd { writable: vec!["*".to_owned()], ..Nbd::default() }.check().is_ok());
+    }
+
+    #[test]
+    fn a_server_has_certificates_or_pre_shared_keys() {
+        let read = |text: &str| toml::from_str::<NbdTls>(text).map_err(|e| e.to_string());
+        let tls = read("psk_file = '/p'").unwrap().to_tls();
+        assert_eq!(tls.mode, TlsMode::Required);
+        assert!(
+            matches!(tls.credentials, TlsCredentials::PreSharedKeys { file } if file.as_os_str() == "/p")
+        );
+        let tls = read("certificates = '/c'\nkey = '/k'\nrequired = false").unwrap().to_tls();
+        assert_eq!(tls.mode, TlsMode::Allowed);
+        assert!(matches!(tls.credentials, TlsCredentials::Certificates { client_authorities: None, .. }));
+        for extra in ["certificates = '/c'", "key = '/k'", "client_authorities = '/ca'"] {
+            let told = read(&format!("psk_file = '/p'\n{extra}")).unwrap_err();
+            assert!(told.contains("not both"), "{told}");
+        }
+        for missing in ["", "certificates = '/c'", "key = '/k'", "client_authorities = '/ca'"] {
+            let told = read(missing).unwrap_err();
+            assert!(told.contains("certificates and their key, or psk_file"), "{told}");
+        }
+        assert!(read("psk_file = '/p'\nkeys = '/k'").unwrap_err().contains("keys"));
     }
 }
