@@ -28,7 +28,7 @@ pub const GENERATION_LIMIT: Generation =
 const FIRST_CAPACITY: u64 = 4 << 20;
 /// How much is zero-filled by one step, in bytes.
 const PREFILL_STEP: u64 = 1 << 20;
-/// What is zero-filled at once for a log whose guests flush, when no full-sized slot is ready, in bytes.
+/// What is zero-filled at once for a log when no full-sized slot is ready, in bytes.
 const FILLED_CAPACITY: u64 = 64 << 20;
 
 /// A segment that holds a log's batches.
@@ -57,7 +57,8 @@ pub struct Blank {
 pub struct Wish {
     /// How much it should hold, in bytes.
     pub capacity: u64,
-    /// Whether it should lie on blocks that were written before, since guests flush; rather a smaller one then.
+    /// Whether it should lie on blocks that were written before, rather a smaller one then: a file that grows takes one
+    /// write at a time, and each sync of it costs more.
     pub filled: bool,
     /// Whether the present one grows, and is left as soon as this one is there.
     pub leaves_growing: bool,
@@ -340,8 +341,8 @@ impl Segments {
         }
     }
 
-    /// A blank as a log wishes for: if it is full-sized, from the pool, or else a new file that grows; if it is small,
-    /// or guests flush, a new file that is zero-filled here.
+    /// A blank as a log wishes for: if it is full-sized, from the pool; or else a new file that is zero-filled here, or,
+    /// if that takes too long for the log, one that grows.
     fn supply(&self, volume: VolumeId, wish: Wish) -> Result<Blank> {
         let Wish { mut capacity, filled, leaves_growing } = wish;
         let full_sized = capacity == self.full_capacity;
@@ -363,7 +364,16 @@ impl Segments {
         let mut blank = self.create(capacity)?;
         let mut done = 0;
         while (filled || !full_sized) && done < capacity {
-            done = self.fill(&blank, done)?;
+            match self.fill(&blank, done) {
+                Ok(filled) => done = filled,
+                Err(error) if error.kind() == crate::ErrorKind::NoSpace => return Err(error),
+                Err(error) => {
+                    // What the log writes may still succeed, or must fail with its own error.
+                    tracing::warn!("{error}; the log goes on without");
+                    blank = self.create(capacity)?;
+                    break;
+                }
+            }
         }
         blank.filled = done == capacity;
         if !blank.filled {

@@ -155,6 +155,8 @@ pub struct LogState {
     flushed_seq: Option<Seq>,
     /// A guest has flushed since the present segment was opened.
     flushed: bool,
+    /// The log had to wait for its last segment: the disk is not fast enough to zero-fill while guests write.
+    waited: bool,
     /// Blocks merged from partial writes and not yet acknowledged.
     overlay: HashMap<u64, (Ordinal, Box<[u8]>)>,
 }
@@ -192,6 +194,7 @@ impl LogState {
             sync_waiters: Vec::new(),
             flushed_seq: None,
             flushed: false,
+            waited: false,
             overlay: HashMap::new(),
         }
     }
@@ -328,7 +331,7 @@ impl LogState {
         let leaves_growing = self.flushed && self.open.as_ref().is_some_and(|open| open.grows);
         (self.blank.is_none() && (half_full || self.needs_cut || leaves_growing)).then(|| Wish {
             capacity: context.segments.capacity_after(self.opened_since_cut),
-            filled: self.flushed,
+            filled: self.flushed || !self.waited,
             leaves_growing,
         })
     }
@@ -473,7 +476,10 @@ impl LogState {
                 blank.filled = false;
             }
         }
-        let Some(blank) = self.blank.take() else { return false };
+        let Some(blank) = self.blank.take() else {
+            self.waited = true;
+            return false;
+        };
         let header = SegmentHeader {
             store: context.store,
             incarnation: 0,
@@ -489,6 +495,8 @@ impl LogState {
             opened_ns: context.clock.stamp().wall_ns,
         };
         let grows = !blank.filled;
+        // After one that grows, filling is tried again.
+        self.waited &= !grows;
         let segment = context.segments.open_segment(blank, header);
         self.open = Some(Open { segment, offset: first_at, grows });
         self.flushed = false;
