@@ -67,7 +67,7 @@ pub struct Branch {
     pub row: BranchRow,
 }
 
-/// All branches of an open store.
+/// All branches of an open store. No two of its locks are held at a time.
 #[derive(Debug, Default)]
 pub struct Branches {
     table: RwLock<HashMap<BranchId, Arc<Branch>>>,
@@ -99,11 +99,13 @@ impl Branches {
 
     /// Removes a branch unless somebody holds it; says whether it did. From then on nobody can get hold of it.
     pub fn remove(&self, branch: BranchId) -> bool {
-        let mut table = write(&self.table);
-        if table.get(&branch).is_some_and(|b| Arc::strong_count(b) > 1) {
-            return false;
+        {
+            let mut table = write(&self.table);
+            if table.get(&branch).is_some_and(|b| Arc::strong_count(b) > 1) {
+                return false;
+            }
+            table.remove(&branch);
         }
-        table.remove(&branch);
         write(&self.flattened).remove(&branch);
         true
     }
@@ -143,6 +145,10 @@ impl Branches {
         write(&self.flattened).insert(branch, flattening);
     }
 
+    fn flattening_of(&self, branch: BranchId) -> Option<Flattening> {
+        read(&self.flattened).get(&branch).copied()
+    }
+
     /// From where a branch inherits, and up to where.
     #[must_use]
     pub fn parent_of(&self, branch: BranchId) -> Option<At> {
@@ -159,7 +165,7 @@ impl Branches {
             let here = next?;
             next = match base.take() {
                 Some(base) => Some(base),
-                None => match read(&self.flattened).get(&here.branch) {
+                None => match self.flattening_of(here.branch) {
                     Some(flat) => {
                         base = Some(flat.base);
                         Some(flat.images)
@@ -355,5 +361,45 @@ impl Lineage<'_> {
             runs.extend(indexed.map_err(failed("walking the time index"))?);
         }
         Ok(runs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::catalogue::BranchState;
+
+    fn row(id: u64) -> BranchRow {
+        let parent = (id > 1).then(|| (BranchId(id - 1), Seq(id - 1)));
+        let (id, volume, start) = (BranchId(id), VolumeId(1), Seq(id));
+        BranchRow { id, volume, parent, start, created_ns: 0, state: BranchState::Kept }
+    }
+
+    #[test]
+    fn lines_are_walked_while_branches_come_and_go() {
+        let branches = Arc::new(Branches::default());
+        (1..4).for_each(|id| drop(branches.insert(row(id))));
+        let (done, ended) = channel();
+        for remove in [false, true] {
+            let (branches, done) = (Arc::clone(&branches), done.clone());
+            std::thread::spawn(move || {
+                for _ in 0..200_000 {
+                    if remove {
+                        assert!(branches.remove(BranchId(9)));
+                    } else {
+                        assert_eq!(branches.line(At { branch: BranchId(3), seq: Seq::MAX }).count(), 3);
+                    }
+                }
+                done.send(()).unwrap();
+            });
+        }
+        for _ in 0..2 {
+            ended.recv_timeout(Duration::from_secs(30)).expect("a walk and a removal wait for each other");
+        }
     }
 }

@@ -60,8 +60,8 @@ pub struct Wish {
     /// Whether it should lie on blocks that were written before, rather a smaller one then: a file that grows takes one
     /// write at a time, and each sync of it costs more.
     pub filled: bool,
-    /// Whether the present one grows, and is left as soon as this one is there.
-    pub leaves_growing: bool,
+    /// Whether the log's present segment grows as it is written.
+    pub growing: bool,
 }
 
 /// A slot found when the store was opened.
@@ -344,12 +344,12 @@ impl Segments {
     /// A blank as a log wishes for: if it is full-sized, from the pool; or else a new file that is zero-filled here, or,
     /// if that takes too long for the log, one that grows.
     fn supply(&self, volume: VolumeId, wish: Wish) -> Result<Blank> {
-        let Wish { mut capacity, filled, leaves_growing } = wish;
+        let Wish { mut capacity, filled, growing } = wish;
         let full_sized = capacity == self.full_capacity;
         if full_sized {
             let mut pool = self.pool();
             pool.supplied += 1;
-            if filled && !leaves_growing {
+            if filled && !growing {
                 // The log is on blocks that were written before: nothing of it grows any more.
                 pool.growing.remove(&volume);
             }

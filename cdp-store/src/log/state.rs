@@ -328,11 +328,11 @@ impl LogState {
     pub fn wants_segment(&self, context: &LogContext) -> Option<Wish> {
         // A cut always needs a fresh one, however little of the present one is used.
         let half_full = self.open.as_ref().is_none_or(|o| 2 * o.offset > o.segment.header.capacity);
-        let leaves_growing = self.flushed && self.open.as_ref().is_some_and(|open| open.grows);
-        (self.blank.is_none() && (half_full || self.needs_cut || leaves_growing)).then(|| Wish {
+        let growing = self.open.as_ref().is_some_and(|open| open.grows);
+        (self.blank.is_none() && (half_full || self.needs_cut || (growing && self.flushed))).then(|| Wish {
             capacity: context.segments.capacity_after(self.opened_since_cut),
             filled: self.flushed || !self.waited,
-            leaves_growing,
+            growing,
         })
     }
 

@@ -88,9 +88,7 @@ impl Store {
             volume.begin_tenure();
         }
         let reverted = outcome?;
-        for volume in &volumes {
-            self.keep_shallow(volume)?;
-        }
+        volumes.iter().for_each(|volume| self.keep_shallow(volume));
         Ok(reverted)
     }
 
@@ -167,9 +165,7 @@ impl Store {
         let names = specs.iter().map(|spec| Some(&spec.name));
         let volumes = self.commit_clones(&mut ledger, &sources, &origins, names)?;
         drop(ledger);
-        for volume in &volumes {
-            self.keep_shallow(volume)?;
-        }
+        volumes.iter().for_each(|volume| self.keep_shallow(volume));
         Ok(volumes)
     }
 
@@ -254,8 +250,13 @@ impl Store {
         Ok(())
     }
 
-    fn keep_shallow(&self, volume: &Volume) -> Result<()> {
-        if volume.read_depth() >= DEPTH_LIMIT { self.flatten(volume) } else { Ok(()) }
+    /// What was committed is done, whether or not its reads can be made short at once.
+    fn keep_shallow(&self, volume: &Volume) {
+        if volume.read_depth() >= DEPTH_LIMIT
+            && let Err(error) = self.flatten(volume)
+        {
+            tracing::warn!(volume = %volume.id(), "flattening a long line of branches: {error}; it is tried again");
+        }
     }
 
     fn flatten(&self, volume: &Volume) -> Result<()> {

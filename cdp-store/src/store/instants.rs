@@ -124,7 +124,7 @@ impl Store {
         }
         let nearest = match inherited.filter(|_| state == BranchState::Deleted) {
             Some(fork) => fork,
-            None => catalogue.branches[&volume.row().branch].start,
+            None => catalogue.branches.get(&volume.row().branch).map_or(Seq::ZERO, |head| head.start),
         };
         let text = format!(
             "seq:{seq} of volume '{}' lies on branch {}, which was deleted; the nearest instant left is seq:{nearest}",
