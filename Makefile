@@ -31,8 +31,20 @@ help: ## Show this list
 deps: ## Install what is missing (Debian; needs root or sudo only if something is)
 	@tools/xtask/deps.sh
 
+# Cargo tells a crate of one checkout from that of another by paths inside the checkout and by the ages of
+# files, so a newer build of another checkout would pass for this one's. What both share is the dependencies.
+CHECKOUT := $(CARGO_TARGET_DIR)/checkout
+
+.PHONY: own-target
+own-target: deps
+	@if [ "$$(cat $(CHECKOUT) 2>/dev/null)" != "$(CURDIR)" ]; then \
+		members=$$($(CARGO) tree --quiet --workspace --depth 0 --prefix none | awk 'NF {print "-p " $$1}' | sort -u); \
+		$(CARGO) clean --quiet --release $$members; \
+		mkdir -p $(CARGO_TARGET_DIR); echo "$(CURDIR)" >$(CHECKOUT); \
+	fi
+
 .PHONY: build
-build: deps ## Build everything; cdpd and cdp-tool land in $CARGO_TARGET_DIR/release
+build: own-target ## Build everything; cdpd and cdp-tool land in $CARGO_TARGET_DIR/release
 	$(call section,build)
 	$(CARGO) build --release --workspace
 
@@ -45,7 +57,7 @@ fmt: ## Format the sources
 	$(CARGO) fmt --all
 
 .PHONY: lint
-lint: deps ## Formatting, clippy with warnings as errors, and this project's own rules
+lint: own-target ## Formatting, clippy with warnings as errors, and this project's own rules
 	$(call section,format)
 	$(CARGO) fmt --all --check
 	$(call section,clippy)

@@ -5,9 +5,10 @@ mod guest;
 mod mutants;
 mod tidy;
 
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
@@ -39,6 +40,17 @@ enum Chore {
     },
     /// The rules that neither rustfmt nor clippy knows
     Tidy,
+}
+
+/// The checkout that this runs in; asked now, not at build time, as several checkouts may share a target directory.
+fn workspace_root() -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let asked =
+        Command::new(cargo).args(["locate-project", "--workspace", "--message-format", "plain"]).output();
+    let asked = asked.context("asking cargo for the workspace")?;
+    ensure!(asked.status.success(), "not in the workspace: {}", String::from_utf8_lossy(&asked.stderr));
+    let manifest = PathBuf::from(String::from_utf8(asked.stdout)?.trim_end());
+    manifest.parent().map(Path::to_owned).context("a manifest without a directory")
 }
 
 fn main() -> ExitCode {

@@ -9,6 +9,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
+use crate::workspace_root;
+
 /// The list, from the root.
 const LIST: &str = "cdp-store/tests/mutants/mutants.toml";
 /// What a copy of the store needs to be built.
@@ -52,7 +54,7 @@ enum Verdict {
 /// # Errors
 /// One was not noticed, or was noticed as something else, or does not compile.
 pub(crate) fn run(only: Option<&str>) -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).context("not in the workspace")?;
+    let root = &workspace_root()?;
     let list = fs::read_to_string(root.join(LIST)).with_context(|| format!("reading {LIST}"))?;
     let list: List = toml::from_str(&list).with_context(|| format!("reading {LIST}"))?;
     let copy = target_directory(root).join("mutants");

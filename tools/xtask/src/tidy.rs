@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::workspace_root;
+
 /// The most lines that a Rust file may have, its tests not counted.
 const MAX_LINES: usize = 800;
 /// Words that promise work instead of doing it.
@@ -34,7 +36,7 @@ impl Source {
 /// # Errors
 /// A rule is broken, or the tree cannot be read.
 pub(crate) fn run() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).context("not in the workspace")?;
+    let root = &workspace_root()?;
     let mut sources = Vec::new();
     collect(root, Path::new(""), &mut sources)?;
     let mut breaches = Vec::new();
