@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod clients;
+mod guard;
 mod guest;
 mod hostile;
 mod inflight;
 mod lifecycle;
 mod migration;
 mod requests;
+mod saver;
 
 use std::path::Path;
 use std::sync::Arc;
