@@ -35,6 +35,7 @@ deps: ## Install what is missing (Debian; needs root or sudo only if something i
 build: deps ## Build everything; cdpd and cdp-tool land in $CARGO_TARGET_DIR/release
 	$(call section,build)
 	$(CARGO) build --release --workspace
+	$(CARGO) build --release -p vhost-blk --examples
 
 .PHONY: demo
 demo: build ## A guided tour in a virtual machine, under two minutes once built (KEEP=1 keeps its files)
