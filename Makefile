@@ -47,6 +47,7 @@ own-target: deps
 build: own-target ## Build everything; cdpd and cdp-tool land in $CARGO_TARGET_DIR/release
 	$(call section,build)
 	$(CARGO) build --release --workspace
+	$(CARGO) build --release -p vhost-blk --examples
 
 .PHONY: demo
 demo: build ## A guided tour in a virtual machine, under two minutes once built (KEEP=1 keeps its files)

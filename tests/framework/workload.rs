@@ -66,6 +66,16 @@ impl TestFile {
     }
 }
 
+/// Bytes of a block that `block_content` fills.
+pub const BLOCK: usize = 4096;
+
+/// What a block of a disk of known content holds: its number, scrambled, over and over.
+#[must_use]
+pub fn block_content(block: u64) -> [u8; BLOCK] {
+    let word = mix(block).to_le_bytes();
+    std::array::from_fn(|at| word[at % word.len()])
+}
+
 /// One step of `splitmix64` (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
 #[must_use]
 pub fn mix(value: u64) -> u64 {

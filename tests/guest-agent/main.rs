@@ -1,5 +1,7 @@
 //! Runs inside the guest: the host's commands (`serve`), and the workloads that need more than a shell.
 
+mod memory;
+
 use std::collections::VecDeque;
 use std::env;
 use std::fs::{self, File};
@@ -17,7 +19,9 @@ const USAGE: &str = "\
 guest-agent serve PORT                    run the commands that come in on a serial port
 guest-agent write DIR SEED synced|lazy    write test files until DIR.stop exists
 guest-agent fill DIR SEED MIB             write test files of that many mebibytes
-guest-agent check DIR SEED                compare every test file in DIR with what it must contain";
+guest-agent check DIR SEED                compare every test file in DIR with what it must contain
+guest-agent pages DISK PAGES BLOCKS       fill pages by direct reads of blocks, and check them, for ever
+guest-agent stamp DISK FIRST SLOTS        keep a counter in memory and in SLOTS blocks from FIRST on, for ever";
 
 /// A writer keeps this many of its files, so that it can run for any time on any disk.
 const KEPT_FILES: usize = 150;
@@ -31,6 +35,12 @@ fn main() -> ExitCode {
         ["write", dir, seed, "lazy"] => parse(seed).and_then(|seed| write_lazily(Path::new(dir), seed)),
         ["fill", dir, seed, mib] => {
             parse(seed).and_then(|seed| fill(Path::new(dir), seed, parse(mib)? << 20))
+        }
+        ["pages", disk, pages, blocks] => {
+            parse(pages).and_then(|pages| memory::pages(Path::new(disk), pages, parse(blocks)?))
+        }
+        ["stamp", disk, first, slots] => {
+            parse(first).and_then(|first| memory::stamp(Path::new(disk), first, parse(slots)?))
         }
         ["check", dir, seed] => parse(seed).and_then(|seed| check(Path::new(dir), seed)),
         _ => Err(anyhow::anyhow!(USAGE)),

@@ -6,6 +6,7 @@ mod debian;
 mod disaster;
 mod discard;
 mod disks;
+mod hot_memory;
 mod images;
 mod killed_daemon;
 mod lifecycle;

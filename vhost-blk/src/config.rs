@@ -20,6 +20,9 @@ pub struct ServerConfig {
     pub busy_poll: Duration,
     /// A queue takes no new request while those it has taken carry this many bytes.
     pub queue_bytes: u64,
+    /// How long, while a window of the guest's memory is open, touches may make no progress before whoever has opened
+    /// it is told to give up (`Guard::open`).
+    pub guard_deadline: Duration,
 }
 
 /// The longest request, in bytes of data: what [`SEG_MAX`] segments of [`SIZE_MAX`] bytes can carry, rounded up.
@@ -38,7 +41,7 @@ pub(crate) const MAX_INDIRECT: u32 = 1024;
 const _: () = assert!(SEG_MAX as u64 * SIZE_MAX as u64 <= MAX_REQUEST_BYTES);
 
 impl ServerConfig {
-    /// One queue of at most 1024, mode 0660, up to 50 µs of looking, 64 MiB in flight per queue.
+    /// One queue of at most 1024, mode 0660, up to 50 µs of looking, 64 MiB in flight per queue, 5 s for the guard.
     #[must_use]
     pub fn new(socket: impl AsRef<Path>) -> Self {
         Self {
@@ -48,6 +51,7 @@ impl ServerConfig {
             max_queue_size: 1024,
             busy_poll: Duration::from_micros(50),
             queue_bytes: 64 << 20,
+            guard_deadline: Duration::from_secs(5),
         }
     }
 

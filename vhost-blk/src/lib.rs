@@ -5,6 +5,8 @@
 //!                                    │ commands (a channel and an eventfd)
 //!  guest ── virtqueue, kick, call ── queue's thread: worker → queue → chain, request
 //!                                    │                          └ guest (all access to guest memory)
+//!                                    │                          └ guard, while a window is open: parks
+//!                                    │                            requests until their pages are touched
 //!                                    └── DeviceQueue::poll, the one place to sleep
 //! ```
 //!
@@ -17,6 +19,8 @@
 //!   `kill -9` of this process too.
 //! - **Nothing is taken for granted at a stop.** When a ring has been stopped or disabled, nothing is in flight and
 //!   nothing more is written to guest memory for it.
+//! - **While a [`Guard`]'s window is open, no page of guest memory is written that was not touched**: what a background
+//!   snapshot of QEMU saves is then the memory of one instant.
 //! - **The path of a request takes no lock and allocates nothing** for requests of up to four segments; requests
 //!   are submitted, reported and signalled in batches.
 //!
@@ -34,6 +38,7 @@ mod config_space;
 mod error;
 mod eventfd;
 mod features;
+mod guard;
 mod guest;
 mod inflight;
 mod queue;
@@ -48,5 +53,6 @@ mod worker;
 
 pub use config::ServerConfig;
 pub use error::{Error, ErrorKind};
+pub use guard::{Guard, GuardRefusal, GuardStats, GuardTarget, GuardTrouble};
 pub use server::Server;
 pub use stats::{QueueStats, ServerStats};

@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_blk::{
 
 use crate::chain::Chain;
 use crate::config::{MAX_RANGES, MAX_REQUEST_BYTES};
-use crate::guest::GuestMemory;
+use crate::guest::{GuestMemory, GuestRange};
 
 /// What the guest is told of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +56,8 @@ pub(crate) enum Kind {
 pub(crate) enum Action {
     /// The device does it.
     Submit(Op),
+    /// The disk's name is written into the request's memory, and it is answered.
+    Identify,
     /// It is answered at once; the text says what the guest did wrong.
     Answer(Status, &'static str),
 }
@@ -65,7 +67,7 @@ const HEADER_LEN: u64 = 16;
 /// One range of a discard or write-zeroes request.
 const RANGE_LEN: u64 = 16;
 /// Bytes of the answer to GET_ID.
-const ID_LEN: usize = 20;
+pub(crate) const ID_LEN: usize = 20;
 
 /// What follows from the features that were negotiated.
 #[derive(Clone, Copy, Debug)]
@@ -74,11 +76,11 @@ pub(crate) struct Durability {
     pub(crate) write_through: bool,
 }
 
-/// Reads what the chain asks for. Data is not touched; a write's is copied by the device as it is submitted.
+/// Reads what the chain asks for. Nothing is written to guest memory; data that is to be written to the disk is copied
+/// by the device when the request is submitted.
 pub(crate) fn parse(
     chain: &Chain,
     memory: &GuestMemory,
-    device: &dyn BlockDevice,
     durability: Durability,
     origin: Origin,
 ) -> (Kind, Action) {
@@ -97,7 +99,7 @@ pub(crate) fn parse(
         VIRTIO_BLK_T_IN => (Kind::Read, read(chain, memory, sector)),
         VIRTIO_BLK_T_OUT => (Kind::Write, write(chain, memory, sector, origin, fua)),
         VIRTIO_BLK_T_FLUSH => (Kind::Flush, Action::Submit(Op::Flush)),
-        VIRTIO_BLK_T_GET_ID => (Kind::GetId, get_id(chain, memory, device)),
+        VIRTIO_BLK_T_GET_ID => (Kind::GetId, Action::Identify),
         VIRTIO_BLK_T_DISCARD => {
             let op = ranges(chain, memory, 0).map(|(ranges, _)| Op::Discard { ranges, origin });
             (Kind::Discard, op.map_or_else(|answer| answer, Action::Submit))
@@ -145,17 +147,20 @@ fn write(chain: &Chain, memory: &GuestMemory, sector: u64, origin: Origin, fua: 
     }
 }
 
-/// The answer is padded with zeroes; a buffer that is too short gets its beginning.
-fn get_id(chain: &Chain, memory: &GuestMemory, device: &dyn BlockDevice) -> Action {
+/// Writes the disk's name, padded with zeroes, into a request's memory; a buffer that is too short gets its beginning.
+/// The last of the bytes is the status.
+pub(crate) fn identify(
+    writable: &[GuestRange],
+    writable_len: u32,
+    memory: &GuestMemory,
+    device: &dyn BlockDevice,
+) -> Status {
     let mut id = [0; ID_LEN];
     let serial = device.info().serial;
     let kept = serial.len().min(ID_LEN);
     id[..kept].copy_from_slice(&serial.as_bytes()[..kept]);
-    let len = chain.writable_len.saturating_sub(1).min(ID_LEN as u64) as usize;
-    match memory.write(&chain.writable, &id[..len]) {
-        true => Action::Answer(Status::Ok, ""),
-        false => Action::Answer(Status::IoError, "a buffer outside guest memory"),
-    }
+    let len = (writable_len.saturating_sub(1) as usize).min(ID_LEN);
+    if memory.write(writable, &id[..len]) { Status::Ok } else { Status::IoError }
 }
 
 /// The ranges of a discard or write-zeroes request, and the flags that all of them have; those that are not in

@@ -1,16 +1,19 @@
 //! The rings as the connection knows them: how each is set up, whether it runs, and the thread that runs it
 //! (vhost-user, "Ring states").
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use cdp_types::VmControl;
+use cdp_types::{RingStop, VmControl};
 
 use crate::eventfd::EventFd;
 use crate::features::Features;
+use crate::guard::Guard;
 use crate::guest::{DirtyLog, MemoryMap, RingAddresses, RingFault};
 use crate::inflight::{InflightQueue, InflightRegion};
 use crate::queue::{Context, RingStart, Wiring, complain_of_ring};
+use crate::session::Disk;
 use crate::worker::{Command, Worker};
 
 /// How the guest says that there are requests.
@@ -79,7 +82,9 @@ impl Vring {
 /// All rings of a connection, and what they have in common.
 pub(crate) struct Rings {
     vrings: Vec<Vring>,
+    socket: PathBuf,
     vm: Arc<dyn VmControl>,
+    guard: Arc<Guard>,
     pub(crate) memory: Arc<MemoryMap>,
     pub(crate) log: Option<Arc<DirtyLog>>,
     pub(crate) features: Features,
@@ -89,10 +94,12 @@ pub(crate) struct Rings {
 }
 
 impl Rings {
-    pub(crate) fn new(contexts: Vec<Context>, vm: Arc<dyn VmControl>) -> Self {
+    pub(crate) fn new(contexts: Vec<Context>, disk: &Disk) -> Self {
         Self {
             vrings: contexts.into_iter().map(Vring::new).collect(),
-            vm,
+            socket: disk.config.socket.clone(),
+            vm: Arc::clone(&disk.vm),
+            guard: Arc::clone(&disk.guard),
             memory: Arc::default(),
             log: None,
             features: Features::default(),
@@ -212,11 +219,12 @@ impl Rings {
             return;
         }
         let Some(wiring) = self.wiring(index) else { return };
-        self.vm.ring_started(index);
+        self.guard.ring_starts();
+        self.vm.ring_started(&self.socket, index);
         let started = self.start(index, wiring.clone());
         self.ring(index).state = if started.is_ok() { State::Running } else { State::Broken };
         if started.is_err() {
-            self.vm.ring_stopped(index, !self.any_running());
+            self.stopped(index, RingStop::Failed);
         }
     }
 
@@ -251,25 +259,30 @@ impl Rings {
     }
 
     /// Stops a ring and returns the position from which to go on. Nothing is in flight when this returns.
-    pub(crate) fn stop(&mut self, index: u16) -> u16 {
+    pub(crate) fn stop(&mut self, index: u16, why: RingStop) -> u16 {
         let vring = self.ring(index);
         if vring.live() {
             if let Some(Ok(taken)) = vring.worker.as_ref().map(|worker| worker.ask(Command::Stop)) {
                 vring.base = taken;
             }
             vring.state = State::Stopped;
-            let last = !self.any_running();
-            self.vm.ring_stopped(index, last);
+            self.stopped(index, why);
         }
         let vring = self.ring(index);
         (vring.state, vring.kick) = (State::Stopped, Kick::Unset);
         vring.base
     }
 
+    fn stopped(&self, index: u16, why: RingStop) {
+        // In this order: a window can be opened from inside the second.
+        self.guard.ring_stopped();
+        self.vm.ring_stopped(&self.socket, index, why, !self.any_running());
+    }
+
     /// Stops all rings and forgets how they were set up.
     pub(crate) fn reset(&mut self) {
         for index in 0..self.vrings.len() as u16 {
-            self.stop(index);
+            self.stop(index, RingStop::Reset);
             self.ring(index).reset();
         }
     }

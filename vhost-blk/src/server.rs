@@ -16,8 +16,9 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError, VhostUserProtoco
 use crate::back_channel::{BackChannel, peek};
 use crate::complaints::Complaints;
 use crate::eventfd::EventFd;
+use crate::guard::Guard;
 use crate::session::{Disk, Session};
-use crate::socket::Socket;
+use crate::socket::{Socket, peer_of};
 use crate::stats::{ServerCounters, ServerStats};
 use crate::{Error, ErrorKind, ServerConfig};
 
@@ -63,6 +64,7 @@ impl Server {
         let disk = Disk {
             name: config.socket.display().to_string().into(),
             counters: ServerCounters::new(config.queues),
+            guard: Arc::new(Guard::new(config.socket.display().to_string().into(), config.guard_deadline)),
             config,
             device,
             vm,
@@ -101,16 +103,28 @@ impl Server {
         self.shared.disk.counters.read()
     }
 
+    /// The guard of this guest's memory, for as long as anybody wants.
+    #[must_use]
+    pub fn guard(&self) -> Arc<Guard> {
+        Arc::clone(&self.shared.disk.guard)
+    }
+
     /// Stops serving: takes no more requests, waits for those in flight, reports them, closes the connection and
     /// removes the socket. A front end that keeps an in-flight region can go on with the next server where this
     /// one has stopped. Blocks for as long as the device needs for what it has. Calling it again does nothing.
+    ///
+    /// Whoever has a window of the guard open is told to give up. Requests that still wait for touches two seconds later
+    /// are left unanswered, to the next server; a touch that hangs in the kernel is not waited for.
     pub fn shutdown(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.stop.signal();
+        self.shared.disk.guard.stopping();
         let waited = locked(&self.ended).recv_timeout(PATIENCE);
         if waited == Err(RecvTimeoutError::Timeout) {
-            // The device is slow, or the client is in the middle of a message. Of the latter this makes an end.
+            // The device is slow, requests wait for touches, or the client is in the middle of a message. Of the latter two
+            // this makes an end.
+            self.shared.disk.guard.abandon();
             if let Some(connection) = locked(&self.shared.connection).as_ref() {
                 let _ = connection.shutdown(Shutdown::Both);
             }
@@ -180,6 +194,7 @@ impl Shared {
 
     fn serve(&self, socket: &Socket, stream: UnixStream) -> io::Result<Left> {
         *locked(&self.connection) = Some(stream.try_clone()?);
+        self.disk.guard.connected(peer_of(&stream));
         let session = Arc::new(Mutex::new(Session::new(Arc::clone(&self.disk))));
         let mut connection = Connection {
             handler: BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&session)),

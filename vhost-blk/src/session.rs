@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cdp_types::{BlockDevice, VmControl};
+use cdp_types::{BlockDevice, RingStop, VmControl};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -19,6 +19,7 @@ use crate::config::ServerConfig;
 use crate::config_space::{self, WRITEBACK_OFFSET};
 use crate::eventfd::EventFd;
 use crate::features::{self, Features};
+use crate::guard::Guard;
 use crate::guest::{DirtyLog, MAX_REGIONS, MemoryMap, RegionSpec, RingAddresses};
 use crate::inflight::{History, InflightRegion, region_len};
 use crate::queue::Context;
@@ -31,6 +32,7 @@ pub(crate) struct Disk {
     pub(crate) name: Arc<str>,
     pub(crate) device: Arc<dyn BlockDevice>,
     pub(crate) vm: Arc<dyn VmControl>,
+    pub(crate) guard: Arc<Guard>,
     pub(crate) counters: ServerCounters,
     /// Whether the guest has turned the write cache off. A front end does not say it again when it reconnects, so it
     /// is kept until a guest starts anew: here, and in the in-flight region for the next process.
@@ -61,9 +63,10 @@ impl Session {
             counters: Arc::clone(&disk.counters.queues[usize::from(index)]),
             busy_poll: disk.config.busy_poll,
             queue_bytes: disk.config.queue_bytes,
+            guard: Arc::clone(&disk.guard),
         };
         Self {
-            rings: Rings::new((0..disk.config.queues).map(context).collect(), Arc::clone(&disk.vm)),
+            rings: Rings::new((0..disk.config.queues).map(context).collect(), &disk),
             disk,
             features: Features::default(),
             protocol: VhostUserProtocolFeatures::empty(),
@@ -101,7 +104,8 @@ impl Session {
             self.rings.pause();
         }
         self.rings.leave();
-        self.disk.vm.disconnected();
+        self.disk.guard.disconnected();
+        self.disk.vm.disconnected(&self.disk.config.socket);
     }
 
     fn refuse<T>(&mut self, why: impl Into<String>) -> Result<T> {
@@ -132,7 +136,9 @@ impl Session {
             return self.refuse("the memory goes on past the end of the dirty log");
         }
         self.memory = Arc::new(memory);
+        self.disk.guard.set_memory(&self.memory);
         self.spread();
+        self.disk.vm.memory_changed(&self.disk.config.socket);
         Ok(())
     }
 
@@ -274,7 +280,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let ring = self.check_ring(index)?;
-        Ok(VhostUserVringState::new(index, self.rings.stop(ring).into()))
+        Ok(VhostUserVringState::new(index, self.rings.stop(ring, RingStop::Asked).into()))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {

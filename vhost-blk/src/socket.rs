@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -83,6 +83,18 @@ fn remove_stale(path: &Path) -> Result<(), Error> {
         Err(error) => Err(failed(error)),
         Ok(_) => Err(Error::new(ErrorKind::InUse, path)),
     }
+}
+
+/// The process that had the other end when it was connected; 0 if it is not to be seen from here.
+pub(crate) fn peer_of(stream: &UnixStream) -> i32 {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the descriptor is open while `stream` is borrowed, and the kernel writes at most `len` bytes to `peer`.
+    let got = unsafe {
+        let to = (&raw mut peer).cast();
+        libc::getsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, to, &raw mut len)
+    };
+    if got == 0 { peer.pid } else { 0 }
 }
 
 #[cfg(test)]

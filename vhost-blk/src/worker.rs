@@ -117,6 +117,9 @@ impl Thread {
             if told {
                 self.obey();
             }
+            if let Some(queue) = &mut self.queue {
+                queue.resume(self.device.as_deref_mut());
+            }
             if let (Some(queue), Some(device)) = (&mut self.queue, &mut self.device) {
                 queue.take(device.as_mut());
                 queue.publish();
@@ -185,8 +188,9 @@ impl Thread {
 
     fn start(&mut self, start: RingStart) -> Answer {
         let wiring = start.wiring.clone();
-        let started =
-            self.open_device(wiring.kick.as_ref()).and_then(|()| Queue::start(start, self.context.clone()));
+        let started = self
+            .open_device(wiring.kick.as_ref())
+            .and_then(|()| Queue::start(start, self.context.clone(), self.control.clone()));
         match started {
             Ok(queue) => {
                 let taken = queue.taken();

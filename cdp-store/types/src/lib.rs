@@ -16,7 +16,7 @@ mod name;
 mod range;
 
 pub use buffer::{IoBuf, IoSegment};
-pub use control::{NoVmControl, VmControl};
+pub use control::{NoVmControl, RingStop, VmControl};
 pub use device::{
     BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Event, Listener, Op, Ranges, RequestId, Wait,
 };

@@ -48,11 +48,20 @@ pub struct GuestBuilder {
     smp: u32,
     network: bool,
     boot: Boot,
+    incoming: Option<PathBuf>,
 }
 
 impl Default for GuestBuilder {
     fn default() -> Self {
-        Self { disks: Vec::new(), queues: 1, memory_mb: 256, smp: 1, network: false, boot: Boot::Agent }
+        Self {
+            disks: Vec::new(),
+            queues: 1,
+            memory_mb: 256,
+            smp: 1,
+            network: false,
+            boot: Boot::Agent,
+            incoming: None,
+        }
     }
 }
 
@@ -109,7 +118,15 @@ impl GuestBuilder {
         self
     }
 
-    /// Starts QEMU and waits until the guest answers; a guest that boots from its disk is not waited for.
+    /// Does not boot, but goes on where a guest that was built alike has been saved to this file. Its agent does not
+    /// know that, so it can only be heard on its console.
+    #[must_use]
+    pub fn restored_from(mut self, saved: &Path) -> Self {
+        self.incoming = Some(saved.to_owned());
+        self
+    }
+
+    /// Starts QEMU and waits until the guest answers; one that boots from its disk or is restored is not waited for.
     ///
     /// # Errors
     /// QEMU, the kernel or a tool is missing, QEMU refuses, or the guest does not boot in time.
@@ -133,12 +150,12 @@ impl GuestBuilder {
         let qemu = Process::spawn(&name, command, &places.log)?;
         let qmp = Qmp::connect(&places.qmp).with_context(|| crate::process::tail(&places.log, 20))?;
         let channel = match self.boot {
-            Boot::Agent => Some(Channel::new(connect(&places.agent)?)?),
-            Boot::Disk | Boot::Shell => None,
+            Boot::Agent if self.incoming.is_none() => Some(Channel::new(connect(&places.agent)?)?),
+            Boot::Agent | Boot::Disk | Boot::Shell => None,
         };
         let Places { console, console_socket, .. } = places;
         let mut guest = Guest { name, channel, qmp, qemu, console, console_socket, keyboard: None };
-        if self.boot == Boot::Agent {
+        if guest.channel.is_some() {
             guest.wait_boot(1)?;
             if self.network {
                 // What QEMU's user network gives to its first guest.
@@ -192,6 +209,9 @@ impl GuestBuilder {
             let queues = self.queues;
             let device = format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}");
             command.args(["-chardev", &socket, "-device", &device]);
+        }
+        if let Some(saved) = &self.incoming {
+            command.arg("-incoming").arg(format!("file:{}", saved.display()));
         }
         if self.network {
             command.args(["-nic", "user,model=virtio-net-pci"]);

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use vm_memory::FileOffset;
 use vm_memory::mmap::MmapRegion;
 
+use crate::guard::{PAGE, Page, RegionGuard};
+
 /// Regions that a front end may add; as many as the kernel's vhost takes by default.
 pub(crate) const MAX_REGIONS: usize = 509;
 
@@ -54,6 +56,17 @@ impl fmt::Display for MapError {
 struct Region {
     spec: RegionSpec,
     mapping: Arc<MmapRegion>,
+    guard: Arc<RegionGuard>,
+}
+
+impl Region {
+    fn at(&self, inside: u64) -> *mut u8 {
+        self.mapping.as_ptr().wrapping_add(inside as usize)
+    }
+
+    fn page(&self, index: u64, inside: u64) -> Page {
+        Page { region: Arc::clone(&self.guard), mapping: Arc::clone(&self.mapping), index, inside }
+    }
 }
 
 /// All memory that a front end has shared at one time. It is never changed, only replaced: requests in flight keep
@@ -79,10 +92,10 @@ impl MemoryMap {
         if self.regions.iter().any(clash) {
             return Err(MapError::Overlap);
         }
-        let mapping = map(&spec, file)?;
+        let (mapping, guard) = map(&spec, file)?;
         let mut regions = self.regions.clone();
         let at = regions.partition_point(|region| region.spec.guest < spec.guest);
-        regions.insert(at, Region { spec, mapping });
+        regions.insert(at, Region { spec, mapping, guard });
         Ok(Self { regions })
     }
 
@@ -111,6 +124,38 @@ impl MemoryMap {
     /// Calls `f(base, length)` for each mapped piece of guest memory from `addr`. False if not all of it is guest
     /// memory; some pieces may have been given by then. `base` is mapped, readable and writable while `self` lives.
     pub(crate) fn pieces(&self, addr: u64, len: u64, mut f: impl FnMut(*mut u8, usize)) -> bool {
+        self.walk(addr, len, |region, inside, part| f(region.at(inside), part as usize))
+    }
+
+    /// Adds the pages of guest memory from `addr` that are not touched in the present window. What is no guest memory
+    /// has none.
+    pub(crate) fn untouched(&self, addr: u64, len: u64, pages: &mut Vec<Page>) {
+        self.walk(addr, len, |region, inside, part| {
+            let untouched = region.guard.untouched(inside, part);
+            pages.extend(untouched.map(|(index, inside)| region.page(index, inside)));
+        });
+    }
+
+    /// As `untouched`, for bytes at the front end's address `user`. `idle` says which of the bytes, from the first up
+    /// to the second one that it is given, is the best to write over itself.
+    pub(crate) fn untouched_user(&self, user: u64, len: u64, idle: impl Fn(u64, u64) -> u64) -> Vec<Page> {
+        let Some(region) = self.region_of_user(user, len) else { return Vec::new() };
+        let start = user - region.spec.user;
+        let untouched = region.guard.untouched(start, len).map(|(index, inside)| {
+            let first = inside - start;
+            let page_end = first + PAGE - (user + first) % PAGE;
+            region.page(index, start + idle(first, page_end.min(len)))
+        });
+        untouched.collect()
+    }
+
+    /// All regions, as the guard sees them.
+    pub(crate) fn region_guards(&self) -> Vec<Arc<RegionGuard>> {
+        self.regions.iter().map(|region| Arc::clone(&region.guard)).collect()
+    }
+
+    /// Calls `f(region, offset, length)` for each piece of guest memory from `addr`, as `pieces` does.
+    fn walk(&self, addr: u64, len: u64, mut f: impl FnMut(&Region, u64, u64)) -> bool {
         let (mut addr, mut left) = (addr, len);
         let mut next = self.regions.partition_point(|region| region.spec.guest <= addr);
         while left > 0 {
@@ -121,7 +166,7 @@ impl MemoryMap {
                 return false;
             }
             let part = (region.spec.len - inside).min(left);
-            f(region.mapping.as_ptr().wrapping_add(inside as usize), part as usize);
+            f(region, inside, part);
             left -= part;
             match addr.checked_add(part) {
                 Some(end) => addr = end,
@@ -138,12 +183,16 @@ impl MemoryMap {
     /// Where `len` bytes at the front end's address `user` are mapped, if they lie in one region and on a multiple
     /// of `align`. Mapped, readable and writable while `self` lives.
     pub(crate) fn host_of_user(&self, user: u64, len: u64, align: usize) -> Option<*mut u8> {
-        let region = self.regions.iter().find(|region| {
+        let region = self.region_of_user(user, len)?;
+        let host = region.at(user - region.spec.user);
+        (host as usize).is_multiple_of(align).then_some(host)
+    }
+
+    fn region_of_user(&self, user: u64, len: u64) -> Option<&Region> {
+        self.regions.iter().find(|region| {
             user.checked_sub(region.spec.user)
                 .is_some_and(|at| at < region.spec.len && len <= region.spec.len - at)
-        })?;
-        let host = region.mapping.as_ptr().wrapping_add((user - region.spec.user) as usize);
-        (host as usize).is_multiple_of(align).then_some(host)
+        })
     }
 
     /// Where `len` bytes at a guest address are mapped, if they are in one piece. As `host_of_user` otherwise.
@@ -158,7 +207,7 @@ impl MemoryMap {
     }
 }
 
-fn map(spec: &RegionSpec, file: File) -> Result<Arc<MmapRegion>, MapError> {
+fn map(spec: &RegionSpec, file: File) -> Result<(Arc<MmapRegion>, Arc<RegionGuard>), MapError> {
     let end = spec.offset.checked_add(spec.len).ok_or(MapError::Short)?;
     let size = usize::try_from(spec.len).map_err(|_| MapError::Short)?;
     // Touching a page behind the end of its file would end this process and with it every other disk.
@@ -166,8 +215,11 @@ fn map(spec: &RegionSpec, file: File) -> Result<Arc<MmapRegion>, MapError> {
     if metadata.is_file() && metadata.len() < end {
         return Err(MapError::Short);
     }
+    let guard = RegionGuard::new(spec.user, spec.len, spec.offset, &file);
+    let guard = guard.map_err(|error| MapError::Mapping(error.to_string()))?;
     let mapping = MmapRegion::from_file(FileOffset::new(file, spec.offset), size);
-    mapping.map(Arc::new).map_err(|error| MapError::Mapping(error.to_string()))
+    let mapping = mapping.map_err(|error| MapError::Mapping(error.to_string()))?;
+    Ok((Arc::new(mapping), Arc::new(guard)))
 }
 
 #[cfg(test)]

@@ -15,6 +15,8 @@ use std::sync::Arc;
 use cdp_types::{IoBuf, IoSegment};
 use smallvec::SmallVec;
 
+use crate::guard::Page;
+
 pub(crate) use dirty::DirtyLog;
 pub(crate) use map::{MAX_REGIONS, MemoryMap, RegionSpec};
 pub(crate) use ring::{Descriptor, Ring, RingAddresses, RingFault};
@@ -78,6 +80,20 @@ impl GuestMemory {
             unsafe { ptr::copy_nonoverlapping(from.as_ptr().add(done), base, len) };
             done += len;
         })
+    }
+
+    pub(crate) fn map(&self) -> &MemoryMap {
+        &self.map
+    }
+
+    /// Adds the pages of the ranges' first `len` bytes that are not touched in the present window.
+    pub(crate) fn untouched(&self, ranges: &[GuestRange], len: u64, pages: &mut Vec<Page>) {
+        let mut left = len;
+        for range in ranges {
+            let part = u64::from(range.len).min(left);
+            self.map.untouched(range.addr, part, pages);
+            left -= part;
+        }
     }
 
     /// Writes a request's status byte; false if it is no longer guest memory.

@@ -9,7 +9,8 @@ use virtio_bindings::bindings::virtio_ring::{
     VRING_USED_F_NO_NOTIFY,
 };
 
-use super::GuestMemory;
+use super::{GuestMemory, MemoryMap};
+use crate::guard::Page;
 
 /// Where the front end says the parts of a ring are, in its own addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +26,22 @@ impl RingAddresses {
     /// The first guest address behind the logged used ring of `size` entries.
     pub(crate) fn used_log_end(&self, size: u16) -> u64 {
         self.used_log.map_or(0, |addr| addr.saturating_add(used_len(size)))
+    }
+
+    /// The pages of the used ring that are not touched in the present window: all that we write of a ring.
+    pub(crate) fn untouched(&self, map: &MemoryMap, size: u16) -> Vec<Page> {
+        map.untouched_user(self.used, used_len(size), idle_byte)
+    }
+}
+
+/// A byte of the used ring, from `from` up to `to`, that never changes, or else one that only we write: the upper half
+/// of the flags, the top byte of an entry's head, of its length.
+fn idle_byte(from: u64, to: u64) -> u64 {
+    let entry_byte =
+        |nth| (from..to).find(|at| *at >= ENTRIES as u64 && (at - ENTRIES as u64) % USED_ENTRY as u64 == nth);
+    match from {
+        0 => FLAGS as u64 + 1,
+        _ => entry_byte(3).or_else(|| entry_byte(7)).unwrap_or(from),
     }
 }
 
@@ -192,7 +209,8 @@ impl Parts {
 }
 
 impl Ring {
-    /// A ring of `size` entries, of which `taken` is the next to take. The used index is what the guest sees.
+    /// A ring of `size` entries, of which `taken` is the next to take. The used index is what the guest sees. Nothing
+    /// is written to it before `say_wish`.
     pub(crate) fn new(
         memory: &GuestMemory,
         addresses: &RingAddresses,
@@ -201,21 +219,24 @@ impl Ring {
         event_idx: bool,
     ) -> Result<Self, RingFault> {
         let parts = Parts::find(memory, addresses, size)?;
-        let mut ring = Self { parts, size, taken, used: 0, event_idx, wants_kicks: true };
+        let mut ring = Self { parts, size, taken, used: 0, event_idx, wants_kicks: false };
         ring.used = u16::from_le(ring.used_field(INDEX).load(Ordering::Acquire));
-        ring.set_wants_kicks(memory, false);
         Ok(ring)
     }
 
-    /// Goes on in other memory or with other logging, where it was.
+    /// Goes on in other memory or with other logging, where it was. Nothing is written to it before `say_wish`.
     pub(crate) fn move_to(
         &mut self,
         memory: &GuestMemory,
         addresses: &RingAddresses,
     ) -> Result<(), RingFault> {
         self.parts = Parts::find(memory, addresses, self.size)?;
-        self.set_wants_kicks(memory, self.wants_kicks);
         Ok(())
+    }
+
+    /// Tells the guest anew whether it should kick.
+    pub(crate) fn say_wish(&mut self, memory: &GuestMemory) {
+        self.set_wants_kicks(memory, self.wants_kicks);
     }
 
     pub(crate) fn size(&self) -> u16 {

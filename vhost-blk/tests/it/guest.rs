@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -61,6 +61,8 @@ pub(crate) const SLOT_DATA_LEN: u64 = 0x8000;
 pub(crate) struct Memory {
     pub(crate) file: File,
     mapping: MmapRegion,
+    /// Where the front end says that it has mapped the memory.
+    claimed: AtomicU64,
 }
 
 impl Memory {
@@ -69,7 +71,8 @@ impl Memory {
         file.set_len(MEMORY_LEN).unwrap();
         let mapping =
             MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), MEMORY_LEN as usize);
-        Self { file, mapping: mapping.unwrap() }
+        let mapping = mapping.unwrap();
+        Self { file, claimed: AtomicU64::new(mapping.as_ptr() as u64), mapping }
     }
 
     fn at(&self, addr: u64, len: u64) -> *mut u8 {
@@ -107,8 +110,18 @@ impl Memory {
         }
     }
 
-    /// Where the front end has mapped a guest address.
+    /// Where the front end says that it has mapped a guest address.
     pub(crate) fn user(&self, addr: u64) -> u64 {
+        self.claimed.load(Ordering::Relaxed) + (addr - BASE)
+    }
+
+    /// From now on the front end says that its mapping begins here.
+    pub(crate) fn claim(&self, address: u64) {
+        self.claimed.store(address, Ordering::Relaxed);
+    }
+
+    /// Where a guest address is really mapped, for the guest.
+    pub(crate) fn mapped(&self, addr: u64) -> u64 {
         self.mapping.as_ptr() as u64 + (addr - BASE)
     }
 }

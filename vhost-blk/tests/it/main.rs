@@ -3,18 +3,21 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod clients;
+mod guard;
 mod guest;
 mod hostile;
 mod inflight;
 mod lifecycle;
 mod migration;
 mod requests;
+mod saver;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use cdp_types::{BlockDevice, MemoryConfig, MemoryDevice, MemoryFaults, NoVmControl, VmControl};
+use cdp_types::{BlockDevice, MemoryConfig, MemoryDevice, MemoryFaults, NoVmControl, RingStop, VmControl};
 use tempfile::TempDir;
 use vhost_blk::{Server, ServerConfig};
 
@@ -65,13 +68,22 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 pub(crate) struct Recorder(pub(crate) Mutex<Vec<String>>);
 
 impl VmControl for Recorder {
-    fn ring_started(&self, ring: u16) {
+    fn ring_started(&self, _socket: &Path, ring: u16) {
         self.0.lock().unwrap().push(format!("started {ring}"));
     }
-    fn ring_stopped(&self, ring: u16, last: bool) {
-        self.0.lock().unwrap().push(format!("stopped {ring}{}", if last { ", the last" } else { "" }));
+    fn ring_stopped(&self, _socket: &Path, ring: u16, why: RingStop, last: bool) {
+        let why = match why {
+            RingStop::Asked => "stopped",
+            RingStop::Reset => "reset",
+            RingStop::Failed => "failed",
+        };
+        self.0.lock().unwrap().push(format!("{why} {ring}{}", if last { ", the last" } else { "" }));
     }
-    fn disconnected(&self) {
+    fn memory_changed(&self, socket: &Path) {
+        assert_eq!(socket.file_name().unwrap(), "disk.sock");
+        self.0.lock().unwrap().push("memory".to_owned());
+    }
+    fn disconnected(&self, _socket: &Path) {
         self.0.lock().unwrap().push("disconnected".to_owned());
     }
 }

@@ -1,5 +1,7 @@
 //! A running ring: requests are taken from it, given to the device, and reported back, many at a time.
 
+mod guarded;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,9 +13,10 @@ use crate::chain::Chain;
 use crate::complaints::Complaints;
 use crate::eventfd::EventFd;
 use crate::features::Features;
+use crate::guard::{Guard, Mailbox};
 use crate::guest::{DirtyLog, GuestMemory, GuestRange, MemoryMap, Ring, RingAddresses, RingFault};
 use crate::inflight::{Found, InflightQueue, Unfinished};
-use crate::request::{Action, Durability, Kind, Status, parse};
+use crate::request::{Action, Durability, Kind, Status, identify, parse};
 use crate::spin::Spin;
 use crate::stats::QueueCounters;
 
@@ -30,6 +33,7 @@ pub(crate) struct Context {
     pub(crate) counters: Arc<QueueCounters>,
     pub(crate) busy_poll: Duration,
     pub(crate) queue_bytes: u64,
+    pub(crate) guard: Arc<Guard>,
 }
 
 /// What can be changed while the ring runs.
@@ -68,6 +72,8 @@ struct Slot {
     busy: bool,
     /// With the device.
     submitted: bool,
+    /// What is to be done with it once its pages are touched.
+    parked: Option<Action>,
     kind: Kind,
     /// Where its status goes.
     status: u64,
@@ -92,7 +98,12 @@ pub(crate) struct Queue {
     /// Left in flight by a dead process, in the order in which they were taken; and whether the log has them.
     unfinished: VecDeque<(Unfinished, bool)>,
     submitted: usize,
+    parked: usize,
     bytes: u64,
+    /// Where touches that have ended are told.
+    mail: Arc<Mailbox>,
+    /// Whether the used ring may be written: its pages are touched, or no window is open. Nothing is taken before.
+    ring_ready: bool,
     /// Answered, and not yet reported to the guest.
     answered: Vec<u16>,
     chain: Chain,
@@ -105,11 +116,18 @@ pub(crate) struct Queue {
 
 impl Queue {
     /// Starts a ring, with what a dead process left in flight on it.
-    pub(crate) fn start(start: RingStart, context: Context) -> Result<Self, RingFault> {
+    ///
+    /// `wake` wakes the thread that runs it.
+    pub(crate) fn start(start: RingStart, context: Context, wake: EventFd) -> Result<Self, RingFault> {
         let RingStart { size, base, features, wiring, inflight, refuse, write_through } = start;
         let memory = GuestMemory::new(Arc::clone(&wiring.memory), wiring.log.clone());
         let ring = Ring::new(&memory, &wiring.addresses, size, base, features.event_idx())?;
+        let mail = Arc::new(Mailbox::new(wake));
+        context.guard.register(&mail);
         let mut queue = Self {
+            mail,
+            ring_ready: false,
+            parked: 0,
             spin: Spin::new(context.busy_poll),
             ring,
             memory,
@@ -131,6 +149,7 @@ impl Queue {
             context,
         };
         queue.recover();
+        queue.look_at_ring();
         Ok(queue)
     }
 
@@ -185,9 +204,13 @@ impl Queue {
         self.leaving = true;
     }
 
-    /// Whether nothing that was taken is left to be done.
+    /// Whether nothing that was taken is left to be done. What waits for touches is given up only when the front end or
+    /// this server goes: it stays in the in-flight region.
     pub(crate) fn drained(&self) -> bool {
-        self.submitted == 0 && (self.unfinished.is_empty() || self.broken || self.leaving)
+        let given_up = self.leaving || self.context.guard.abandoned();
+        let reported = self.parked == 0 && self.answered.is_empty();
+        let finished = self.unfinished.is_empty() || self.broken;
+        self.submitted == 0 && (reported && finished || given_up)
     }
 
     /// Goes on with other memory, addresses, logging or descriptors, between two requests.
@@ -202,6 +225,7 @@ impl Queue {
             call.signal();
         }
         (self.memory, self.wiring) = (memory, wiring);
+        self.look_at_ring();
     }
 
     /// Stops taking requests until the ring is started anew. What is in flight ends as usual.
@@ -214,7 +238,7 @@ impl Queue {
 
     /// How long the device may sleep. Asks the guest for kicks before it may.
     pub(crate) fn wait(&mut self) -> Wait {
-        if self.broken || self.paused || self.leaving || self.full() {
+        if self.broken || self.paused || self.leaving || !self.ring_ready || self.full() {
             return Wait::Forever;
         }
         if self.spin.look_on() {
@@ -237,7 +261,7 @@ impl Queue {
 
     /// Takes everything that there is to take.
     pub(crate) fn take(&mut self, device: &mut dyn DeviceQueue) {
-        if self.broken || self.leaving {
+        if self.broken || self.leaving || !self.ring_ready {
             return;
         }
         if let Err(fault) = self.take_all(device) {
@@ -312,38 +336,54 @@ impl Queue {
             _ if self.refuse => {
                 (Kind::Unknown, Action::Answer(Status::IoError, "the disk was reverted under the guest"))
             }
-            _ => parse(&self.chain, &self.memory, &*self.context.disk, durability, origin),
+            _ => parse(&self.chain, &self.memory, durability, origin),
         };
         slot.kind = kind;
         slot.writable_len = u32::try_from(self.chain.writable_len).unwrap_or(u32::MAX);
         std::mem::swap(&mut slot.writable, &mut self.chain.writable);
+        if let Action::Submit(Op::Read { into: data, .. } | Op::Write { from: data, .. }) = &action {
+            slot.bytes = data.len() as u64;
+        } else {
+            slot.bytes = 0;
+        }
+        self.bytes += slot.bytes;
+        if before.is_some() && matches!(action, Action::Submit(_)) {
+            self.context.counters.resubmitted.add(1);
+        }
+        self.carry_out(device, head, action);
+        Ok(())
+    }
+
+    /// Does what a request asks for, once nothing that is written to guest memory for it lies in an untouched page.
+    fn carry_out(&mut self, device: &mut dyn DeviceQueue, head: u16, action: Action) {
+        let Some(action) = self.park(head, action) else { return };
+        let slot = &mut self.slots[usize::from(head)];
         match action {
             Action::Answer(status, why) => {
+                let kind = slot.kind;
                 if status != Status::Ok {
                     let Context { index: queue, name, .. } = &self.context;
                     self.complaints.say(|more| {
                         tracing::warn!(socket = %name, queue, ?kind, more, "request refused: {why}");
                     });
                 }
-                slot.bytes = 0;
+                self.answer(head, status);
+            }
+            Action::Identify => {
+                let status = identify(&slot.writable, slot.writable_len, &self.memory, &*self.context.disk);
                 self.answer(head, status);
             }
             Action::Submit(op) => {
-                slot.bytes = match &op {
-                    Op::Read { into: data, .. } | Op::Write { from: data, .. } => data.len() as u64,
-                    Op::WriteZeroes { .. } | Op::Discard { .. } | Op::Flush => 0,
-                };
                 slot.submitted = true;
-                self.bytes += slot.bytes;
                 self.submitted += 1;
-                self.context.counters.in_flight.set(self.submitted as u64);
-                if before.is_some() {
-                    self.context.counters.resubmitted.add(1);
-                }
+                self.count_in_flight();
                 device.submit(RequestId(head.into()), op);
             }
         }
-        Ok(())
+    }
+
+    fn count_in_flight(&self) {
+        self.context.counters.in_flight.set((self.submitted + self.parked) as u64);
     }
 
     /// Whether writes must be durable before they are answered (virtio 1.3, 5.2.5.2).
@@ -364,19 +404,18 @@ impl Queue {
         };
         slot.submitted = false;
         self.submitted -= 1;
-        self.context.counters.in_flight.set(self.submitted as u64);
-        self.bytes -= slot.bytes;
         self.spin.worked();
         if let Err(error) = &result {
             let kind = slot.kind;
             self.complaints
                 .say(|more| tracing::warn!(socket = %name, queue, ?kind, more, "request failed: {error}"));
         }
+        self.count_in_flight();
         let gone = matches!(&result, Err(error) if error.kind() == IoErrorKind::Gone);
         if self.leaving && (self.inflight.is_none() || gone) {
             return;
         }
-        self.answer(id.0 as u16, Status::from(&result));
+        self.report(id.0 as u16, Status::from(&result));
     }
 
     /// Fails everything that the device has, because it will not answer any more.
@@ -392,6 +431,7 @@ impl Queue {
         self.break_off(RingFault::Device);
     }
 
+    /// Writes a request's status. Its page is touched.
     fn answer(&mut self, head: u16, status: Status) {
         let slot = &self.slots[usize::from(head)];
         if !self.memory.write_status(slot.status, status.byte()) {
@@ -400,6 +440,7 @@ impl Queue {
         }
         self.memory.written(&slot.writable);
         self.answered.push(head);
+        self.bytes -= slot.bytes;
         let counters = &self.context.counters;
         let (count, bytes) = match slot.kind {
             Kind::Read => (&counters.reads, Some(&counters.bytes_read)),
@@ -421,7 +462,7 @@ impl Queue {
     /// explains, then at most one interrupt.
     pub(crate) fn publish(&mut self) {
         let count = self.answered.len() as u16;
-        if count == 0 {
+        if count == 0 || !self.ring_ready {
             return;
         }
         for (nth, &head) in (0..).zip(&self.answered) {
