@@ -84,13 +84,15 @@ impl Bridge {
         self.state.borrow().state.clone()
     }
 
-    /// Waits for its state to become another than it was when this was called. Cancel-safe.
-    pub async fn changed(&self) -> State {
-        let mut state = self.state.clone();
-        // The task ends only with this bridge.
-        let _ = state.changed().await;
-        let now = state.borrow();
-        now.state.clone()
+    /// Waits until its state is one that is `wanted`: that state. No state that lasts is missed; one that was left
+    /// again at once may be, and is then among the notices of a [`Subscription`]. Cancel-safe.
+    pub async fn until(&self, mut wanted: impl FnMut(&State) -> bool) -> State {
+        let mut current = self.state.clone();
+        match current.wait_for(|now| wanted(&now.state)).await {
+            Ok(now) => now.state.clone(),
+            // The task ends only with this bridge, which is borrowed.
+            Err(_) => self.state(),
+        }
     }
 
     /// The connection that is up now.

@@ -145,6 +145,8 @@ pub(crate) fn command_line(name: &str, arguments: Option<&Value>, id: u64, oob: 
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     #[test]

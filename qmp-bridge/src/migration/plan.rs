@@ -162,6 +162,8 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     const MODES: [Mode; 3] = [Mode::Hot, Mode::Live, Mode::Pause];

@@ -31,16 +31,10 @@ async fn a_bridge_comes_back_and_repeats_nothing() {
     let error = timely(client.execute_raw("stop", Value::Null)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Gone);
 
-    let again = timely(async {
-        loop {
-            if let State::Connected { connection: 2, version } = bridge.state() {
-                assert_eq!(version.to_string(), "10.0.2");
-                return bridge.client().unwrap();
-            }
-            bridge.changed().await;
-        }
-    })
-    .await;
+    let second = |state: &State| matches!(state, State::Connected { connection: 2, .. });
+    timely(bridge.until(second)).await;
+    let again = bridge.client().unwrap();
+    assert_eq!(again.version().to_string(), "10.0.2");
     timely(again.execute_raw("cont", Value::Null)).await.unwrap();
     assert_eq!(*heard.lock().unwrap(), ["stop", "cont"]);
     // The old connection stays what it is.

@@ -1,6 +1,8 @@
 //! The client, the bridge and what is built on them, against a fake QEMU, against recordings of real ones, and against
 //! the QEMU that is installed. A missing QEMU is a failure.
 
+#![allow(clippy::unwrap_used, missing_docs)]
+
 mod agent;
 mod bridge;
 mod faults;

@@ -31,7 +31,7 @@ impl Process {
         let mut process = Self(child);
         let by = Instant::now() + START_DEADLINE;
         while !socket.exists() {
-            assert!(process.0.try_wait().unwrap().is_none(), "{program:?} has ended; see above why");
+            assert!(matches!(process.0.try_wait(), Ok(None)), "{program:?} has ended; see above why");
             assert!(Instant::now() < by, "{program:?} makes no socket");
             std::thread::sleep(Duration::from_millis(10));
         }

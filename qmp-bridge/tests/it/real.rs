@@ -101,10 +101,9 @@ async fn a_second_client_is_told_that_the_socket_is_held_and_gets_it_afterwards(
     let first = Client::connect(&qemu.qmp, Options::default()).await.unwrap();
     let backoff = Backoff { first: Duration::from_millis(50), longest: Duration::from_millis(50) };
     let bridge = Bridge::start(&qemu.qmp, hasty_options(), backoff);
-    timely(async {
-        while !matches!(bridge.changed().await, State::Disconnected { reason } if reason.kind() == ErrorKind::Held) {}
-    })
-    .await;
+    let held =
+        |state: &State| matches!(state, State::Disconnected { reason } if reason.kind() == ErrorKind::Held);
+    timely(bridge.until(held)).await;
     drop(first);
     timely(bridge.connected(DEADLINE)).await.unwrap();
 }
@@ -119,15 +118,7 @@ async fn a_bridge_outlives_its_qemu() {
     assert_eq!(timely(client.ended()).await.kind(), ErrorKind::Gone);
     std::fs::remove_file(dir.path().join("qmp")).unwrap();
     let _qemu = Qemu::start(QEMU, dir.path(), &NONE);
-    timely(async {
-        loop {
-            if matches!(bridge.state(), State::Connected { connection: 2, .. }) {
-                return;
-            }
-            bridge.changed().await;
-        }
-    })
-    .await;
+    timely(bridge.until(|state| matches!(state, State::Connected { connection: 2, .. }))).await;
 }
 
 #[tokio::test]

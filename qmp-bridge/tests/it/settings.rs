@@ -182,7 +182,7 @@ async fn settings_are_restored_whatever_fails() {
 }
 
 #[tokio::test]
-async fn what_somebody_else_has_set_meanwhile_is_left_alone() {
+async fn a_plan_turns_off_all_that_it_does_not_want_and_leaves_alone_what_somebody_else_sets_meanwhile() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
     let model = Arc::new(Mutex::new(Model::new(None)));
@@ -194,7 +194,13 @@ async fn what_somebody_else_has_set_meanwhile_is_left_alone() {
     let client = hasty(&path).await.unwrap();
     let mut saved = None;
     timely(begin(&client, Mode::Hot, &mut saved)).await.unwrap();
-    model.lock().unwrap().parameters.insert("cpu-throttle".into(), json!(9));
+    {
+        let mut model = model.lock().unwrap();
+        let on = model.capabilities.iter().filter(|(_, on)| **on == true).map(|(name, _)| name.as_str());
+        assert_eq!(on.collect::<Vec<_>>(), ["background-snapshot", "events"]);
+        assert_eq!(model.parameters["tls-creds"], "");
+        model.parameters.insert("cpu-throttle".into(), json!(9));
+    }
     let saved: Saved = serde_json::from_str(&saved.unwrap()).unwrap();
     let progress = timely(migration::wind_down(&client, &saved)).await.unwrap();
     assert_eq!(progress.status, MigrationStatus::Cancelled);
