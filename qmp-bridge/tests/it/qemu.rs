@@ -22,7 +22,7 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 pub struct Process(Child);
 
 impl Process {
-    /// Starts it, and waits until `socket` is there.
+    /// Starts it, and waits until it listens at `socket`.
     pub fn start(command: &mut Command, socket: &Path) -> Self {
         let program = command.get_program().to_owned();
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap_or_else(|error| {
@@ -30,13 +30,24 @@ impl Process {
         });
         let mut process = Self(child);
         let by = Instant::now() + START_DEADLINE;
-        while !socket.exists() {
+        while !is_listened_at(socket) {
             assert!(matches!(process.0.try_wait(), Ok(None)), "{program:?} has ended; see above why");
-            assert!(Instant::now() < by, "{program:?} makes no socket");
+            assert!(Instant::now() < by, "{program:?} does not listen at its socket");
             std::thread::sleep(Duration::from_millis(10));
         }
         process
     }
+}
+
+/// A socket is in its directory before anybody listens there. Looking does not connect: a QMP socket takes one client.
+fn is_listened_at(socket: &Path) -> bool {
+    /// `__SO_ACCEPTCON`, in the column of flags.
+    const LISTENS: &str = "00010000";
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    sockets.lines().any(|line| {
+        let mut columns = line.split_whitespace();
+        columns.nth(3) == Some(LISTENS) && columns.nth(3).is_some_and(|path| Path::new(path) == socket)
+    })
 }
 
 impl Drop for Process {
