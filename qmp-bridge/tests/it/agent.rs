@@ -1,0 +1,109 @@
+//! The guest agent: whatever happens, no guest stays frozen.
+
+use std::time::Duration;
+
+use qmp_bridge::fake::{AgentConduct, GuestAgent};
+use qmp_bridge::{Agent, AgentOptions, ErrorKind};
+
+use crate::{SOON, timely};
+
+fn options() -> AgentOptions {
+    AgentOptions { command_deadline: SOON, freeze_deadline: SOON, max_line_bytes: 4096 }
+}
+
+fn guest(conduct: AgentConduct) -> (tempfile::TempDir, GuestAgent, Agent) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("agent");
+    let guest = GuestAgent::start(&path, conduct).unwrap();
+    let agent = Agent::new(&path, options());
+    (dir, guest, agent)
+}
+
+async fn thawed(guest: &GuestAgent) {
+    timely(async {
+        while guest.is_frozen() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_guest_is_frozen_and_thawed_past_old_answers_in_the_port() {
+    let (_dir, guest, agent) = guest(AgentConduct::Obeys);
+    let frozen = timely(agent.freeze()).await.unwrap();
+    assert_eq!(frozen.filesystems(), 2);
+    assert!(guest.is_frozen());
+    assert_eq!(timely(frozen.thaw()).await.unwrap(), 2);
+    assert!(!guest.is_frozen());
+    assert_eq!(guest.thaws(), 1);
+    let mut agent = Agent::new(&_dir.path().join("agent"), options());
+    assert_eq!(timely(agent.freeze_status()).await.unwrap(), "thawed");
+}
+
+#[tokio::test]
+async fn a_frozen_guest_that_is_forgotten_thaws() {
+    let (_dir, guest, agent) = guest(AgentConduct::Obeys);
+    let frozen = timely(agent.freeze()).await.unwrap();
+    assert!(guest.is_frozen());
+    drop(frozen);
+    thawed(&guest).await;
+}
+
+#[tokio::test]
+async fn a_freeze_that_is_not_answered_is_undone() {
+    let (_dir, guest, agent) = guest(AgentConduct::FreezesInSilence);
+    let error = timely(agent.freeze()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Deadline);
+    assert_eq!(guest.thaws(), 1);
+    assert!(!guest.is_frozen());
+}
+
+#[tokio::test]
+async fn a_freeze_that_is_given_up_is_undone() {
+    let (_dir, guest, agent) = guest(AgentConduct::FreezesInSilence);
+    let given_up = timely(async {
+        let freezing = agent.freeze();
+        tokio::pin!(freezing);
+        loop {
+            tokio::select! {
+                done = &mut freezing => panic!("{done:?}"),
+                () = tokio::time::sleep(Duration::from_millis(5)) => {}
+            }
+            if guest.is_frozen() {
+                return true;
+            }
+        }
+    });
+    assert!(given_up.await);
+    thawed(&guest).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_refuses_says_why_and_is_thawed_all_the_same() {
+    let (_dir, guest, agent) = guest(AgentConduct::RefusesToFreeze);
+    let error = timely(agent.freeze()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    assert!(error.to_string().contains("failed to freeze /"), "{error}");
+    assert_eq!(guest.thaws(), 1);
+}
+
+#[tokio::test]
+async fn a_thaw_is_tried_again_on_a_new_connection() {
+    let (_dir, guest, agent) = guest(AgentConduct::HangsUpAtThaw);
+    let frozen = timely(agent.freeze()).await.unwrap();
+    assert_eq!(timely(frozen.thaw()).await.unwrap(), 2);
+    assert_eq!(guest.thaws(), 2);
+    assert!(!guest.is_frozen());
+}
+
+#[tokio::test]
+async fn a_guest_without_agent_is_not_asked_to_freeze() {
+    let (_dir, guest, agent) = guest(AgentConduct::Absent);
+    let error = timely(agent.freeze()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Deadline);
+    assert!(error.to_string().contains("qemu-ga"), "{error}");
+    assert_eq!(guest.thaws(), 0);
+    let nobody = Agent::new(&_dir.path().join("none"), options());
+    assert_eq!(timely(nobody.freeze()).await.unwrap_err().kind(), ErrorKind::Unreachable);
+}
