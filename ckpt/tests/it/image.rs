@@ -7,8 +7,8 @@ use std::time::Duration;
 use cdp_types::{MemoryConfig, MemoryDevice, MemoryFaults};
 use ckpt::ErrorKind;
 use ckpt::memory::{
-    Control, MachineFacts, MemoryPages, PageStore, Progress, QueueStore, Restorer, Saver, capacity_for,
-    save_stream,
+    Completion, Control, MachineFacts, MemoryPages, PageStore, Progress, QueueStore, Request, Restorer,
+    Saver, capacity_for, save_stream,
 };
 use ckpt::stream::{Content, Limits, Opaque, Page, StreamReader};
 use rand::SeedableRng;
@@ -35,6 +35,28 @@ pub fn restore<S: PageStore>(store: S) -> Result<(S, Vec<u8>), ckpt::Error> {
     let mut stream = Vec::new();
     let (store, _) = unhindered(|control| Restorer::open(store, control)?.stream_to(&mut stream, control))?;
     Ok((store, stream))
+}
+
+/// A volume that outlives who uses it.
+#[derive(Clone, Debug)]
+struct Shared(Arc<std::sync::Mutex<MemoryPages>>);
+
+impl PageStore for Shared {
+    fn capacity(&self) -> u64 {
+        self.0.lock().unwrap().capacity()
+    }
+
+    fn submit(&mut self, token: u64, request: Request) {
+        self.0.lock().unwrap().submit(token, request);
+    }
+
+    fn completed(&mut self, patience: Duration, done: &mut Vec<Completion>) -> Result<(), ckpt::Error> {
+        self.0.lock().unwrap().completed(patience, done)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.0.lock().unwrap().in_flight()
+    }
 }
 
 fn blank() -> MemoryPages {
@@ -78,6 +100,24 @@ fn blocks_that_have_gone_take_no_space() {
     let (pages, _) = save(&hot(&smaller), pages).unwrap();
     assert_eq!(pages.bytes_used(), used - 3 * 4096);
     assert_eq!(read(&restore(pages).unwrap().1[..]).unwrap().0, smaller);
+}
+
+#[test]
+fn what_an_unfinished_image_left_anywhere_takes_no_space_after_the_next() {
+    let machine = Machine::new(&[("pc.ram", &[1, 2, 3])]);
+    let (mut pages, _) = save(&hot(&machine), blank()).unwrap();
+    let used = pages.bytes_used();
+    // Saving it once more ends early, with something behind the block that nobody uses any more.
+    let larger = Machine::new(&[("pc.ram", &[1, 2, 3, 4])]);
+    let slot = 2 << 20;
+    pages = unhindered(|control| {
+        let store = Shared(Arc::new(std::sync::Mutex::new(pages)));
+        drop(Saver::begin(store.clone(), &larger.ram_blocks(), facts(), control).unwrap());
+        Arc::into_inner(store.0).unwrap().into_inner().unwrap()
+    });
+    pages.rot(slot + 5 * 4096);
+    let (pages, _) = save(&hot(&machine), pages).unwrap();
+    assert_eq!(pages.bytes_used(), used);
 }
 
 #[test]

@@ -150,9 +150,9 @@ impl Draft {
     pub fn page(&mut self, machine: &Machine, block: usize, at: usize, number: u32) {
         let kind = if number == 0 { 2 } else { 8 };
         if self.block == Some(block) {
-            self.number(at as u64 * PAGE | kind | 0x20);
+            self.number((at as u64 * PAGE) | kind | 0x20);
         } else {
-            self.number(at as u64 * PAGE | kind);
+            self.number((at as u64 * PAGE) | kind);
             self.name(&machine.blocks[block].name);
             self.block = Some(block);
         }
