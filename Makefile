@@ -69,7 +69,7 @@ lint: own-target ## Formatting, clippy with warnings as errors, and this project
 .PHONY: test
 test: lint build ## What CI runs: lint, unit, property, model and crash tests, then end to end under QEMU
 	$(call section,unit property model and crash tests; fuzzers for a minute each)
-	NBD_FUZZ_SECONDS=60 INSTANT_FUZZ_SECONDS=60 $(CARGO) test --release --workspace --exclude e2e
+	NBD_FUZZ_SECONDS=60 INSTANT_FUZZ_SECONDS=60 MIGRATION_FUZZ_SECONDS=60 $(CARGO) test --release --workspace --exclude e2e
 	$(call section,end-to-end tests under QEMU)
 	$(CARGO) test --release -p e2e
 

@@ -1,0 +1,37 @@
+//! Checkpoints: a running machine's memory and devices, taken out of QEMU and put back.
+//!
+//! ```text
+//!  QEMU ── migrate ──► StreamReader ── pages ──► Saver ────► PageStore (a volume's DeviceQueue)
+//!                          └── everything else, as bytes ──►   │   header, slots, RAM blocks, opaque parts
+//!  QEMU ◄─ -incoming ─ StreamWriter ◄─ pages ── Restorer ◄─────┘
+//! ```
+//!
+//! - [`stream`] knows QEMU's migration stream: what is memory in it and what is not, and nothing of devices.
+//! - [`memory`] keeps a machine's memory on a volume, each page at its place, and writes only what has changed.
+//!
+//! What it keeps to:
+//! - **A stream is untrusted.** Whatever comes ends in a clear error with its position: no panic, and no more memory
+//!   than [`stream::Limits`] allow.
+//! - **Whole or not at all.** A stream that was cut short, or in which a page of memory never came, makes no image
+//!   that anyone can restore.
+//! - **No allocation for a page**, on its way in or out.
+//!
+//! Deliberately absent: QMP, epochs, volumes of a store and the catalogue of checkpoints.
+
+#![forbid(unsafe_code)]
+
+mod coverage;
+mod error;
+pub mod memory;
+pub mod stream;
+
+pub use error::{Error, ErrorKind, Place};
+
+/// Bytes in a page of an x86 guest, and in a block of a volume: `TARGET_PAGE_SIZE` in QEMU.
+pub const PAGE_SIZE: usize = 4096;
+
+// A page is a block of the volume, so that a changed page is one changed block.
+const _: () = assert!(PAGE_SIZE as u64 == cdp_types::BLOCK_SIZE);
+
+/// A page of zeroes, to compare with.
+pub(crate) const ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
