@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cdp_types::BlockRange;
 use smallvec::SmallVec;
@@ -16,11 +16,27 @@ pub type Leaf = Box<[BlockState; FANOUT]>;
 /// The states of consecutive blocks.
 pub type States = SmallVec<[BlockState; 32]>;
 
-/// How many leaves a store may cache, all its caches together.
+/// A cache that its user and the budget share.
+pub type SharedLeaves = Arc<Mutex<LeafCache>>;
+
+/// When another cache has to make way it gives back so many leaves at once.
+const RECLAIMED: usize = 64;
+
+/// How many leaves a store may cache, all its caches together. A cache with less than its fair share grows at the
+/// cost of the largest; so what is in use now does not starve because something else was first.
 #[derive(Debug)]
 pub struct LeafBudget {
     limit: usize,
     used: AtomicUsize,
+    /// Caches that are not empty.
+    active: AtomicUsize,
+    caches: Mutex<Vec<Weak<Mutex<LeafCache>>>>,
+}
+
+/// Locks a cache.
+pub fn lock_leaves(cache: &Mutex<LeafCache>) -> MutexGuard<'_, LeafCache> {
+    // It holds nothing that could be half-done.
+    cache.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl LeafBudget {
@@ -28,11 +44,46 @@ impl LeafBudget {
     #[must_use]
     pub fn new(bytes: usize) -> Arc<Self> {
         let leaf_bytes = size_of::<[BlockState; FANOUT]>() + 128;
-        Arc::new(Self { limit: bytes / leaf_bytes, used: AtomicUsize::new(0) })
+        Arc::new(Self {
+            limit: bytes / leaf_bytes,
+            used: AtomicUsize::new(0),
+            active: AtomicUsize::new(0),
+            caches: Mutex::default(),
+        })
+    }
+
+    /// An empty cache, which may have `always` leaves in any case.
+    #[must_use]
+    pub fn cache(self: &Arc<Self>, always: usize) -> SharedLeaves {
+        let budget = Arc::clone(self);
+        let cache = Arc::new(Mutex::new(LeafCache { leaves: BTreeMap::new(), hand: 0, always, budget }));
+        let mut caches = self.caches();
+        caches.retain(|cache| cache.strong_count() > 0);
+        caches.push(Arc::downgrade(&cache));
+        cache
+    }
+
+    fn caches(&self) -> MutexGuard<'_, Vec<Weak<Mutex<LeafCache>>>> {
+        self.caches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_spent(&self) -> bool {
         self.used.load(Ordering::Relaxed) >= self.limit
+    }
+
+    fn fair_share(&self) -> usize {
+        self.limit / self.active.load(Ordering::Relaxed).max(1)
+    }
+
+    /// Has the largest cache give back some leaves; says whether it did. One that is locked now, as the caller's own
+    /// is, is passed over: nobody waits for a lock here.
+    fn reclaim(&self) -> bool {
+        let caches: Vec<SharedLeaves> = self.caches().iter().filter_map(Weak::upgrade).collect();
+        let largest = caches.iter().filter_map(|cache| cache.try_lock().ok()).max_by_key(|cache| cache.len());
+        let Some(mut largest) = largest.filter(|cache| cache.len() > cache.always) else { return false };
+        let most = largest.len() - largest.always;
+        (0..RECLAIMED.min(most)).for_each(|_| largest.evict());
+        true
     }
 }
 
@@ -54,12 +105,6 @@ struct Cached {
 }
 
 impl LeafCache {
-    /// An empty cache that shares a budget with others, and may have `always` leaves in any case.
-    #[must_use]
-    pub fn new(budget: Arc<LeafBudget>, always: usize) -> Self {
-        Self { leaves: BTreeMap::new(), hand: 0, always, budget }
-    }
-
     /// A block's state, if its leaf is there.
     pub fn state(&mut self, block: u64) -> Option<BlockState> {
         let cached = self.leaves.get_mut(&(block / FANOUT as u64))?;
@@ -95,7 +140,12 @@ impl LeafCache {
     /// Puts a leaf in.
     pub fn insert(&mut self, leaf: u64, states: Leaf) {
         while self.leaves.len() >= self.always && self.budget.is_spent() {
-            self.evict();
+            if self.leaves.len() >= self.budget.fair_share() || !self.budget.reclaim() {
+                self.evict();
+            }
+        }
+        if self.leaves.is_empty() {
+            self.budget.active.fetch_add(1, Ordering::Relaxed);
         }
         if self.leaves.insert(leaf, Cached { states, used: true }).is_none() {
             self.budget.used.fetch_add(1, Ordering::Relaxed);
@@ -111,7 +161,7 @@ impl LeafCache {
                     self.hand = leaf + 1;
                     if !std::mem::take(&mut cached.used) {
                         self.leaves.remove(&leaf);
-                        self.budget.used.fetch_sub(1, Ordering::Relaxed);
+                        self.given_back(1);
                         return;
                     }
                 }
@@ -121,8 +171,16 @@ impl LeafCache {
 
     /// Drops all.
     pub fn clear(&mut self) {
-        self.budget.used.fetch_sub(self.leaves.len(), Ordering::Relaxed);
+        let count = self.leaves.len();
         self.leaves.clear();
+        self.given_back(count);
+    }
+
+    fn given_back(&self, count: usize) {
+        self.budget.used.fetch_sub(count, Ordering::Relaxed);
+        if count > 0 && self.leaves.is_empty() {
+            self.budget.active.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// How many there are.
@@ -135,5 +193,51 @@ impl LeafCache {
 impl Drop for LeafCache {
     fn drop(&mut self) {
         self.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::unsaid;
+
+    fn fill(cache: &SharedLeaves, leaves: std::ops::Range<u64>) {
+        leaves.for_each(|leaf| lock_leaves(cache).insert(leaf, unsaid()));
+    }
+
+    fn budget_of(leaves: usize) -> Arc<LeafBudget> {
+        LeafBudget::new(leaves * (size_of::<[BlockState; FANOUT]>() + 128))
+    }
+
+    #[test]
+    fn a_new_cache_gets_its_share_from_one_that_has_all() {
+        let budget = budget_of(1000);
+        let (first, second) = (budget.cache(16), budget.cache(16));
+        fill(&first, 0..2000);
+        assert_eq!(lock_leaves(&first).len(), 1000);
+        fill(&second, 0..2000);
+        let lens = [&first, &second].map(|cache| lock_leaves(cache).len());
+        assert!(lens.iter().sum::<usize>() <= 1000, "{lens:?}");
+        assert!(lens[1] >= 450, "{lens:?}");
+        // It does not take more than that.
+        assert!(lens[0] >= 450, "{lens:?}");
+    }
+
+    #[test]
+    fn what_a_cache_had_is_there_for_others_when_it_has_gone() {
+        let budget = budget_of(100);
+        let (first, second) = (budget.cache(1), budget.cache(1));
+        fill(&first, 0..100);
+        drop(first);
+        fill(&second, 0..200);
+        assert_eq!((lock_leaves(&second).len(), budget.used.load(Ordering::Relaxed)), (100, 100));
+    }
+
+    #[test]
+    fn every_cache_may_have_a_few_leaves_whatever_others_have() {
+        let budget = budget_of(10);
+        let caches: Vec<SharedLeaves> = (0..10).map(|_| budget.cache(4)).collect();
+        caches.iter().for_each(|cache| fill(cache, 0..100));
+        assert!(caches.iter().all(|cache| lock_leaves(cache).len() >= 4));
     }
 }

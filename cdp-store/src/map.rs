@@ -11,7 +11,7 @@ use crate::index::{
     BlockState, Change, ChangeState, FANOUT, LEVELS, LogPos, NodeKey, NodeRun, Place, TimeEntry, child_of,
     decompose,
 };
-use crate::leaves::{Leaf, LeafBudget, LeafCache, States};
+use crate::leaves::{Leaf, LeafBudget, LeafCache, SharedLeaves, States, lock_leaves};
 
 /// A stretch of a log that the index does not have yet: every change, by node, oldest first.
 #[derive(Debug, Default)]
@@ -56,7 +56,7 @@ pub struct HeadMap {
     applied: Seq,
     /// Everything up to here is in the index and no longer here.
     indexed: Seq,
-    cache: LeafCache,
+    cache: SharedLeaves,
     flushes: VecDeque<(Seq, u64)>,
 }
 
@@ -84,14 +84,14 @@ impl HeadMap {
     /// The map of a volume whose index goes up to `indexed`. Batches of any branch can be applied to it; leaves are
     /// cached of `head`, once [`HeadMap::switch`] has said where that begins.
     #[must_use]
-    pub fn new(indexed: Seq, head: BranchId, budget: Arc<LeafBudget>) -> Self {
+    pub fn new(indexed: Seq, head: BranchId, budget: &Arc<LeafBudget>) -> Self {
         Self {
             closed: VecDeque::new(),
             current: Chunk::default(),
             head,
             applied: indexed,
             indexed,
-            cache: LeafCache::new(budget, LEAVES_ALWAYS),
+            cache: budget.cache(LEAVES_ALWAYS),
             flushes: VecDeque::new(),
         }
     }
@@ -104,7 +104,7 @@ impl HeadMap {
 
     /// Makes another branch the head, which begins at `start`.
     pub fn switch(&mut self, head: BranchId, start: Seq) {
-        self.cache.clear();
+        lock_leaves(&self.cache).clear();
         self.head = head;
         self.applied = self.applied.max(start);
     }
@@ -120,6 +120,8 @@ impl HeadMap {
         let mut seq = header.first_seq;
         let mut payload_at = payload_at;
         let mut crcs = header.block_crcs.iter();
+        let cache = Arc::clone(&self.cache);
+        let mut cache = lock_leaves(&cache);
         for record in &header.records {
             let blocks = BlockRange::new(record.first, record.count);
             match record.kind {
@@ -127,12 +129,12 @@ impl HeadMap {
                     for (block, &crc) in (blocks.first..blocks.end()).zip(crcs.by_ref()) {
                         // A place that cannot be packed would lie in no segment that this store can have.
                         if let Some(pos) = LogPos::new(header.place.incarnation, payload_at) {
-                            self.map_block(header.branch, block, seq, Place { pos, crc });
+                            self.map_block(&mut cache, header.branch, block, seq, Place { pos, crc });
                         }
                         payload_at += cdp_types::BLOCK_SIZE;
                     }
                 }
-                RecordKind::Zero | RecordKind::Discard => self.clear(header.branch, blocks, seq),
+                RecordKind::Zero | RecordKind::Discard => self.clear(&mut cache, header.branch, blocks, seq),
                 RecordKind::Flush => self.remember_flush(Seq(record.aux), header.time_ns),
                 RecordKind::Relocate
                 | RecordKind::Epoch
@@ -168,20 +170,20 @@ impl HeadMap {
         }
     }
 
-    fn map_block(&mut self, branch: BranchId, block: u64, seq: Seq, place: Place) {
+    fn map_block(&mut self, cache: &mut LeafCache, branch: BranchId, block: u64, seq: Seq, place: Place) {
         let key = NodeKey::leaf_of(branch, block);
         let first = child_of(block);
         let change = Change { seq, first, count: 1, state: ChangeState::Mapped(place) };
         self.current.nodes.entry(key).or_default().push(change);
         self.current.changes += 1;
         if branch == self.head
-            && let Some(cached) = self.cache.get_mut(&key.node)
+            && let Some(cached) = cache.get_mut(&key.node)
         {
             cached[usize::from(first)] = BlockState::Mapped(place);
         }
     }
 
-    fn clear(&mut self, branch: BranchId, blocks: BlockRange, seq: Seq) {
+    fn clear(&mut self, cache: &mut LeafCache, branch: BranchId, blocks: BlockRange, seq: Seq) {
         for run in decompose(blocks) {
             let key = NodeKey { branch, level: run.level, node: run.node };
             let change = Change { seq, first: run.first, count: run.count, state: ChangeState::Zero };
@@ -192,7 +194,7 @@ impl HeadMap {
             return;
         }
         let fanout = FANOUT as u64;
-        for (leaf, cached) in self.cache.range_mut(blocks.first / fanout..=(blocks.end() - 1) / fanout) {
+        for (leaf, cached) in cache.range_mut(blocks.first / fanout..=(blocks.end() - 1) / fanout) {
             let from = blocks.first.saturating_sub(leaf * fanout).min(fanout) as usize;
             let to = (blocks.end() - leaf * fanout).min(fanout) as usize;
             cached[from..to].fill(BlockState::Zero);
@@ -234,13 +236,13 @@ impl HeadMap {
     }
 
     /// A block's state, if its leaf is cached.
-    pub fn cached(&mut self, block: u64) -> Option<BlockState> {
-        self.cache.state(block)
+    pub fn cached(&self, block: u64) -> Option<BlockState> {
+        lock_leaves(&self.cache).state(block)
     }
 
     /// Copies the states of consecutive blocks into `out`, as far as their leaf is cached; returns how many.
-    pub fn cached_run(&mut self, blocks: BlockRange, out: &mut States) -> u64 {
-        self.cache.run(blocks, out)
+    pub fn cached_run(&self, blocks: BlockRange, out: &mut States) -> u64 {
+        lock_leaves(&self.cache).run(blocks, out)
     }
 
     /// What is not in the index yet of a branch's leaf, with `after < seq <= until`, oldest first.
@@ -281,14 +283,14 @@ impl HeadMap {
     }
 
     /// Puts a leaf into the cache; it must be up to date with `applied`.
-    pub fn insert(&mut self, leaf: u64, states: Leaf) {
-        self.cache.insert(leaf, states);
+    pub fn insert(&self, leaf: u64, states: Leaf) {
+        lock_leaves(&self.cache).insert(leaf, states);
     }
 
     /// Leaves in the cache.
     #[must_use]
     pub fn cached_leaves(&self) -> usize {
-        self.cache.len()
+        lock_leaves(&self.cache).len()
     }
 
     /// Closes the present chunk, so that it can be indexed once it is durable.

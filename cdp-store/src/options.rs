@@ -34,7 +34,7 @@ impl Default for StoreOptions {
             full_wait: Duration::from_secs(10),
             reserve_bytes: 256 << 20,
             batch_bytes: 1 << 20,
-            batches_in_flight: 2,
+            batches_in_flight: 3,
             index_interval: Duration::from_secs(1),
         }
     }

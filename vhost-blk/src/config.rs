@@ -41,7 +41,7 @@ pub(crate) const MAX_INDIRECT: u32 = 1024;
 const _: () = assert!(SEG_MAX as u64 * SIZE_MAX as u64 <= MAX_REQUEST_BYTES);
 
 impl ServerConfig {
-    /// One queue of at most 1024, mode 0660, up to 50 µs of looking, 64 MiB in flight per queue, 5 s for the guard.
+    /// One queue of at most 1024, mode 0660, up to 200 µs of looking, 64 MiB in flight per queue, 5 s for the guard.
     #[must_use]
     pub fn new(socket: impl AsRef<Path>) -> Self {
         Self {
@@ -49,7 +49,7 @@ impl ServerConfig {
             mode: 0o660,
             queues: 1,
             max_queue_size: 1024,
-            busy_poll: Duration::from_micros(50),
+            busy_poll: Duration::from_micros(200),
             queue_bytes: 64 << 20,
             guard_deadline: Duration::from_secs(5),
         }

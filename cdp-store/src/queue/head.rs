@@ -61,7 +61,7 @@ pub struct HeadQueue {
     /// Batches whose completions were returned by the last `poll`.
     pub(super) handed_over: Vec<Ordinal>,
     mail: Vec<Mail>,
-    done: Vec<Done>,
+    pub(super) done: Vec<Done>,
     in_flight: usize,
 }
 
@@ -213,12 +213,13 @@ impl HeadQueue {
     }
 
     /// Does everything that can be done without waiting.
-    fn pump(&mut self) {
+    fn pump(&mut self) -> io::Result<()> {
         self.take_mail();
         self.pump_partial();
-        self.pump_writes();
+        self.pump_writes()?;
         self.pump_flushes();
         self.take_mail();
+        Ok(())
     }
 
     /// How long this queue may sleep: requests that wait for space have a deadline.
@@ -310,14 +311,15 @@ impl DeviceQueue for HeadQueue {
         if !self.done.is_empty() {
             self.take_done();
         }
-        self.pump();
+        self.pump()?;
         // What is ready goes out at once, but the kernel is asked all the same: that starts what was pumped.
-        let wait = if self.events.is_empty() { self.limit(wait) } else { Wait::No };
+        let idle = self.events.is_empty() && self.done.is_empty();
+        let wait = if idle { self.limit(wait) } else { Wait::No };
         self.lane.poll(wait, &mut self.done)?;
         if !self.done.is_empty() {
             self.take_done();
         }
-        self.pump();
+        self.pump()?;
         self.lane.poll(Wait::No, &mut self.done)?;
         let completed = self.events.iter().filter(|e| matches!(e, Event::Completed { .. })).count();
         self.in_flight -= completed;

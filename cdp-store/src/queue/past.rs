@@ -2,14 +2,14 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use cdp_types::{BlockRange, ByteRange, DeviceQueue, Event, IoError, IoErrorKind, Op, RequestId, Wait};
 
 use super::read::Reader;
 use crate::error::Result;
 use crate::index::FANOUT;
-use crate::leaves::{LeafCache, States};
+use crate::leaves::{SharedLeaves, States, lock_leaves};
 use crate::lineage::{At, Branch};
 use crate::storage::{Done, Lane};
 use crate::volume::Volume;
@@ -24,7 +24,7 @@ pub struct PastQueue {
     lane: Box<dyn Lane>,
     reader: Reader,
     /// What all queues of this instant have found out.
-    leaves: Arc<Mutex<LeafCache>>,
+    leaves: SharedLeaves,
     events: Vec<Event>,
     done: Vec<Done>,
     in_flight: usize,
@@ -35,12 +35,7 @@ impl PastQueue {
     ///
     /// # Errors
     /// If the operating system gives no lane.
-    pub fn new(
-        volume: Arc<Volume>,
-        at: At,
-        leaves: Arc<Mutex<LeafCache>>,
-        capacity: u64,
-    ) -> io::Result<Self> {
+    pub fn new(volume: Arc<Volume>, at: At, leaves: SharedLeaves, capacity: u64) -> io::Result<Self> {
         let lane = volume.shared().storage.lane()?;
         let reader = Reader::new(volume.shared().log.segments.alignment());
         Ok(Self {
@@ -62,19 +57,14 @@ impl PastQueue {
         loop {
             let done = states.len() as u64;
             let rest = BlockRange::new(blocks.first + done, blocks.count - done);
-            let found = self.leaves().run(rest, &mut states);
+            let found = lock_leaves(&self.leaves).run(rest, &mut states);
             if found == rest.count {
                 return Ok(states);
             }
             let leaf = (rest.first + found) / FANOUT as u64;
             let loaded = self.volume.shared().lineage().leaf_at(self.at, leaf)?;
-            self.leaves().insert(leaf, loaded);
+            lock_leaves(&self.leaves).insert(leaf, loaded);
         }
-    }
-
-    fn leaves(&self) -> MutexGuard<'_, LeafCache> {
-        // It holds nothing that could be half-done.
-        self.leaves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn start(&mut self, id: RequestId, op: &Op) -> std::result::Result<(), IoError> {

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::atomic::Ordering as Memory;
 
-use cdp_types::{BLOCK_SIZE, ByteRange, IoError, IoErrorKind, Op, Ordinal};
+use cdp_types::{BLOCK_SIZE, ByteRange, IoError, IoErrorKind, Op, Ordinal, Wait};
 
 use super::head::{HeadQueue, Job};
 use crate::format::RecordKind;
@@ -17,15 +17,18 @@ const SPARE_BUFFERS: usize = 3;
 
 impl HeadQueue {
     /// Puts waiting requests into batches, as many as may be in flight.
-    pub(super) fn pump_writes(&mut self) {
+    ///
+    /// # Errors
+    /// Only when the ring itself is broken.
+    pub(super) fn pump_writes(&mut self) -> io::Result<()> {
         let limit = self.volume.shared().tuning.batches_in_flight;
         while self.batches_in_flight < limit {
             let draft = match self.blocked.take() {
                 Some(draft) => draft,
-                None if self.waiting.is_empty() => return,
+                None if self.waiting.is_empty() => return Ok(()),
                 None => match self.fill_draft() {
                     Some(draft) => draft,
-                    None => return,
+                    None => return Ok(()),
                 },
             };
             if draft.is_empty() {
@@ -33,9 +36,15 @@ impl HeadQueue {
                 continue;
             }
             if !self.place(draft) {
-                return;
+                return Ok(());
+            }
+            if !self.waiting.is_empty() {
+                // The disk writes this batch while the next one is filled. Handed over together, two batches that lie
+                // side by side would become one write, and their requests would wait for each other.
+                self.lane.poll(Wait::No, &mut self.done)?;
             }
         }
+        Ok(())
     }
 
     /// Places a draft and starts its write; keeps it and says no if the log has no place for it.

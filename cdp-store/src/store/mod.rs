@@ -188,7 +188,7 @@ impl Store {
     fn show(&self, row: VolumeRow, branch: BranchRow) -> Arc<Volume> {
         let shared = &self.inner.shared;
         shared.branches.insert(branch);
-        let mut map = HeadMap::new(Seq::ZERO, branch.id, Arc::clone(&shared.leaf_budget));
+        let mut map = HeadMap::new(Seq::ZERO, branch.id, &shared.leaf_budget);
         map.switch(branch.id, branch.start);
         let end = LogEnd::EMPTY.on_branch(branch.start, branch.created_ns);
         let recovered = Recovered { end, map, survived: Vec::new(), read_only: None, damaged: false };

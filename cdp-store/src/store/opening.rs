@@ -388,7 +388,7 @@ impl Opening {
         let indexed = watermark.map_or(Seq::ZERO, |w| w.seq);
         let (start, created_ns) =
             branches.get(&row.branch).map_or((Seq::ZERO, 0), |b| (b.start, b.created_ns));
-        let mut map = HeadMap::new(indexed, row.branch, Arc::clone(&self.leaf_budget));
+        let mut map = HeadMap::new(indexed, row.branch, &self.leaf_budget);
         let mut survived: Vec<Origin> = Vec::new();
         if let Some(batch) = watermark.map(|w| first_batch(chain, w)).transpose()?.flatten() {
             collect_origins(&batch, &mut survived);

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use cdp_types::{BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Listener, Ordinal, Origin, Seq};
 
@@ -11,7 +11,7 @@ use super::{Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeStat
 use crate::catalogue::MarkRow;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::RecordKind;
-use crate::leaves::LeafCache;
+use crate::leaves::SharedLeaves;
 use crate::lineage::{At, Branch};
 use crate::log::{BatchAt, ChainReader};
 use crate::queue::PastQueue;
@@ -126,8 +126,7 @@ impl Volume {
             self.shared().branches.get(at.branch).ok_or_else(|| {
                 Error::new(ErrorKind::NotFound, format!("branch {} was deleted", at.branch))
             })?;
-        let cache = LeafCache::new(Arc::clone(&self.shared().leaf_budget), PAST_LEAVES_ALWAYS);
-        let leaves = Arc::new(Mutex::new(cache));
+        let leaves = self.shared().leaf_budget.cache(PAST_LEAVES_ALWAYS);
         Ok(Arc::new(PastDevice { volume: Arc::clone(self), _branch: branch, at, leaves }))
     }
 
@@ -213,7 +212,7 @@ struct PastDevice {
     _branch: Arc<Branch>,
     at: Resolved,
     /// Shared by its queues.
-    leaves: Arc<Mutex<LeafCache>>,
+    leaves: SharedLeaves,
 }
 
 impl fmt::Debug for PastDevice {

@@ -398,7 +398,7 @@ impl Volume {
                 (map.head(), map.applied())
             };
             let mut states = self.shared.lineage().leaf_at(At { branch, seq: upto }, leaf)?;
-            let mut map = self.map();
+            let map = self.map();
             // Whatever came since is still pending, unless the indexer was faster than us.
             if map.indexed() <= upto && map.head() == branch {
                 apply_changes(&mut states, &map.pending(branch, leaf, upto, Seq::MAX));
