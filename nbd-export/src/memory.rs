@@ -12,6 +12,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 const UNIT: usize = 4096;
 /// Sizes of buffers: powers of two from [`UNIT`] to the longest request.
 const CLASSES: usize = 14;
+/// Buffers up to this size are cut from pieces of it: in huge pages, direct I/O has fewer pieces to hand to the disk.
+const SLAB: usize = 2 << 20;
 /// What one thread keeps of buffers that are not in use, in bytes.
 const KEPT_BYTES: usize = 16 << 20;
 
@@ -87,17 +89,26 @@ impl Pool {
     pub(crate) async fn take(self: &Rc<Self>, len: usize, held: &Rc<Cell<usize>>) -> Option<Buffer> {
         let class = Self::class(len);
         let permit = self.budget.take(1 << class).await?;
-        let memory = match self.free.borrow_mut()[class].pop() {
+        let kept = self.free.borrow_mut()[class].pop();
+        let memory = match kept {
             Some(memory) => {
                 self.kept_bytes.set(self.kept_bytes.get() - (UNIT << class));
                 memory
             }
-            None => IoBuf::zeroed(UNIT << class),
+            None => self.cut(class),
         };
         held.set(held.get() + (UNIT << class));
         let base = memory.segments().first()?.base;
         let (held, pool) = (Rc::clone(held), Rc::clone(self));
         Some(Buffer { memory: Some(memory), base, len, class, held, pool, _permit: permit })
+    }
+
+    /// New memory of a class; of a small one a slab's worth, of which the rest is kept.
+    fn cut(&self, class: usize) -> IoBuf {
+        let size = UNIT << class;
+        let slab = IoBuf::zeroed(size.max(SLAB));
+        (1..slab.len() / size).for_each(|nth| self.put(class, slab.slice(nth * size, size)));
+        slab.slice(0, size)
     }
 
     fn put(&self, class: usize, memory: IoBuf) {

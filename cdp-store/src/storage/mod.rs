@@ -10,13 +10,12 @@ use std::sync::Arc;
 
 use cdp_types::{IoBuf, Wait};
 
-mod buffer;
 #[cfg(test)]
 mod conformance;
 pub mod sim;
 pub mod uring;
 
-pub use buffer::AlignedBuf;
+pub use cdp_types::AlignedBuf;
 
 /// What direct I/O demands of offsets and memory, and what a torn write can destroy; in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

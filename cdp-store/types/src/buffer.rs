@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use smallvec::{SmallVec, smallvec};
 
+use crate::AlignedBuf;
+
 /// One contiguous piece of a request's memory.
 #[derive(Clone, Copy, Debug)]
 pub struct IoSegment {
@@ -46,9 +48,9 @@ impl IoBuf {
     /// A buffer of its own, `bytes` long and zeroed, aligned to 4096 bytes; for tests, NBD and inspection.
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        let memory = Arc::new(Owned::new(len));
-        let segment = IoSegment { base: memory.base, len };
-        // SAFETY: `Owned` frees its memory only when its last Arc goes, and hands out no reference to it.
+        let memory = Arc::new(AlignedBuf::zeroed(len));
+        let segment = IoSegment { base: memory.base(), len };
+        // SAFETY: the memory is freed when the last Arc goes, and nobody takes a reference to it out of there.
         unsafe { Self::new(smallvec![segment], memory) }
     }
 
@@ -164,39 +166,6 @@ impl IoBuf {
 impl fmt::Debug for IoBuf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "IoBuf({} bytes in {})", self.len, self.segments.len())
-    }
-}
-
-/// Heap memory on a 4096-byte boundary, so that direct I/O can use it.
-struct Owned {
-    base: *mut u8,
-    layout: std::alloc::Layout,
-}
-
-// SAFETY: it owns its memory and gives no reference to it.
-unsafe impl Send for Owned {}
-// SAFETY: as above.
-unsafe impl Sync for Owned {}
-
-impl Owned {
-    fn new(len: usize) -> Self {
-        // A zero-sized layout must not be allocated, so there is always at least one block.
-        let size = len.max(1).next_multiple_of(4096);
-        let layout = std::alloc::Layout::from_size_align(size, 4096)
-            .unwrap_or_else(|_| panic!("a buffer of {len} bytes exceeds the address space"));
-        // SAFETY: the size is not zero.
-        let base = unsafe { std::alloc::alloc_zeroed(layout) };
-        if base.is_null() {
-            std::alloc::handle_alloc_error(layout);
-        }
-        Self { base, layout }
-    }
-}
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        // SAFETY: `base` came from `alloc_zeroed` with this layout and is freed only here.
-        unsafe { std::alloc::dealloc(self.base, self.layout) }
     }
 }
 

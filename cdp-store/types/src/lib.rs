@@ -4,6 +4,7 @@
 //! [`DeviceQueue`], and tells the store about a guest's rings through [`VmControl`]. It needs no
 //! RocksDB, no log and no daemon to be built or tested. What a word means is in `docs/glossary.md`.
 
+mod aligned;
 mod buffer;
 mod control;
 mod device;
@@ -15,6 +16,7 @@ mod memory;
 mod name;
 mod range;
 
+pub use aligned::AlignedBuf;
 pub use buffer::{IoBuf, IoSegment};
 pub use control::{NoVmControl, RingStop, VmControl};
 pub use device::{
