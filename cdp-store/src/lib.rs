@@ -23,11 +23,14 @@ mod shared;
 mod store;
 mod volume;
 
+pub use catalogue::{CheckpointMode, CheckpointState, Saved, SavedMember, SavedMemory};
 pub use error::{Error, ErrorKind, Result};
+pub use format::{EpochMember, EpochRecord};
 pub use options::StoreOptions;
 pub use store::{
-    CloneSpec, Finding, Import, OpeningProgress, RebuildReport, Reverted, Scratch, Seams, SegmentInfo,
-    SegmentState, Store, StoreInfo, VerifyProgress, VerifyReport, VolumeSpec,
+    CheckpointInfo, CheckpointSpec, CloneSpec, Epoch, EpochCut, Finding, Import, OpeningProgress,
+    RebuildReport, Reverted, Scratch, Seams, SegmentInfo, SegmentState, Store, StoreInfo, VerifyProgress,
+    VerifyReport, VmInfo, VmReverted, VmSpec, VolumeSpec,
 };
 pub use volume::{
     BranchInfo, ChangedRun, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, Volume,

@@ -377,13 +377,18 @@ impl Segments {
         }
         blank.filled = done == capacity;
         if !blank.filled {
-            let mut pool = self.pool();
-            let growing = pool.growing.entry(volume).or_default();
-            // Only a log's newest segment and the blank behind it can still grow.
-            growing.truncate(1);
-            growing.insert(0, (Arc::clone(&blank.file), capacity));
+            self.promise(volume, &blank);
         }
         Ok(blank)
+    }
+
+    /// Notes that a log's blank will grow as it is written: nobody else gets that space.
+    fn promise(&self, volume: VolumeId, blank: &Blank) {
+        let mut pool = self.pool();
+        let growing = pool.growing.entry(volume).or_default();
+        // Only a log's newest segment and the blank behind it can still grow.
+        growing.truncate(1);
+        growing.insert(0, (Arc::clone(&blank.file), blank.capacity));
     }
 
     /// Zero-fills one step of a blank from `done` bytes on, and syncs it when it is full; returns how far it is filled.
@@ -400,6 +405,18 @@ impl Segments {
             return Err(Error::io(format!("zero-filling {name}"), error));
         }
         Ok(done + step)
+    }
+
+    /// Makes a small slot at once, for a log that cannot wait for the pool.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::NoSpace`], or if it cannot be made.
+    pub(crate) fn create_small(&self, volume: VolumeId) -> Result<Blank> {
+        let capacity = self.capacity_after(0);
+        self.check_space(capacity)?;
+        let blank = self.create(capacity)?;
+        self.promise(volume, &blank);
+        Ok(blank)
     }
 
     /// Makes a slot; its name is durable when this returns, so no flush has to care for it.

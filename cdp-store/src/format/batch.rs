@@ -1,7 +1,7 @@
 //! Batches: the unit of appending. `docs/format.md`, "Batch".
 
 use super::bytes::{put_u32, put_u64, u32_at, u64_at};
-use super::{FormatError, StructureKind, seal, stated_length, unseal};
+use super::{EpochRecord, FEATURE_EPOCH, FormatError, StructureKind, seal, stated_length, unseal};
 use cdp_types::{BLOCK_SIZE, BranchId, Generation, Ordinal, Origin, Seq, VolumeId};
 
 const STORE: usize = 32;
@@ -233,6 +233,23 @@ impl BatchHeader {
         Seq((self.first_seq.0 + self.seq_count()).saturating_sub(1))
     }
 
+    /// What a reader must know of to read it.
+    fn features(&self) -> u64 {
+        let is_epoch = |r: &Record| r.kind == RecordKind::Epoch;
+        if self.records.iter().any(is_epoch) { FEATURE_EPOCH } else { 0 }
+    }
+
+    /// The epoch record that it carries, if it does.
+    ///
+    /// # Errors
+    /// If its body is none.
+    pub fn epoch(&self) -> Result<Option<EpochRecord>, FormatError> {
+        if self.records.iter().all(|r| r.kind != RecordKind::Epoch) {
+            return Ok(None);
+        }
+        EpochRecord::decode(&self.body).map(Some)
+    }
+
     /// Fills `out`, whose length [`Self::encoded_len`] gave; returns the header's checksum.
     pub fn encode(&self, secret: u64, out: &mut [u8]) -> u32 {
         out.fill(0);
@@ -264,7 +281,7 @@ impl BatchHeader {
             at += 4;
         }
         out[at..at + self.body.len()].copy_from_slice(&self.body);
-        seal(out, StructureKind::Batch, secret)
+        seal(out, StructureKind::Batch, self.features(), secret)
     }
 
     /// The length that the header at the start of `bytes` states, before anything of it is trusted.

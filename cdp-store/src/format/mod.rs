@@ -6,6 +6,7 @@
 
 mod batch;
 mod bytes;
+mod epoch;
 mod segment;
 mod superblock;
 
@@ -14,6 +15,7 @@ use crc_fast::{CrcAlgorithm, Digest};
 pub use batch::{
     BATCH_FIXED_LEN, BatchHeader, BatchPlace, Cut, MAX_HEADER_LEN, Record, RecordFlags, RecordKind, block_crc,
 };
+pub use epoch::{EpochMember, EpochRecord, MAX_MEMBERS};
 pub use segment::{SegmentHeader, data_start, header_stride};
 pub use superblock::{SUPERBLOCK_LEN, Superblock};
 
@@ -21,8 +23,10 @@ pub use superblock::{SUPERBLOCK_LEN, Superblock};
 pub const MAGIC: [u8; 8] = *b"HINDSITE";
 /// The format version that this program writes, and the newest that it reads.
 pub const FORMAT_VERSION: u16 = 1;
-/// Incompatible features that this program understands. None is defined yet.
-pub const KNOWN_FEATURES: u64 = 0;
+/// Feature of a batch: it has an epoch record.
+pub const FEATURE_EPOCH: u64 = 1;
+/// Incompatible features that this program understands.
+pub const KNOWN_FEATURES: u64 = FEATURE_EPOCH;
 /// Length of the prefix that all structures share, in bytes.
 pub const PREFIX_LEN: usize = 32;
 
@@ -67,11 +71,11 @@ pub enum FormatError {
 }
 
 /// Fills in the prefix of `bytes`, the checksum last. `seed` goes into the checksum before the bytes.
-fn seal(bytes: &mut [u8], kind: StructureKind, seed: u64) -> u32 {
+fn seal(bytes: &mut [u8], kind: StructureKind, features: u64, seed: u64) -> u32 {
     bytes[..8].copy_from_slice(&MAGIC);
     bytes[OFFSET_KIND..OFFSET_KIND + 4].copy_from_slice(&(kind as u32).to_le_bytes());
     bytes[OFFSET_VERSION..OFFSET_VERSION + 2].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
-    bytes[OFFSET_FEATURES..OFFSET_FEATURES + 8].copy_from_slice(&0_u64.to_le_bytes());
+    bytes[OFFSET_FEATURES..OFFSET_FEATURES + 8].copy_from_slice(&features.to_le_bytes());
     let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     bytes[OFFSET_LENGTH..OFFSET_LENGTH + 4].copy_from_slice(&length.to_le_bytes());
     let crc = checksum(bytes, seed);

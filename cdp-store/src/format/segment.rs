@@ -80,7 +80,7 @@ impl SegmentHeader {
         put_u64(out, SECRET, self.secret);
         put_u64(out, CAPACITY, self.capacity);
         put_u64(out, OPENED, self.opened_ns);
-        seal(out, StructureKind::Segment, 0);
+        seal(out, StructureKind::Segment, 0, 0);
     }
 
     /// Reads one copy of [`Self::LEN`] bytes.

@@ -35,7 +35,7 @@ impl Superblock {
         put_u64(out, GENERATION, self.generation.0);
         put_u64(out, SEGMENT_BYTES, self.segment_bytes);
         put_u64(out, CREATED, self.created_ns);
-        seal(out, StructureKind::Superblock, 0);
+        seal(out, StructureKind::Superblock, 0, 0);
     }
 
     /// Reads a slot.

@@ -255,6 +255,25 @@ impl LogState {
         self.in_flight.front().map(|b| b.header.first_seq)
     }
 
+    /// Why no epoch of a branch can be cut now, if that is so, to be said of the volume.
+    #[must_use]
+    pub fn epoch_obstacle(&self, branch: BranchId) -> Option<(ErrorKind, String)> {
+        if self.switching || self.branch != branch {
+            let why = format!("was reverted: its head is no longer branch {branch}");
+            return Some((ErrorKind::Invalid, why));
+        }
+        if self.needs_cut {
+            return Some((ErrorKind::Busy, "is sorting out writes that failed".to_owned()));
+        }
+        (!self.in_flight.is_empty()).then(|| (ErrorKind::Busy, "has writes in flight".to_owned()))
+    }
+
+    /// `Seq` and time of the last request that was placed and is not acknowledged yet.
+    #[must_use]
+    pub fn last_placed(&self) -> Option<(Seq, u64)> {
+        self.in_flight.back().map(|batch| (batch.header.last_seq(), batch.header.time_ns))
+    }
+
     /// Goes on with another branch, which begins at `start`. Nothing must be in flight.
     pub fn switch(&mut self, branch: BranchId, start: Seq, created_ns: u64) {
         debug_assert!(self.in_flight.is_empty(), "a branch was switched under a batch in flight");
@@ -334,6 +353,13 @@ impl LogState {
             filled: self.flushed || !self.waited,
             growing,
         })
+    }
+
+    /// Whether so many bytes, or a cut that is due, would have to wait for a segment.
+    #[must_use]
+    pub fn lacks_room(&self, bytes: u64) -> bool {
+        let fits = |open: &Open| open.offset + bytes <= open.segment.header.capacity;
+        self.blank.is_none() && (self.needs_cut || !self.open.as_ref().is_some_and(fits))
     }
 
     /// Hands over a blank segment.

@@ -7,7 +7,9 @@ use cdp_types::{BranchId, Instant, Seq, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::Store;
-use crate::catalogue::{BranchRow, BranchState, Change, Ledger, MarkRow, Stage, VolumeRow};
+use crate::catalogue::{
+    BranchRow, BranchState, Catalogue, Change, CheckpointRow, Ledger, MarkRow, Stage, VolumeRow,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lineage::At;
 use crate::volume::{BranchInfo, Resolved, Volume};
@@ -32,6 +34,13 @@ pub struct Reverted {
     pub seq: Seq,
     /// Where it was before: reverting to this instant undoes the revert.
     pub undo: Resolved,
+}
+
+/// A volume that goes back, and where to.
+#[derive(Debug)]
+pub(super) struct Turn {
+    pub(super) volume: Arc<Volume>,
+    pub(super) to: Resolved,
 }
 
 /// A clone to be made.
@@ -77,28 +86,41 @@ impl Store {
         }
         let instants: Vec<&Instant> = targets.iter().map(|(_, instant)| instant).collect();
         let origins = self.resolve_together(&volumes, &instants)?;
+        let turns: Vec<Turn> =
+            volumes.into_iter().zip(origins).map(|(volume, to)| Turn { volume, to }).collect();
+        self.go_back(&turns, force, &|_| Ok(Vec::new()))
+    }
+
+    /// Puts volumes back to instants that are durable, and commits in the same record what `further` says then; nothing
+    /// happens if that refuses.
+    pub(super) fn go_back(
+        &self,
+        turns: &[Turn],
+        force: bool,
+        further: &dyn Fn(&Catalogue) -> Result<Vec<Change>>,
+    ) -> Result<Vec<Reverted>> {
         let mut ended = Vec::new();
-        let outcome = self.end_tenures(&volumes, force, &mut ended).and_then(|()| {
+        let outcome = self.end_tenures(turns, force, &mut ended).and_then(|()| {
             // From here on nothing of these volumes moves.
             let undo: Vec<Resolved> =
-                volumes.iter().map(|v| self.resolve_of(v, &Instant::Head)).collect::<Result<_>>()?;
-            self.commit_revert(&volumes, &origins, &undo)
+                turns.iter().map(|t| self.resolve_of(&t.volume, &Instant::Head)).collect::<Result<_>>()?;
+            self.commit_revert(turns, &undo, further)
         });
         for volume in ended {
             volume.begin_tenure();
         }
         let reverted = outcome?;
-        volumes.iter().for_each(|volume| self.keep_shallow(volume));
+        turns.iter().for_each(|turn| self.keep_shallow(&turn.volume));
         Ok(reverted)
     }
 
     fn end_tenures<'a>(
         &self,
-        volumes: &'a [Arc<Volume>],
+        turns: &'a [Turn],
         force: bool,
         ended: &mut Vec<&'a Arc<Volume>>,
     ) -> Result<()> {
-        for volume in volumes {
+        for Turn { volume, .. } in turns {
             if !volume.end_tenure(force) {
                 let name = volume.row().name;
                 let text = format!("volume '{name}' is in use; stop its users, or use force to cut them off");
@@ -106,32 +128,34 @@ impl Store {
             }
             ended.push(volume);
         }
-        volumes.iter().try_for_each(|volume| self.wait_for_acks(volume, Seq::MAX))
+        turns.iter().try_for_each(|turn| self.wait_for_acks(&turn.volume, Seq::MAX))
     }
 
     fn commit_revert(
         &self,
-        volumes: &[Arc<Volume>],
-        origins: &[Resolved],
+        turns: &[Turn],
         undo: &[Resolved],
+        further: &dyn Fn(&Catalogue) -> Result<Vec<Change>>,
     ) -> Result<Vec<Reverted>> {
         let mut ledger = self.ledger();
+        let further = further(ledger.catalogue())?;
         let (start, created_ns) = self.new_instant();
         let first = ledger.catalogue().next_branch().0;
-        let rows: Vec<BranchRow> = volumes
+        let rows: Vec<BranchRow> = turns
             .iter()
-            .zip(origins)
             .zip(first..)
-            .map(|((volume, origin), id)| {
-                let parent = Some(self.nearest_parent(*origin));
+            .map(|(Turn { volume, to }, id)| {
+                let parent = Some(self.nearest_parent(*to));
                 let (id, volume, state) = (BranchId(id), volume.id(), BranchState::Kept);
                 BranchRow { id, volume, parent, start, created_ns, state }
             })
             .collect();
-        let changes: Vec<Change> = rows.iter().map(|&branch| Change::Revert { branch }).collect();
+        let mut changes: Vec<Change> = rows.iter().map(|&branch| Change::Revert { branch }).collect();
+        changes.extend(further);
         self.commit(&mut ledger, &changes)?;
         let mut reverted = Vec::with_capacity(rows.len());
-        for (((volume, branch), &at), &undo) in volumes.iter().zip(&rows).zip(origins).zip(undo) {
+        for ((Turn { volume, to: at }, branch), &undo) in turns.iter().zip(&rows).zip(undo) {
+            let at = *at;
             self.inner.shared.branches.insert(*branch);
             if let Some(row) = ledger.catalogue().volumes.get(&volume.id()) {
                 volume.switch(branch, row.clone());
@@ -238,7 +262,7 @@ impl Store {
     }
 
     /// Waits until nothing up to `seq` is in flight on a volume.
-    fn wait_for_acks(&self, volume: &Volume, seq: Seq) -> Result<()> {
+    pub(super) fn wait_for_acks(&self, volume: &Volume, seq: Seq) -> Result<()> {
         let began = std::time::Instant::now();
         while volume.log().first_unacknowledged().is_some_and(|first| first <= seq) {
             if began.elapsed() > DRAIN_PATIENCE {
@@ -332,7 +356,8 @@ impl Store {
     /// Once this returns.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] for the head, and, without `force`, for a branch with marks.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] for the head, for a branch that a checkpoint needs, and, without
+    /// `force`, for a branch with marks.
     pub fn delete_branch(&self, name: &VolumeName, branch: BranchId, force: bool) -> Result<()> {
         let volume = self.volume(name)?;
         let mut ledger = self.ledger();
@@ -347,6 +372,11 @@ impl Store {
             return Err(Error::new(ErrorKind::Busy, text));
         }
         let kept = ledger.catalogue().inherited_upto(branch);
+        let needs = |(_, seq): &(&CheckpointRow, Seq)| kept.is_none_or(|kept| *seq > kept);
+        if let Some((checkpoint, _)) = ledger.catalogue().pins_of(branch).find(needs) {
+            let text = format!("checkpoint {} lies on branch {branch}; delete it first", checkpoint.id);
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
         let lost = |mark: &&MarkRow| mark.branch == branch && kept.is_none_or(|kept| mark.seq > kept);
         let mark = ledger.catalogue().marks.values().find(lost);
         if let Some(mark) = mark.filter(|_| !force) {

@@ -8,6 +8,7 @@ use cdp_types::{Generation, Ordinal, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::Store;
+use super::epochs::FoundEpochs;
 use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY};
 use super::opening::OpeningProgress;
 use crate::catalogue::{STORE_LOG, Stage};
@@ -201,8 +202,8 @@ impl Store {
         Ok(infos)
     }
 
-    /// Checks every checksum of every log up to its acknowledged end, and that the index agrees with the logs at the
-    /// head. Reads all data once; guests go on meanwhile.
+    /// Checks every checksum of every log up to its acknowledged end, that the index agrees with the logs at the head,
+    /// and that every checkpoint has its epoch records. Reads all data once; guests go on meanwhile.
     ///
     /// # Errors
     /// If a file or the index cannot be read. What is merely wrong is a finding.
@@ -217,16 +218,21 @@ impl Store {
         let of_store = |(_, s): (u64, Arc<Segment>)| (s.header.volume == STORE_LOG).then_some(s);
         let store_log = live_chain(self.inner.shared.log.segments.all().into_iter().filter_map(of_store));
         let end = self.ledger().end();
-        verify_log(STORE_LOG, &store_log, end, &mut report, &mut advance)?;
+        let mut epochs = FoundEpochs::default();
+        // As they are now: what is committed meanwhile may lie behind what is read.
+        let catalogue = self.ledger().catalogue().clone();
+        verify_log(STORE_LOG, &store_log, end, &mut epochs, &mut report, &mut advance)?;
         for volume in self.all_volumes() {
             if let Some((_, what)) = volume.refusal().filter(|_| volume.is_damaged()) {
                 report.findings.push(Finding { volume: volume.id(), file: String::new(), offset: 0, what });
             }
             let head = volume.head();
-            if verify_log(volume.id(), &volume.chain(), head.ordinal, &mut report, &mut advance)? {
+            if verify_log(volume.id(), &volume.chain(), head.ordinal, &mut epochs, &mut report, &mut advance)?
+            {
                 super::compare::compare_with_log(&volume, head, &mut report)?;
             }
         }
+        epochs.check(&catalogue, &mut report);
         progress(VerifyProgress { done_bytes: total_bytes, total_bytes });
         Ok(report)
     }
@@ -271,6 +277,7 @@ fn verify_log(
     volume: VolumeId,
     chain: &[Arc<Segment>],
     end: Ordinal,
+    epochs: &mut FoundEpochs,
     report: &mut VerifyReport,
     advance: &mut dyn FnMut(u64),
 ) -> Result<bool> {
@@ -280,6 +287,7 @@ fn verify_log(
         let Some(batch) = reader.next()? else { break };
         last = batch.header.ordinal;
         report.batches += 1;
+        epochs.note(volume, &batch, report);
         report.blocks_checked += batch.header.block_crcs.len() as u64;
         if let Some(block) = batch.first_bad_block()? {
             let offset = batch.payload_at + block as u64 * cdp_types::BLOCK_SIZE;

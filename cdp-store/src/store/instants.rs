@@ -9,6 +9,7 @@ use std::sync::Arc;
 use cdp_types::{BlockDevice, Instant, Seq, VolumeName};
 
 use super::Store;
+use super::checkpoints::find_epoch;
 use crate::catalogue::{BranchRow, BranchState, Catalogue, Stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lineage::At;
@@ -34,7 +35,7 @@ impl Store {
     /// Finds an instant of a volume's history.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if there is no such volume, mark or flush, if the instant lies before the volume's
+    /// [`ErrorKind::NotFound`] if there is no such volume, mark, flush or complete checkpoint's epoch, if the instant lies before the volume's
     /// history, or in a part of it that was deleted; [`ErrorKind::Invalid`] for a `Seq` in the future.
     pub fn resolve(&self, name: &VolumeName, instant: &Instant) -> Result<Resolved> {
         self.resolve_of(&*self.volume(name)?, instant)
@@ -77,10 +78,7 @@ impl Store {
                 };
                 return Ok(Resolved { branch: mark.branch, seq: mark.seq, time_ns: mark.time_ns });
             }
-            Instant::Epoch(epoch) => {
-                let text = format!("volume '{}' has no epoch {epoch}", volume.row().name);
-                return Err(Error::new(ErrorKind::NotFound, text));
-            }
+            Instant::Epoch(epoch) => return find_epoch(self.ledger().catalogue(), volume, *epoch),
         };
         let (branch, limit) = locate(self.ledger().catalogue(), volume, point)?;
         let lineage = self.inner.shared.lineage();

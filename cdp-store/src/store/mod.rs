@@ -2,14 +2,18 @@
 
 mod background;
 mod branches;
+mod checkpoints;
 mod compare;
+mod epochs;
 mod import;
 mod inspect;
 mod instants;
 mod marks;
+mod memory;
 mod open;
 mod opening;
 mod reclaim;
+mod vms;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
@@ -27,12 +31,15 @@ use crate::shared::Shared;
 use crate::volume::{Recovered, Serving, Volume, VolumeInfo};
 
 pub use branches::{CloneSpec, Reverted};
+pub use checkpoints::{CheckpointInfo, CheckpointSpec, VmReverted};
+pub use epochs::{Epoch, EpochCut};
 pub use import::{Import, Scratch};
 pub use inspect::{
     Finding, RebuildReport, SegmentInfo, SegmentState, StoreInfo, VerifyProgress, VerifyReport,
 };
 pub use open::Seams;
 pub use opening::OpeningProgress;
+pub use vms::{VmInfo, VmSpec};
 
 use background::{Background, IndexHealth};
 
@@ -157,9 +164,21 @@ impl Store {
     }
 
     fn add_volume(&self, name: &VolumeName, spec: VolumeSpec, stage: Stage) -> Result<Arc<Volume>> {
-        spec.check()?;
         let mut ledger = self.ledger();
         self.check_free(&ledger, name)?;
+        self.add_volume_with(&mut ledger, name, spec, stage, |_| Vec::new())
+    }
+
+    /// Makes a volume, and commits what else `further` wants of it in the same record.
+    fn add_volume_with(
+        &self,
+        ledger: &mut Ledger,
+        name: &VolumeName,
+        spec: VolumeSpec,
+        stage: Stage,
+        further: impl FnOnce(VolumeId) -> Vec<Change>,
+    ) -> Result<Arc<Volume>> {
+        spec.check()?;
         let created_ns = self.inner.shared.log.clock.stamp().time_ns;
         let (id, branch) = (ledger.catalogue().next_volume(), ledger.catalogue().next_branch());
         let volume = VolumeRow {
@@ -180,7 +199,9 @@ impl Store {
             created_ns,
             state: BranchState::Kept,
         };
-        self.commit(&mut ledger, &[Change::Create { volume: volume.clone(), branch }])?;
+        let mut changes = vec![Change::Create { volume: volume.clone(), branch }];
+        changes.extend(further(id));
+        self.commit(ledger, &changes)?;
         Ok(self.show(volume, branch))
     }
 

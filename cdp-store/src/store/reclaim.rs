@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError};
 use cdp_types::{BranchId, VolumeId, VolumeName};
 
 use super::Store;
+use super::vms::check_not_a_member;
 use crate::catalogue::{BranchState, Change, Stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexBatch, IndexError};
@@ -22,7 +23,8 @@ impl Store {
     /// It is gone after a power cut once this returns.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] if it is served and `force` is not set.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] if it is served and `force` is not set, and if a machine has it or a
+    /// checkpoint needs it.
     pub fn destroy_volume(&self, name: &VolumeName, force: bool) -> Result<()> {
         let volume = self.volume(name)?;
         if volume.row().serving.is_some() && !force {
@@ -35,6 +37,7 @@ impl Store {
     /// Ends a volume for its users.
     pub(super) fn remove(&self, volume: Arc<Volume>) -> Result<()> {
         let mut ledger = self.ledger();
+        check_not_a_member(ledger.catalogue(), volume.id(), &volume.row().name)?;
         self.change_volume(&mut ledger, &volume, Change::Destroy { volume: volume.id() })?;
         drop(ledger);
         // What clones share of it was made durable when they were made.
@@ -72,7 +75,7 @@ impl Store {
         let ledger = self.ledger();
         let catalogue = ledger.catalogue();
         !catalogue.retiring.is_empty()
-            || catalogue.volumes.values().any(|row| row.stage != Stage::Visible)
+            || catalogue.volumes.values().any(|row| !matches!(row.stage, Stage::Visible | Stage::Memory))
             || catalogue.branches.values().any(|row| row.state == BranchState::Deleted)
     }
 

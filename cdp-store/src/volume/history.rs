@@ -179,6 +179,8 @@ impl Volume {
                     term: header.term,
                     segment: header.place.incarnation,
                     offset: header.place.offset,
+                    // One that cannot be is a finding of verify.
+                    epoch: header.epoch().ok().flatten().filter(|_| record.kind == RecordKind::Epoch),
                 };
                 if seq >= from && !visit(info) {
                     return false;

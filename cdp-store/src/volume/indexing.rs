@@ -128,7 +128,7 @@ impl Volume {
     }
 
     /// Appends a record that says how far the log is durable, so that rot of its tail is not taken for a torn write.
-    /// Nothing must be in flight; what is asked for then is skipped.
+    /// Nothing must be in flight, and no epoch armed, whose cut would have to wait; what is asked for then is skipped.
     ///
     /// # Durability
     /// The record and all before it, once this returns.
@@ -136,7 +136,7 @@ impl Volume {
         let mut log = self.log();
         let nothing_new = log.acked() == Ordinal(0) || log.claimed() >= log.acked();
         let busy = log.in_flight() > 0 || log.is_syncing() || log.needs_cut() || log.durable() < log.acked();
-        if nothing_new || busy || log.poisoned().is_some() {
+        if nothing_new || busy || log.poisoned().is_some() || self.is_armed() {
             return Ok(());
         }
         let record = Record::event(RecordKind::Durable, log.acked().0);

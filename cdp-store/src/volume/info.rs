@@ -6,6 +6,7 @@ use cdp_types::{BranchId, Generation, Label, Ordinal, Origin, Seq, VolumeId, Vol
 use serde::{Deserialize, Serialize};
 
 use crate::catalogue::MarkRow;
+use crate::format::EpochRecord;
 
 /// Where a volume is served to guests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -181,6 +182,9 @@ pub struct RecordInfo {
     pub segment: u64,
     /// The batch's place in the segment, in bytes.
     pub offset: u64,
+    /// What an epoch record says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<EpochRecord>,
 }
 
 /// What is known of a run of blocks at an instant.

@@ -1,5 +1,6 @@
 //! A volume: its log, its head map, and the requests of its queues between the two.
 
+mod epochs;
 mod extents;
 mod history;
 mod indexing;
@@ -7,7 +8,7 @@ mod info;
 
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering as Memory};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering as Memory};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use cdp_types::{
@@ -27,6 +28,7 @@ use crate::queue::{HeadQueue, Inbox, Mail};
 use crate::segments::{Blank, Segment};
 use crate::shared::Shared;
 
+pub(crate) use epochs::PlacedEpoch;
 pub use extents::ChangedRun;
 pub(crate) use indexing::write_chunk;
 pub use info::{
@@ -77,6 +79,8 @@ pub struct Volume {
     starved_since_ns: AtomicU64,
     /// Bytes acknowledged since the background was last asked to sync.
     unsynced_bytes: AtomicU64,
+    /// Epochs that are armed on it.
+    armed: AtomicU32,
     counters: Counters,
 }
 
@@ -108,6 +112,7 @@ impl Volume {
             size_bytes: AtomicU64::new(row.size_bytes),
             logical_block_size: row.logical_block_size,
             unsynced_bytes: AtomicU64::new(0),
+            armed: AtomicU32::new(0),
             log: Mutex::new(LogState::new(row.id, row.branch, &recovered.end)),
             map: Mutex::new(recovered.map),
             waiters: Mutex::default(),
@@ -209,10 +214,14 @@ impl Volume {
     /// Why it takes no writes, if it does not.
     #[must_use]
     pub fn refusal(&self) -> Option<(IoErrorKind, String)> {
-        if let Some(why) = self.read_only.get() {
-            return Some((IoErrorKind::ReadOnly, why.clone()));
+        if let Some(reason) = self.read_only_reason() {
+            return Some(reason);
         }
         self.log().poisoned().map(|why| (IoErrorKind::Device, why.to_owned()))
+    }
+
+    fn read_only_reason(&self) -> Option<(IoErrorKind, String)> {
+        self.read_only.get().map(|why| (IoErrorKind::ReadOnly, why.clone()))
     }
 
     /// Whether only reads are served.

@@ -25,7 +25,7 @@ const MOST_BRANCHES: usize = 12;
 
 impl Machine {
     /// Closes every queue of a volume, once nothing is in flight.
-    fn quiesce(&mut self, name: &VolumeName) {
+    pub fn quiesce(&mut self, name: &VolumeName) {
         self.drain_volume(name);
         if let Some(running) = &mut self.running {
             running.guests.remove(name);
@@ -94,7 +94,7 @@ impl Machine {
     }
 
     /// What a revert refers to is durable, and its branch is the newest.
-    fn note_revert(&mut self, name: &VolumeName, log: &[Logged], to: Seq) {
+    pub fn note_revert(&mut self, name: &VolumeName, log: &[Logged], to: Seq) {
         let newest = *self.store().branches(name).unwrap().last().unwrap();
         let memory = self.volumes.get_mut(name).unwrap();
         let covered: Vec<_> = log.iter().filter(|l| memory.counts(l.seq, to)).map(|l| l.origin).collect();
@@ -154,8 +154,13 @@ impl Machine {
         let count = branches.len();
         let index = if count >= MOST_BRANCHES { 0 } else { self.rng.random_range(0..count) };
         let branch = branches[index].id;
+        let epochs = self.vm.epochs_of(&name);
         let change = Undecided::DeleteBranch(name.clone());
-        let deleted = self.change(change, |store| store.delete_branch(&name, branch, true));
+        let deleted = self.change(change, |store| match store.delete_branch(&name, branch, true) {
+            // A checkpoint needs it.
+            Err(error) if error.kind() == ErrorKind::Busy && !epochs.is_empty() => Ok(()),
+            other => other,
+        });
         if deleted.is_some() {
             self.adopt_marks(&name);
         } else if self.is_alive() {

@@ -1,5 +1,5 @@
-//! A crash at every I/O step of random workloads, in every way, and what must hold after each: invariants 1 to 6 of
-//! `docs/architecture.md`, asserted by name.
+//! A crash at every I/O step of random workloads, in every way, and what must hold after each: invariants 1 to 6, 8
+//! and 9 of `docs/architecture.md`, asserted by name.
 //!
 //! `CRASH_SEEDS=n` runs that many seeds, `CRASH_SEED=x` one of them; a failure prints its seed.
 
@@ -108,6 +108,7 @@ fn workload(seed: u64, die_at: Option<u64>) -> Machine {
     machine.open().unwrap();
     machine.create();
     machine.create();
+    machine.checkpoint_once();
     let start = machine.disk.io_steps();
     order_faults(&mut machine, seed);
     if let Some(step) = die_at {

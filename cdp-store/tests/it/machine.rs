@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use cdp_store::index::SimKv;
 use cdp_store::storage::sim::SimDisk;
-use cdp_store::{Error, Seams, Store, StoreOptions, Volume, VolumeSpec};
+use cdp_store::{Error, ErrorKind, Seams, Store, StoreOptions, Volume, VolumeSpec};
 use cdp_types::{BlockDevice, ByteRange, DeviceQueue, Event, Instant, IoBuf, IoError, Label, Op, Origin};
 use cdp_types::{RequestId, Seq, VolumeName, Wait};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use crate::branching::Reader;
+use crate::checkpointing::{Attempt, VmChange, VmMemory};
 use crate::content::{Stamp, stamps_of};
 use crate::guest::{Fate, Memory, Tracked, VOLUME_BLOCKS, some_request, some_sectors};
 use crate::reference::Sectors;
@@ -44,6 +45,8 @@ pub enum Undecided {
     Revert(VolumeName, Seq),
     /// Some branch of a volume was being deleted.
     DeleteBranch(VolumeName),
+    /// Something was done with the virtual machine.
+    Vm(VmChange),
 }
 
 #[derive(Debug)]
@@ -86,6 +89,8 @@ pub struct Running {
     pub guests: BTreeMap<VolumeName, Guest>,
     /// Past instants that are held open, and what they must hold.
     pub readers: Vec<Reader>,
+    /// The checkpoint that is being taken.
+    pub attempt: Option<Attempt>,
     store: Store,
 }
 
@@ -97,6 +102,8 @@ pub struct Machine {
     pub faulty: bool,
     /// What the volumes must remember.
     pub volumes: BTreeMap<VolumeName, Memory>,
+    /// What must be true of the virtual machine.
+    pub vm: VmMemory,
     /// What the catalogue may say as well.
     pub undecided: Vec<Undecided>,
     index: SimKv,
@@ -160,6 +167,7 @@ impl Machine {
             rng: SmallRng::seed_from_u64(seed ^ 0xC4A5),
             faulty: false,
             volumes: BTreeMap::new(),
+            vm: VmMemory::default(),
             undecided: Vec::new(),
             index: SimKv::new(),
             catalogue: SimKv::synced(),
@@ -182,6 +190,7 @@ impl Machine {
             rng: SmallRng::seed_from_u64(seed),
             faulty: self.full,
             volumes: self.volumes.clone(),
+            vm: self.vm.clone(),
             undecided: self.undecided.clone(),
             index: self.index.fork(),
             catalogue: self.catalogue.fork(),
@@ -261,7 +270,7 @@ impl Machine {
             secrets,
         };
         let store = Store::open_on(seams, options())?;
-        self.running = Some(Running { guests: BTreeMap::new(), readers: Vec::new(), store });
+        self.running = Some(Running { guests: BTreeMap::new(), readers: Vec::new(), attempt: None, store });
         Ok(())
     }
 
@@ -272,7 +281,7 @@ impl Machine {
             return;
         }
         if let Some(running) = self.running.take() {
-            drop((running.guests, running.readers));
+            drop((running.guests, running.readers, running.attempt));
             let closed = running.store.close();
             self.expect(closed);
             drop(running.store);
@@ -298,7 +307,8 @@ impl Machine {
     /// One random thing that a guest, an operator or the store itself does.
     pub fn tick(&mut self) {
         match self.rng.random_range(0..1000) {
-            0..350 => self.submit(),
+            0..290 => self.submit(),
+            290..350 => self.checkpoint_step(),
             350..380 => self.submit_read(),
             380..640 => self.poll_some(),
             640..860 => drop(self.disk.step()),
@@ -565,6 +575,13 @@ impl Machine {
         self.drain_volume(&name);
         if let Some(running) = &mut self.running {
             running.guests.remove(&name);
+        }
+        if self.vm.needs(&name) {
+            if self.is_alive() {
+                let refused = self.store().destroy_volume(&name, true).unwrap_err();
+                assert_eq!(refused.kind(), ErrorKind::Busy, "invariant 8 violated: {refused:?}");
+            }
+            return;
         }
         if self.change(Undecided::Destroy(name.clone()), |store| store.destroy_volume(&name, false)).is_some()
         {

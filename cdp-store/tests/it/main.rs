@@ -4,6 +4,8 @@
 mod bench;
 mod branches;
 mod branching;
+mod checkpointing;
+mod checkpoints;
 mod content;
 mod crash;
 mod faults;

@@ -97,7 +97,8 @@ impl Model {
         let machine = &mut self.machine;
         self.operations += 1;
         match machine.rng.random_range(0..10_000) {
-            0..6500 => machine.submit(),
+            0..6470 => machine.submit(),
+            6470..6500 => self.checkpoint(),
             6500..8500 => machine.submit_read(),
             8500..9400 => drop(machine.store().pool_step().unwrap()),
             9400..9700 => drop(machine.store().index_step().unwrap()),
@@ -126,6 +127,17 @@ impl Model {
     fn revert(&mut self) {
         self.settle();
         self.machine.revert();
+        self.take_in_forks();
+    }
+
+    /// Something is done with the virtual machine, which may go back.
+    fn checkpoint(&mut self) {
+        self.settle();
+        self.machine.checkpoint_step();
+        self.take_in_forks();
+    }
+
+    fn take_in_forks(&mut self) {
         for (name, memory) in &self.machine.volumes {
             let versions = self.versions.entry(name.clone()).or_default();
             let newest = versions.newest;
@@ -168,6 +180,7 @@ impl Model {
         self.machine.crash(Crash::Kill);
         self.machine.open().unwrap();
         self.take_in();
+        self.machine.check_vm();
     }
 
     fn settle(&mut self) {
@@ -274,8 +287,13 @@ impl Model {
     /// An instant of a volume, by one of its names, and the last request in it.
     fn some_instant(&mut self, name: &VolumeName) -> (Instant, Seq) {
         let marks: Vec<_> = self.machine.volumes[name].marks.iter().map(|(l, s)| (l.clone(), *s)).collect();
+        let epochs = self.machine.vm.epochs_of(name);
         let versions = &self.versions[name];
         let rng = &mut self.machine.rng;
+        if !epochs.is_empty() && rng.random_bool(0.1) {
+            let (epoch, seq) = epochs[rng.random_range(0..epochs.len())];
+            return (Instant::Epoch(epoch), seq);
+        }
         let Some(index) = versions.times.len().checked_sub(1).map(|last| rng.random_range(0..=last)) else {
             return (Instant::Head, Seq::MAX);
         };
@@ -327,6 +345,7 @@ impl Model {
         let mut other = self.machine.fork_without_index(seed);
         other.disk.kill_restart();
         other.open().unwrap();
+        other.check_vm();
         let report = other.store().verify(&mut |_| ()).unwrap();
         assert!(report.findings.is_empty(), "{report:?}");
         let names: Vec<VolumeName> = self.machine.volumes.keys().cloned().collect();

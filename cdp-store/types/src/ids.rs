@@ -41,6 +41,20 @@ id!(
     Origin
 );
 
+id!(
+    /// A virtual machine that is registered with a store. Never reused; the first is 1.
+    VmId
+);
+id!(
+    /// A checkpoint of a virtual machine, store-wide: one attempt to take it, whatever became of it. Never reused; the
+    /// first is 1.
+    CheckpointId
+);
+id!(
+    /// A numbered cut across the disks of a machine, store-wide. Never reused; the first is 1.
+    EpochId
+);
+
 impl Ordinal {
     /// The ordinal of the batch after this one.
     #[must_use]

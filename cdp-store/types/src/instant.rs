@@ -21,7 +21,7 @@ use jiff::civil::{Date, DateTime, Time};
 use jiff::tz::{AmbiguousOffset, Offset, TimeZone};
 use jiff::{Timestamp, Zoned};
 
-use crate::{Label, Seq, VolumeName};
+use crate::{EpochId, Label, Seq, VolumeName};
 
 /// A point of a volume's history that never splits one guest request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub enum Instant {
     /// A named instant.
     Mark(Label),
     /// A numbered cut across the disks of a machine.
-    Epoch(u64),
+    Epoch(EpochId),
 }
 
 /// Why a text is no instant.
@@ -84,7 +84,7 @@ impl Instant {
         }
         match text.split_once(':') {
             Some(("seq", number)) => counted(number).map(|n| Self::Seq(Seq(n))),
-            Some(("epoch", number)) => counted(number).map(Self::Epoch),
+            Some(("epoch", number)) => counted(number).map(|n| Self::Epoch(EpochId(n))),
             Some(("flush", number)) => match number.strip_prefix('-').map(counted) {
                 Some(Ok(count)) if count > 0 => Ok(Self::FlushBack(count)),
                 _ => Err("a flush is counted back from the newest, which is flush:-1".to_owned()),
@@ -508,7 +508,7 @@ mod tests {
             (1..=u64::MAX).prop_map(Instant::FlushBack),
             "[a-zA-Z0-9][a-zA-Z0-9._-]{0,20}"
                 .prop_filter_map("head is no label", |label| label.parse().ok().map(Instant::Mark)),
-            any::<u64>().prop_map(Instant::Epoch),
+            any::<u64>().prop_map(|n| Instant::Epoch(EpochId(n))),
         ]
     }
 

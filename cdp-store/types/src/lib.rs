@@ -23,9 +23,9 @@ pub use device::{
     BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Event, Listener, Op, Ranges, RequestId, Wait,
 };
 pub use error::{IoError, IoErrorKind};
-pub use ids::{BranchId, Generation, Ordinal, Origin, Seq, VolumeId};
+pub use ids::{BranchId, CheckpointId, EpochId, Generation, Ordinal, Origin, Seq, VmId, VolumeId};
 pub use instant::{Instant, InstantError, VolumeAt};
 pub use memory::{MemoryConfig, MemoryDevice, MemoryFaults};
 
-pub use name::{Label, NameError, VolumeName};
+pub use name::{Label, NameError, VmName, VolumeName};
 pub use range::{BLOCK_SIZE, BlockRange, ByteRange, RangeError, SECTOR_SIZE};

@@ -75,7 +75,12 @@ name!(
     "volume name"
 );
 name!(
-    /// The name of a mark, unique in its volume.
+    /// The name of a virtual machine, unique in its store.
+    VmName,
+    "machine name"
+);
+name!(
+    /// The name of a mark, unique in its volume, or of a checkpoint, unique in its machine.
     Label,
     "mark label"
 );

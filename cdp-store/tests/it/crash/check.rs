@@ -58,6 +58,7 @@ impl Machine {
             logs.insert(name.clone(), log);
         }
         self.power_was_cut = false;
+        self.check_vm();
         if self.rng.random() {
             self.flush_all();
         }
@@ -74,6 +75,7 @@ impl Machine {
         self.disk.clear_faults();
         // A fault may have kept a change from being told of, and an opening since may have found it.
         self.check_catalogue();
+        self.check_vm();
         let names: Vec<VolumeName> = self.volumes.keys().cloned().collect();
         for name in names {
             let volume = self.volume(&name);
@@ -111,6 +113,7 @@ impl Machine {
                 }
                 Undecided::Revert(name, to) => self.decide_revert(&name, to),
                 Undecided::DeleteBranch(name) => self.decide_deletion(&name),
+                Undecided::Vm(change) => self.decide_vm(change),
                 Undecided::Create(..) | Undecided::Destroy(_) | Undecided::Clone(..) => {}
             }
         }
@@ -172,6 +175,12 @@ impl Machine {
             instants.push(Instant::Seq(at.seq));
             instants.push(Instant::Time(at.time_ns));
         }
+        for (epoch, seq) in self.vm.epochs_of(name) {
+            let what = format!("invariant 8 violated: {name}@epoch:{epoch}");
+            let device = self.store().open_at(name, &Instant::Epoch(epoch));
+            let device = device.unwrap_or_else(|e| panic!("{what}: {e:?}"));
+            assert_holds(&*device, &self.volumes[name].image(log, seq), &what);
+        }
         let memory = &self.volumes[name];
         for instant in instants {
             let at = match &instant {
@@ -210,6 +219,7 @@ impl Machine {
             other.check_content(name, log);
             other.check_survivors(name, log);
         }
+        other.check_vm();
         let report = other.store().verify(&mut |_| ()).unwrap();
         assert!(report.findings.is_empty(), "invariant 3 violated: {report:?}");
     }

@@ -119,9 +119,10 @@ pub(super) fn records(access: &Access, args: RecordsArgs, output: &mut Output) -
             }
             let time = output.time(record.record.time_ns);
             let record = record.record;
-            let blocks = match record.block_count {
-                0 => "-".to_owned(),
-                count => format!("{}+{count}", record.first_block),
+            let blocks = match (&record.epoch, record.block_count) {
+                (Some(epoch), _) => format!("epoch:{}, {} disks", epoch.epoch, epoch.members.len()),
+                (None, 0) => "-".to_owned(),
+                (None, count) => format!("{}+{count}", record.first_block),
             };
             output.line(format!(
                 "{time:<35}  {:>20}  {:>12}  {:<10}  {blocks:>24}  {:>10}",

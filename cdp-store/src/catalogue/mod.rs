@@ -1,195 +1,30 @@
-//! What the store consists of: volumes, branches, marks. The store log is the truth; rows in RocksDB are derived
-//! from it, and so is the copy in memory that everything here is read from.
+//! What the store consists of: volumes, branches, marks, virtual machines, checkpoints. The store log is the truth;
+//! rows in RocksDB are derived from it, and so is the copy in memory that everything here is read from.
+
+mod ledger;
+mod machines;
+mod rows;
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use cdp_types::{BranchId, Generation, Label, Ordinal, Seq, VolumeId, VolumeName};
+use cdp_types::{BranchId, CheckpointId, Label, Ordinal, Seq, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{BatchPlace, Record, RecordKind};
 use crate::index::{Family, Kv, WriteBatch};
-use crate::log::{Fence, LogContext, LogState};
-use crate::volume::Serving;
+use crate::log::Fence;
+
+pub use ledger::Ledger;
+pub use machines::{CheckpointMode, CheckpointRow, CheckpointState, Saved, SavedMember, SavedMemory, VmRow};
+pub use rows::{BranchRow, BranchState, Change, MarkRow, Stage, VolumeRow};
 
 /// The store log's own volume number.
 pub const STORE_LOG: VolumeId = VolumeId(0);
-
-/// A volume, as the catalogue knows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VolumeRow {
-    /// Its number.
-    pub id: VolumeId,
-    /// Its name.
-    pub name: VolumeName,
-    /// Its size, in bytes.
-    pub size_bytes: u64,
-    /// What its guests address, in bytes: 512 or 4096.
-    pub logical_block_size: u32,
-    /// Its head branch.
-    pub branch: BranchId,
-    /// When it was made, in nanoseconds since 1970.
-    pub created_ns: u64,
-    /// Where it is served to guests, if it is.
-    pub serving: Option<Serving>,
-    /// Who may see it.
-    pub stage: Stage,
-}
-
-/// Who may see a volume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Stage {
-    /// Everyone.
-    Visible,
-    /// Whoever fills it: its name is taken, and nobody else can open it yet.
-    Importing,
-    /// Whoever made it, for as long as that one lives: a writable view of a past instant.
-    Scratch,
-    /// Nobody: it was destroyed, and others still share its history.
-    Destroyed,
-}
-
-/// A branch. Its row is kept when its history is gone, so that no instant is mistaken for another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BranchRow {
-    /// Its number.
-    pub id: BranchId,
-    /// Whose it is.
-    pub volume: VolumeId,
-    /// From which branch it inherits, and up to which `Seq`.
-    pub parent: Option<(BranchId, Seq)>,
-    /// The volume's instants from here on lie on it, until its next branch starts. After every change of the volume
-    /// before; zero for the first branch of a volume that began empty.
-    pub start: Seq,
-    /// When it was made, on the store's clock, in nanoseconds since 1970.
-    pub created_ns: u64,
-    /// How much of it there is.
-    pub state: BranchState,
-}
-
-/// How much of a branch there is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum BranchState {
-    /// All of it.
-    Kept,
-    /// Only what other branches inherit from it: it was deleted.
-    Deleted,
-    /// Nothing.
-    Gone,
-}
-
-/// A mark.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MarkRow {
-    /// Whose history.
-    pub volume: VolumeId,
-    /// Its name.
-    pub label: Label,
-    /// On which branch it lies.
-    pub branch: BranchId,
-    /// The instant.
-    pub seq: Seq,
-    /// The instant's time, in nanoseconds since 1970.
-    pub time_ns: u64,
-    /// What its maker has to say of it.
-    #[serde(default)]
-    pub metadata: BTreeMap<String, String>,
-}
-
-/// One record of the store log: a change that is not a block write. `docs/format.md`, "Store records".
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Change {
-    /// The store was opened for writing.
-    Generation {
-        /// The generation that the opening claimed.
-        generation: Generation,
-    },
-    /// Where volumes' logs had ended when the store was opened. Without it, what a dead process has written
-    /// would come back when it lands late and nothing has been appended meanwhile.
-    Fence {
-        /// Each volume's log end.
-        fences: Vec<(VolumeId, Fence)>,
-    },
-    /// A volume and its first branch begin.
-    Create {
-        /// The volume.
-        volume: VolumeRow,
-        /// Its branch.
-        branch: BranchRow,
-    },
-    /// An import is complete: the volume can be seen.
-    Import {
-        /// The volume.
-        volume: VolumeId,
-    },
-    /// A volume has another name.
-    Rename {
-        /// The volume.
-        volume: VolumeId,
-        /// Its new name.
-        name: VolumeName,
-    },
-    /// A volume is served somewhere, or no longer.
-    Serve {
-        /// The volume.
-        volume: VolumeId,
-        /// Where.
-        serving: Option<Serving>,
-    },
-    /// A volume has grown.
-    Resize {
-        /// The volume.
-        volume: VolumeId,
-        /// Its new size, in bytes.
-        size_bytes: u64,
-    },
-    /// An instant has a name.
-    Mark {
-        /// The mark.
-        mark: MarkRow,
-    },
-    /// An instant has a name no longer.
-    Unmark {
-        /// Whose history.
-        volume: VolumeId,
-        /// The name.
-        label: Label,
-    },
-    /// A volume's head is on a new branch, which begins at an earlier instant.
-    Revert {
-        /// The branch.
-        branch: BranchRow,
-    },
-    /// A branch is deleted, but for what others inherit from it. Marks on what is lost go with it.
-    DeleteBranch {
-        /// The branch.
-        branch: BranchId,
-    },
-    /// Nothing is left of a deleted branch.
-    ForgetBranch {
-        /// The branch.
-        branch: BranchId,
-    },
-    /// A volume is gone for its users. Others may share its history.
-    Destroy {
-        /// The volume.
-        volume: VolumeId,
-    },
-    /// Nobody shares a destroyed volume's history; what it held is being given back.
-    Reclaim {
-        /// The volume.
-        volume: VolumeId,
-    },
-    /// What a destroyed volume held has been given back.
-    Retire {
-        /// The volume.
-        volume: VolumeId,
-    },
-}
+/// The row that says what the others reflect.
+const POSITION_KEY: &[u8] = b"position";
 
 /// Up to where the rows in the database reflect the store log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -221,8 +56,21 @@ pub struct Catalogue {
     pub fences: BTreeMap<VolumeId, Fence>,
     /// Volumes whose space is being given back.
     pub retiring: BTreeMap<VolumeId, Vec<BranchId>>,
-    last_volume: u64,
-    last_branch: u64,
+    /// Virtual machines, by number.
+    pub vms: BTreeMap<VmId, VmRow>,
+    /// Checkpoints in every state, by number.
+    pub checkpoints: BTreeMap<CheckpointId, CheckpointRow>,
+    last: LastNumbers,
+}
+
+/// The highest numbers that were ever given out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct LastNumbers {
+    volume: u64,
+    branch: u64,
+    vm: u64,
+    checkpoint: u64,
+    epoch: u64,
 }
 
 fn gone(volume: VolumeId) -> Error {
@@ -233,13 +81,13 @@ impl Catalogue {
     /// The next unused volume number.
     #[must_use]
     pub fn next_volume(&self) -> VolumeId {
-        VolumeId(self.last_volume + 1)
+        VolumeId(self.last.volume + 1)
     }
 
     /// The next unused branch number.
     #[must_use]
     pub fn next_branch(&self) -> BranchId {
-        BranchId(self.last_branch + 1)
+        BranchId(self.last.branch + 1)
     }
 
     fn volume_mut(&mut self, volume: VolumeId) -> Result<&mut VolumeRow> {
@@ -261,8 +109,8 @@ impl Catalogue {
                 return Ok(());
             }
             Change::Create { volume, branch } => {
-                self.last_volume = self.last_volume.max(volume.id.0);
-                self.last_branch = self.last_branch.max(branch.id.0);
+                self.last.volume = self.last.volume.max(volume.id.0);
+                self.last.branch = self.last.branch.max(branch.id.0);
                 put(rows, &branch_key(branch.id), branch);
                 self.branches.insert(branch.id, *branch);
                 self.volumes.insert(volume.id, volume.clone());
@@ -294,7 +142,7 @@ impl Catalogue {
                 return Ok(());
             }
             Change::Revert { branch } => {
-                self.last_branch = self.last_branch.max(branch.id.0);
+                self.last.branch = self.last.branch.max(branch.id.0);
                 put(rows, &branch_key(branch.id), branch);
                 self.branches.insert(branch.id, *branch);
                 self.volume_mut(branch.volume)?.branch = branch.id;
@@ -329,6 +177,7 @@ impl Catalogue {
                 rows.delete(Family::Rows, &retiring_key(*volume));
                 return Ok(());
             }
+            machines => return self.apply_to_machines(machines, rows),
         };
         put(rows, &volume_key(touched), self.volume_mut(touched)?);
         Ok(())
@@ -372,10 +221,13 @@ impl Catalogue {
         children.filter_map(|b| b.parent.filter(|(parent, _)| *parent == branch)).map(|(_, fork)| fork).max()
     }
 
-    /// Whether anything of a deleted branch is still needed: another inherits from it, or a mark names an instant of it.
+    /// Whether anything of a deleted branch is still needed: another inherits from it, or a mark or a checkpoint names
+    /// an instant of it.
     #[must_use]
     pub fn is_needed(&self, branch: BranchId) -> bool {
-        self.inherited_upto(branch).is_some() || self.marks.values().any(|mark| mark.branch == branch)
+        self.inherited_upto(branch).is_some()
+            || self.marks.values().any(|mark| mark.branch == branch)
+            || self.pins_of(branch).next().is_some()
     }
 
     /// Whether anybody outside a volume inherits from its branches.
@@ -435,12 +287,20 @@ impl Catalogue {
                 let row: MarkRow = serde_json::from_slice(value)?;
                 self.marks.insert((row.volume, row.label.clone()), row);
             }
+            Some(b"vm") => {
+                let row: VmRow = serde_json::from_slice(value)?;
+                self.vms.insert(row.id, row);
+            }
+            Some(b"checkpoint") => {
+                let row: CheckpointRow = serde_json::from_slice(value)?;
+                self.checkpoints.insert(row.id, row);
+            }
             Some(b"retiring") => drop(self.retiring.insert(volume_in(key), serde_json::from_slice(value)?)),
             Some(b"fence") => drop(self.fences.insert(volume_in(key), serde_json::from_slice(value)?)),
             Some(b"position") => {
-                let (at, volume, branch) = serde_json::from_slice(value)?;
+                let (at, last) = serde_json::from_slice(value)?;
                 *position = Some(at);
-                (self.last_volume, self.last_branch) = (volume, branch);
+                self.last = last;
             }
             _ => {}
         }
@@ -478,85 +338,4 @@ fn put<T: Serialize + ?Sized>(rows: &mut WriteBatch, key: &[u8], value: &T) {
     // Rows are plain structures with string keys: there is nothing in them that JSON cannot say.
     let value = serde_json::to_vec(value).unwrap_or_default();
     rows.put(Family::Rows, key, &value);
-}
-
-/// The store log and the catalogue that follows from it. Used under one lock: the store's changes have one order.
-#[derive(Debug)]
-pub struct Ledger {
-    log: LogState,
-    catalogue: Catalogue,
-    kv: Arc<dyn Kv>,
-}
-
-impl Ledger {
-    /// The ledger whose log and catalogue recovery has brought in line.
-    #[must_use]
-    pub fn new(log: LogState, catalogue: Catalogue, kv: Arc<dyn Kv>) -> Self {
-        Self { log, catalogue, kv }
-    }
-
-    /// The catalogue.
-    #[must_use]
-    pub fn catalogue(&self) -> &Catalogue {
-        &self.catalogue
-    }
-
-    /// The last batch of the store log.
-    #[must_use]
-    pub fn end(&self) -> Ordinal {
-        self.log.acked()
-    }
-
-    /// Commits changes, all or none.
-    ///
-    /// 1. Append one record and sync it: the commit point. Crash before: nothing happened.
-    /// 2. Take the changes in. Crash: recovery replays them.
-    /// 3. Write the catalogue's rows. Crash: the same. They never say what the log does not.
-    ///
-    /// # Durability
-    /// The changes survive a power cut once this returns.
-    ///
-    /// # Errors
-    /// If the log cannot be written; [`ErrorKind::Invalid`] if there is too much to say in one record.
-    pub fn commit(&mut self, context: &LogContext, changes: &[Change]) -> Result<()> {
-        let body = serde_json::to_vec(changes)
-            .map_err(|e| Error::new(ErrorKind::Invalid, "encoding a store record").with(e))?;
-        if body.len() > crate::log::Draft::MAX_BODY {
-            return Err(Error::new(ErrorKind::Invalid, "too many changes at once"));
-        }
-        if let Some(wish) = self.log.wants_segment(context) {
-            self.log.supply(context.segments.create(wish.capacity)?);
-        }
-        if self.log.can_cut() {
-            self.log.cut(context);
-            if let Some(wish) = self.log.wants_segment(context) {
-                self.log.supply(context.segments.create(wish.capacity)?);
-            }
-        }
-        let mut record = Record::event(RecordKind::Store, body.len() as u64);
-        record.aux = body.len() as u64;
-        self.log.append_synced(context, record, body)?;
-
-        let mut rows = WriteBatch::new();
-        for change in changes {
-            self.catalogue.apply(change, &mut rows)?;
-        }
-        self.write_rows(rows);
-        Ok(())
-    }
-
-    /// Writes rows and the position that they bring the database to. What fails here is made up for by the next
-    /// opening, so it is no reason to fail a change that is durable already.
-    pub fn write_rows(&mut self, mut rows: WriteBatch) {
-        let (crc, place) = self.log.acked_at();
-        let (seq, time_ns) = self.log.head();
-        let BatchPlace { incarnation, offset } = place;
-        let position = Position { ordinal: self.log.acked(), crc, incarnation, offset, time_ns, seq };
-        put(&mut rows, b"position", &(position, self.catalogue.last_volume, self.catalogue.last_branch));
-        if let Err(error) = self.kv.write(&rows) {
-            tracing::warn!(
-                "the catalogue's database was not updated: {error}; the next opening will make up for it"
-            );
-        }
-    }
 }

@@ -1,0 +1,199 @@
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::index::SimKv;
+use cdp_types::{EpochId, Generation, VolumeName};
+
+fn volume(id: u64, stage: Stage) -> Change {
+    let (id, branch) = (VolumeId(id), BranchId(id));
+    let name: VolumeName = format!("disk{id}").parse().unwrap();
+    let row = VolumeRow {
+        id,
+        name,
+        size_bytes: 4096,
+        logical_block_size: 4096,
+        branch,
+        created_ns: 1,
+        serving: None,
+        stage,
+    };
+    let (parent, start, state) = (None, Seq::ZERO, BranchState::Kept);
+    let branch = BranchRow { id: branch, volume: id, parent, start, created_ns: 1, state };
+    Change::Create { volume: row, branch }
+}
+
+fn vm(id: u64, settings: Value) -> VmRow {
+    VmRow {
+        id: VmId(id),
+        name: format!("vm{id}").parse().unwrap(),
+        volumes: vec![VolumeId(1), VolumeId(2)],
+        qmp: (!id.is_multiple_of(2)).then(|| "/run/qmp".to_owned()),
+        settings,
+        memory: Some(VolumeId(3)),
+        current: None,
+        created_ns: id,
+    }
+}
+
+fn begun(id: u64, vm: u64) -> CheckpointRow {
+    CheckpointRow {
+        id: CheckpointId(id),
+        vm: VmId(vm),
+        label: (!id.is_multiple_of(3)).then(|| format!("c{id}").parse().unwrap()),
+        pinned: false,
+        mode: CheckpointMode::Hot,
+        parent: None,
+        created_ns: id,
+        generation: Generation(1),
+        epoch: None,
+        base: Some((BranchId(3), Seq(id))),
+        restore: json!({"capabilities": ["background-snapshot"]}),
+        state: CheckpointState::Begun,
+    }
+}
+
+fn saved(id: u64) -> Saved {
+    let at = |volume, branch| SavedMember {
+        volume: VolumeId(volume),
+        branch: BranchId(branch),
+        seq: Seq(10 + id),
+        ordinal: Ordinal(id),
+    };
+    let (volume, branch) = (VolumeId(3), BranchId(3));
+    let memory = SavedMemory { volume, branch, seq: Seq(id), image_bytes: 4096 };
+    Saved {
+        seq: Seq(11 + id),
+        time_ns: 7,
+        members: vec![at(1, 1), at(2, 2)],
+        memory,
+        figures: json!({"pause_ms": 4}),
+    }
+}
+
+fn json_values() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        ".{0,12}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 24, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::btree_map("[a-z\"\\\\]{0,6}", inner, 0..4)
+                .prop_map(|members| Value::Object(members.into_iter().collect())),
+        ]
+    })
+}
+
+/// Changes that can follow one another in any order, on two machines and four checkpoints.
+fn changes() -> impl Strategy<Value = Change> {
+    let (machine, number) = (1..=2_u64, 1..=4_u64);
+    prop_oneof![
+        (machine, json_values()).prop_map(|(id, settings)| Change::Vm { vm: vm(id, settings) }),
+        (1..=2_u64).prop_map(|id| Change::RemoveVm { vm: VmId(id) }),
+        (1..=2_u64, prop::option::of(1..=4_u64))
+            .prop_map(|(id, c)| Change::VmCurrent { vm: VmId(id), checkpoint: c.map(CheckpointId) }),
+        (number, 1..=2_u64).prop_map(|(id, of)| Change::BeginCheckpoint { checkpoint: begun(id, of) }),
+        (1..=4_u64, 1..=99_u64)
+            .prop_map(|(id, n)| Change::ArmEpoch { checkpoint: CheckpointId(id), epoch: EpochId(n) }),
+        (1..=4_u64, 1..=2_u64).prop_map(|(id, of)| {
+            let state = CheckpointState::Committed(saved(id));
+            Change::Checkpoint { checkpoint: CheckpointRow { state, ..begun(id, of) } }
+        }),
+        (1..=4_u64, ".{0,9}")
+            .prop_map(|(id, reason)| { Change::AbortCheckpoint { checkpoint: CheckpointId(id), reason } }),
+        (1..=4_u64, any::<bool>()).prop_map(|(id, pinned)| {
+            Change::EditCheckpoint { checkpoint: CheckpointId(id), label: None, pinned }
+        }),
+        (1..=4_u64).prop_map(|id| Change::DeleteCheckpoint { checkpoint: CheckpointId(id) }),
+    ]
+}
+
+fn applied(changes: &[Change]) -> (Catalogue, WriteBatch) {
+    let (mut catalogue, mut rows) = (Catalogue::default(), WriteBatch::new());
+    for change in changes {
+        // Some speak of what is not there: rows and memory agree all the same.
+        let _ = catalogue.apply(change, &mut rows);
+    }
+    (catalogue, rows)
+}
+
+fn base() -> Vec<Change> {
+    vec![volume(1, Stage::Visible), volume(2, Stage::Visible), volume(3, Stage::Memory)]
+}
+
+proptest! {
+    #[test]
+    fn a_record_of_machines_is_read_back_as_it_was_written(changes in prop::collection::vec(changes(), 0..20)) {
+        let body = serde_json::to_vec(&changes).unwrap();
+        let read: Vec<Change> = serde_json::from_slice(&body).unwrap();
+        prop_assert_eq!(read, changes);
+    }
+
+    #[test]
+    fn rows_say_what_the_log_says(changes in prop::collection::vec(changes(), 0..40)) {
+        let changes: Vec<Change> = base().into_iter().chain(changes).collect();
+        let (catalogue, mut rows) = applied(&changes);
+        let place = Position { ordinal: Ordinal(1), crc: 0, incarnation: 0, offset: 0, time_ns: 0, seq: Seq(1) };
+        put(&mut rows, POSITION_KEY, &(place, catalogue.last));
+        let kv = SimKv::synced();
+        kv.write(&rows).unwrap();
+        let (loaded, _) = Catalogue::load(&kv).unwrap().unwrap();
+        prop_assert_eq!(loaded, catalogue);
+    }
+
+    #[test]
+    fn any_json_is_a_record_or_an_error(value in json_values()) {
+        let _ = serde_json::from_value::<Vec<Change>>(value);
+    }
+}
+
+#[test]
+fn numbers_are_not_given_out_again() {
+    let mut changes = base();
+    changes.push(Change::Vm { vm: vm(1, Value::Null) });
+    changes.push(Change::BeginCheckpoint { checkpoint: begun(1, 1) });
+    changes.push(Change::ArmEpoch { checkpoint: CheckpointId(1), epoch: EpochId(5) });
+    changes.push(Change::RemoveVm { vm: VmId(1) });
+    let (catalogue, _) = applied(&changes);
+    assert!(catalogue.checkpoints.is_empty(), "a machine's checkpoints go with it");
+    let next = (catalogue.next_vm(), catalogue.next_checkpoint(), catalogue.next_epoch());
+    assert_eq!(next, (VmId(2), CheckpointId(2), EpochId(6)));
+}
+
+#[test]
+fn a_checkpoint_pins_its_disks_and_its_memory_once_it_is_complete() {
+    let mut changes = base();
+    changes.push(Change::Vm { vm: vm(1, Value::Null) });
+    changes.push(Change::BeginCheckpoint { checkpoint: begun(1, 1) });
+    let (catalogue, _) = applied(&changes);
+    assert!(!catalogue.is_needed(BranchId(1)), "it is not complete");
+    let state = CheckpointState::Committed(saved(1));
+    changes.push(Change::Checkpoint { checkpoint: CheckpointRow { state, ..begun(1, 1) } });
+    let (catalogue, _) = applied(&changes);
+    assert!((1..=3).all(|branch| catalogue.is_needed(BranchId(branch))));
+    assert_eq!(catalogue.vms[&VmId(1)].current, Some(CheckpointId(1)));
+    changes.push(Change::DeleteCheckpoint { checkpoint: CheckpointId(1) });
+    let (catalogue, _) = applied(&changes);
+    assert!((1..=3).all(|branch| !catalogue.is_needed(BranchId(branch))));
+    assert_eq!(catalogue.vms[&VmId(1)].current, None);
+}
+
+#[test]
+fn only_the_newest_failures_are_remembered() {
+    let mut changes = base();
+    changes.push(Change::Vm { vm: vm(1, Value::Null) });
+    for id in 1..=40 {
+        changes.push(Change::BeginCheckpoint { checkpoint: begun(id, 1) });
+        let reason = "no space".to_owned();
+        changes.push(Change::AbortCheckpoint { checkpoint: CheckpointId(id), reason });
+    }
+    let (catalogue, _) = applied(&changes);
+    let kept: Vec<u64> = catalogue.checkpoints.keys().map(|id| id.0).collect();
+    assert_eq!(kept, (25..=40).collect::<Vec<_>>());
+}

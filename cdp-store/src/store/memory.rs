@@ -1,0 +1,150 @@
+//! Memory volumes: the hidden volume of each machine that holds the images of its memory.
+//!
+//! A save writes only what differs from the image that the volume's head holds when it begins. So the head must always
+//! hold the image from which the machine goes on: it is put back to that when a save is aborted, and when the
+//! machine is reverted, by a new branch as a user's revert makes one.
+
+use std::sync::Arc;
+
+use cdp_types::{BlockDevice, BranchId, CheckpointId, Seq, VmName, VolumeId, VolumeName};
+
+use super::branches::Turn;
+use super::vms::{check_no_attempt, vm_row};
+use super::{Store, VolumeSpec};
+use crate::catalogue::{BranchState, Catalogue, Change, CheckpointRow, Saved, Stage, VmRow};
+use crate::error::{Error, ErrorKind, Result};
+use crate::volume::{Resolved, Volume};
+
+impl Store {
+    /// A machine's memory volume, made if there is none yet, and at least so large; sizes are rounded up to whole
+    /// blocks. Nobody else sees it, and it goes with its machine.
+    ///
+    /// # Durability
+    /// It is there, as large, once this returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Invalid`] for a size that cannot be.
+    pub fn memory_volume(&self, vm: &VmName, at_least_bytes: u64) -> Result<Arc<Volume>> {
+        let size_bytes = at_least_bytes.max(1).next_multiple_of(cdp_types::BLOCK_SIZE);
+        let mut ledger = self.ledger();
+        let vm = vm_row(ledger.catalogue(), vm)?.clone();
+        let Some(id) = vm.memory else {
+            let name = format!("memory-{}", vm.id).parse::<VolumeName>();
+            let name = name.map_err(|e| Error::new(ErrorKind::Invalid, e.to_string()))?;
+            let spec = VolumeSpec { size_bytes, logical_block_size: cdp_types::BLOCK_SIZE as u32 };
+            return self.add_volume_with(&mut ledger, &name, spec, Stage::Memory, |volume| {
+                let vm = VmRow { memory: Some(volume), ..vm };
+                vec![Change::Vm { vm }]
+            });
+        };
+        let volume = self.volume_by_id(id)?;
+        let row = volume.row();
+        if row.size_bytes < size_bytes {
+            VolumeSpec { size_bytes, logical_block_size: row.logical_block_size }.check()?;
+            self.change_volume(&mut ledger, &volume, Change::Resize { volume: id, size_bytes })?;
+        }
+        Ok(volume)
+    }
+
+    /// The memory of a complete checkpoint, for reading.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such checkpoint, or it is not complete.
+    pub fn checkpoint_memory(&self, checkpoint: CheckpointId) -> Result<Arc<dyn BlockDevice>> {
+        let (memory, time_ns) = {
+            let ledger = self.ledger();
+            let row = ledger.catalogue().checkpoints.get(&checkpoint);
+            let saved = row.and_then(CheckpointRow::saved);
+            let saved = saved.ok_or_else(|| {
+                Error::new(ErrorKind::NotFound, format!("there is no complete checkpoint {checkpoint}"))
+            })?;
+            (saved.memory, saved.time_ns)
+        };
+        let at = Resolved { branch: memory.branch, seq: memory.seq, time_ns };
+        self.volume_by_id(memory.volume)?.open_resolved(at)
+    }
+
+    /// Has a machine go on from another of its checkpoints, or from none: its memory volume holds that image again, or
+    /// nothing, so that the next save writes what differs from it. Its disks stay as they are.
+    ///
+    /// # Durability
+    /// Once this returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if it has no such complete checkpoint; [`ErrorKind::Busy`] while a checkpoint of it is
+    /// being taken, or its memory volume is in use.
+    pub fn rewind_memory(&self, vm: &VmName, to: Option<CheckpointId>) -> Result<()> {
+        let turn = {
+            let ledger = self.ledger();
+            let row = vm_row(ledger.catalogue(), vm)?;
+            let base = to.map(|id| complete(ledger.catalogue(), row, id)).transpose()?.map(memory_of);
+            row.memory.map(|memory| self.memory_turn(ledger.catalogue(), memory, base)).transpose()?.flatten()
+        };
+        let moved = turn.is_some();
+        self.go_back(turn.as_slice(), false, &|catalogue| {
+            let row = vm_row(catalogue, vm)?;
+            check_no_attempt(catalogue, row)?;
+            let checkpoint =
+                to.map(|id| complete(catalogue, row, id).map(|(found, _)| found.id)).transpose()?;
+            let mut changes = vec![Change::VmCurrent { vm: row.id, checkpoint }];
+            if moved {
+                changes.extend(row.memory.into_iter().flat_map(|m| stale_memory(catalogue, m, None, None)));
+            }
+            Ok(changes)
+        })?;
+        self.reclaim_now_or_later();
+        Ok(())
+    }
+
+    /// What puts a memory volume back to where it stood, or to nothing; none if it holds just that.
+    pub(super) fn memory_turn(
+        &self,
+        catalogue: &Catalogue,
+        memory: VolumeId,
+        base: Option<(BranchId, Seq)>,
+    ) -> Result<Option<Turn>> {
+        let volume = self.volume_by_id(memory)?;
+        let first = catalogue.branches_of(memory).first().copied().unwrap_or_default();
+        let (branch, seq) = base.unwrap_or((first, Seq::ZERO));
+        if volume.row().branch == branch && volume.head().seq <= seq {
+            return Ok(None);
+        }
+        let time_ns = catalogue.branches.get(&branch).map_or(0, |row| row.created_ns);
+        Ok(Some(Turn { volume, to: Resolved { branch, seq, time_ns } }))
+    }
+}
+
+/// Where a complete checkpoint's memory lies.
+pub(super) fn memory_of((_, saved): (&CheckpointRow, &Saved)) -> (BranchId, Seq) {
+    (saved.memory.branch, saved.memory.seq)
+}
+
+/// A machine's checkpoint, which must be complete.
+pub(super) fn complete<'a>(
+    catalogue: &'a Catalogue,
+    vm: &VmRow,
+    id: CheckpointId,
+) -> Result<(&'a CheckpointRow, &'a Saved)> {
+    let row = catalogue.checkpoints.get(&id).filter(|row| row.vm == vm.id);
+    row.and_then(|row| row.saved().map(|saved| (row, saved))).ok_or_else(|| {
+        let text = format!("machine '{}' has no complete checkpoint {id}", vm.name);
+        Error::new(ErrorKind::NotFound, text)
+    })
+}
+
+/// Which of a memory volume's branches nobody needs once a checkpoint has gone, or the head is another than now: those
+/// that no other checkpoint names. What later branches inherit of them stays.
+pub(super) fn stale_memory(
+    catalogue: &Catalogue,
+    memory: VolumeId,
+    head: Option<BranchId>,
+    going: Option<CheckpointId>,
+) -> Vec<Change> {
+    let named = |branch: BranchId| catalogue.pins_of(branch).any(|(row, _)| Some(row.id) != going);
+    let stale = |branch: &BranchId| {
+        let kept = catalogue.branches.get(branch).is_some_and(|row| row.state == BranchState::Kept);
+        kept && Some(*branch) != head && !named(*branch)
+    };
+    let branches = catalogue.branches_of(memory).into_iter().filter(stale);
+    branches.map(|branch| Change::DeleteBranch { branch }).collect()
+}
