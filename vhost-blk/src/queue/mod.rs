@@ -507,6 +507,13 @@ impl Queue {
     }
 }
 
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.mail.close();
+        self.context.counters.in_flight.set(0);
+    }
+}
+
 /// Tells the operator and the front end that a ring cannot be used, once.
 pub(crate) fn complain_of_ring(context: &Context, wiring: &Wiring, fault: RingFault) {
     let Context { index: queue, name, .. } = context;
