@@ -9,35 +9,41 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cdp_types::{MemoryConfig, MemoryDevice, RingStop, VmControl};
-use vhost_blk::{Guard, Server, ServerConfig};
+use vhost_blk::{Guard, Server, ServerConfig, Window};
 
 struct Cut {
     data: PathBuf,
     armed: Mutex<Option<PathBuf>>,
     /// None if the window shall not be opened, to see what happens then.
     guard: OnceLock<Arc<Guard>>,
+    window: Mutex<Option<Window>>,
 }
 
 impl VmControl for Cut {
     fn ring_started(&self, _socket: &Path, _ring: u16) {}
 
     fn ring_stopped(&self, _socket: &Path, _ring: u16, why: RingStop, last: bool) {
-        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(copy) = armed.take_if(|_| last && why == RingStop::Asked) else { return };
+        let Some(copy) = locked(&self.armed).take_if(|_| last && why == RingStop::Asked) else { return };
         if let Err(error) = std::fs::copy(&self.data, &copy) {
             tracing::error!("{}: {error}", copy.display());
         }
         let trouble = |trouble| tracing::error!("the window is in trouble: {trouble}");
-        if let Some(Err(refusal)) = self.guard.get().map(|guard| guard.open(trouble)) {
-            tracing::error!("the window is not open: {refusal}");
+        match self.guard.get().map(|guard| guard.open(trouble)) {
+            None => {}
+            Some(Ok(window)) => *locked(&self.window) = Some(window),
+            Some(Err(refusal)) => tracing::error!("the window is not open: {refusal}"),
         }
     }
 
     fn memory_changed(&self, _socket: &Path) {}
     fn disconnected(&self, _socket: &Path) {}
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -52,7 +58,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let journal =
         File::options().read(true).write(true).create(true).truncate(true).open(format!("{data}.journal"))?;
     let disk = Arc::new(MemoryDevice::in_files(config, file, journal)?);
-    let cut = Arc::new(Cut { data: data.into(), armed: Mutex::default(), guard: OnceLock::new() });
+    let cut = Arc::new(Cut {
+        data: data.into(),
+        armed: Mutex::default(),
+        guard: OnceLock::new(),
+        window: Mutex::default(),
+    });
     let config = ServerConfig { queues, ..ServerConfig::new(socket) };
     let server = Server::bind(config, disk, Arc::clone(&cut) as _)?;
     let guard = server.guard();
@@ -65,14 +76,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         BufReader::new(client.try_clone()?).read_line(&mut line)?;
         let answer = match line.trim_end().split_once(' ') {
             Some(("arm", copy)) => {
-                *cut.armed.lock().unwrap_or_else(PoisonError::into_inner) = Some(copy.into());
+                *locked(&cut.armed) = Some(copy.into());
                 guard
                     .prepare()
                     .map_or_else(|refusal| format!("refused: {refusal}"), |target| format!("{target:?}"))
             }
             _ => {
                 let stats = guard.stats();
-                guard.close();
+                drop(locked(&cut.window).take());
                 format!("{stats:?}")
             }
         };

@@ -21,7 +21,7 @@ pub struct ServerConfig {
     /// A queue takes no new request while those it has taken carry this many bytes.
     pub queue_bytes: u64,
     /// How long, while a window of the guest's memory is open, touches may make no progress before whoever has opened
-    /// it is told to give up (`Guard::open`).
+    /// it is told to give up (`Guard::open`). Not zero.
     pub guard_deadline: Duration,
 }
 
@@ -65,6 +65,9 @@ impl ServerConfig {
         }
         if self.queue_bytes == 0 {
             return wrong("a queue must be allowed some bytes in flight");
+        }
+        if self.guard_deadline.is_zero() {
+            return wrong("touches of guest memory must be allowed some time");
         }
         Ok(())
     }

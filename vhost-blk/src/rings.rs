@@ -35,7 +35,7 @@ enum State {
     Running,
     /// It was disabled while it ran: nothing is in flight, nothing is taken.
     Paused,
-    /// It could not be started. It stays so until it is stopped.
+    /// It could not be started, or could not go on with a change. It stays so until it is stopped.
     Broken,
 }
 
@@ -49,6 +49,8 @@ struct Vring {
     err: Option<EventFd>,
     enabled: bool,
     state: State,
+    /// Its thread has a queue, which must be stopped whatever the state is.
+    has_queue: bool,
     worker: Option<Worker>,
 }
 
@@ -64,6 +66,7 @@ impl Vring {
             err: None,
             enabled: false,
             state: State::Stopped,
+            has_queue: false,
             worker: None,
         }
     }
@@ -72,10 +75,6 @@ impl Vring {
     fn reset(&mut self) {
         let worker = self.worker.take();
         *self = Self { worker, ..Self::new(self.context.clone()) };
-    }
-
-    fn live(&self) -> bool {
-        matches!(self.state, State::Running | State::Paused)
     }
 }
 
@@ -113,12 +112,13 @@ impl Rings {
         &mut self.vrings[usize::from(index)]
     }
 
+    /// Whether it was started and not stopped.
     pub(crate) fn running(&self, index: u16) -> bool {
-        self.vrings[usize::from(index)].live()
+        self.vrings[usize::from(index)].has_queue
     }
 
     pub(crate) fn any_running(&self) -> bool {
-        self.vrings.iter().any(Vring::live)
+        self.vrings.iter().any(|vring| vring.has_queue)
     }
 
     pub(crate) fn size(&self, index: u16) -> u16 {
@@ -161,17 +161,26 @@ impl Rings {
 
     /// A ring that is disabled is drained before this returns; once enabled it is looked at even without a kick,
     /// since the kick may have come before.
-    pub(crate) fn set_enabled(&mut self, index: u16, enabled: bool) {
+    ///
+    /// # Errors
+    /// It could not be drained: the connection must end without an answer.
+    pub(crate) fn set_enabled(&mut self, index: u16, enabled: bool) -> Result<(), RingFault> {
         let vring = self.ring(index);
         vring.enabled = enabled;
-        let (command, state) = match (enabled, vring.state) {
-            (true, State::Paused) => (Command::Resume, State::Running),
-            (false, State::Running) => (Command::Pause, State::Paused),
-            _ => return self.start_if_ready(index),
-        };
-        if let Some(worker) = &vring.worker {
-            vring.state = if worker.ask(command).is_ok() { state } else { State::Broken };
+        match (enabled, vring.state, &vring.worker) {
+            (true, State::Paused, Some(worker)) => {
+                let resumed = worker.ask(Command::Resume).is_ok();
+                vring.state = if resumed { State::Running } else { State::Broken };
+            }
+            (false, State::Running | State::Broken, Some(worker)) if vring.has_queue => {
+                worker.ask(Command::Pause)?;
+                if vring.state == State::Running {
+                    vring.state = State::Paused;
+                }
+            }
+            _ => self.start_if_ready(index),
         }
+        Ok(())
     }
 
     /// Lets every ring that runs go on with what they have in common.
@@ -182,7 +191,7 @@ impl Rings {
     }
 
     fn changed(&mut self, index: u16) {
-        if !self.running(index) {
+        if matches!(self.ring(index).state, State::Stopped | State::Broken) {
             return self.start_if_ready(index);
         }
         let wiring = self.wiring(index).map(Box::new);
@@ -222,7 +231,9 @@ impl Rings {
         self.guard.ring_starts();
         self.vm.ring_started(&self.socket, index);
         let started = self.start(index, wiring.clone());
-        self.ring(index).state = if started.is_ok() { State::Running } else { State::Broken };
+        let vring = self.ring(index);
+        vring.has_queue = started.is_ok();
+        vring.state = if started.is_ok() { State::Running } else { State::Broken };
         if started.is_err() {
             self.stopped(index, RingStop::Failed);
         }
@@ -259,18 +270,21 @@ impl Rings {
     }
 
     /// Stops a ring and returns the position from which to go on. Nothing is in flight when this returns.
-    pub(crate) fn stop(&mut self, index: u16, why: RingStop) -> u16 {
+    ///
+    /// # Errors
+    /// Something is in flight and will stay so, as requests that are given up, and those of a thread that is gone. Nobody
+    /// has been told that the ring has stopped, and nobody may be: the connection must end without an answer.
+    pub(crate) fn stop(&mut self, index: u16, why: RingStop) -> Result<u16, RingFault> {
         let vring = self.ring(index);
-        if vring.live() {
-            if let Some(Ok(taken)) = vring.worker.as_ref().map(|worker| worker.ask(Command::Stop)) {
-                vring.base = taken;
-            }
-            vring.state = State::Stopped;
+        if vring.has_queue {
+            let worker = vring.worker.as_ref().ok_or(RingFault::Device)?;
+            vring.base = worker.ask(Command::Stop)?;
+            (vring.state, vring.has_queue) = (State::Stopped, false);
             self.stopped(index, why);
         }
         let vring = self.ring(index);
         (vring.state, vring.kick) = (State::Stopped, Kick::Unset);
-        vring.base
+        Ok(vring.base)
     }
 
     fn stopped(&self, index: u16, why: RingStop) {
@@ -280,11 +294,15 @@ impl Rings {
     }
 
     /// Stops all rings and forgets how they were set up.
-    pub(crate) fn reset(&mut self) {
+    ///
+    /// # Errors
+    /// As `stop`.
+    pub(crate) fn reset(&mut self) -> Result<(), RingFault> {
         for index in 0..self.vrings.len() as u16 {
-            self.stop(index, RingStop::Reset);
+            self.stop(index, RingStop::Reset)?;
             self.ring(index).reset();
         }
+        Ok(())
     }
 
     /// Drains all rings at once, reporting what was in flight.

@@ -123,11 +123,11 @@ impl Server {
         let waited = locked(&self.ended).recv_timeout(PATIENCE);
         if waited == Err(RecvTimeoutError::Timeout) {
             // The device is slow, requests wait for touches, or the client is in the middle of a message. Of the latter two
-            // this makes an end.
-            self.shared.disk.guard.abandon();
+            // this makes an end. The client first: no answer may reach it that a ring has stopped with requests given up.
             if let Some(connection) = locked(&self.shared.connection).as_ref() {
                 let _ = connection.shutdown(Shutdown::Both);
             }
+            self.shared.disk.guard.abandon();
         }
         if thread.join().is_err() {
             tracing::error!(socket = %self.shared.disk.name, "the connection's thread has panicked");

@@ -20,7 +20,7 @@ use crate::config_space::{self, WRITEBACK_OFFSET};
 use crate::eventfd::EventFd;
 use crate::features::{self, Features};
 use crate::guard::Guard;
-use crate::guest::{DirtyLog, MAX_REGIONS, MemoryMap, RegionSpec, RingAddresses};
+use crate::guest::{DirtyLog, MAX_REGIONS, MemoryMap, RegionSpec, RingAddresses, RingFault};
 use crate::inflight::{History, InflightRegion, region_len};
 use crate::queue::Context;
 use crate::rings::Rings;
@@ -178,6 +178,12 @@ impl Session {
     }
 }
 
+/// No refusal, which the front end could live with, but the end of the connection: it must not go on believing that
+/// nothing is in flight.
+fn not_drained(fault: RingFault) -> Error {
+    Error::ReqHandlerError(io::Error::other(format!("a ring cannot be drained: {fault}")))
+}
+
 fn spec(region: &VhostUserMemoryRegion) -> RegionSpec {
     RegionSpec {
         guest: region.guest_phys_addr,
@@ -198,7 +204,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.rings.reset();
+        self.rings.reset().map_err(not_drained)?;
         self.set_write_through(false);
         Ok(())
     }
@@ -280,7 +286,8 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let ring = self.check_ring(index)?;
-        Ok(VhostUserVringState::new(index, self.rings.stop(ring, RingStop::Asked).into()))
+        let base = self.rings.stop(ring, RingStop::Asked).map_err(not_drained)?;
+        Ok(VhostUserVringState::new(index, base.into()))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -326,8 +333,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         let index = self.check_ring(index)?;
-        self.rings.set_enabled(index, enable);
-        Ok(())
+        self.rings.set_enabled(index, enable).map_err(not_drained)
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::eventfd::EventFd;
 use crate::guest::RingFault;
-use crate::queue::{Context, Queue, RingStart, Wiring, complain_of_ring};
+use crate::queue::{Context, Drain, Queue, RingStart, Wiring, complain_of_ring};
 
 /// What the connection's thread tells a queue's thread. Each is answered once it has been done.
 pub(crate) enum Command {
@@ -18,11 +18,12 @@ pub(crate) enum Command {
     Start(Box<RingStart>),
     /// Go on with these, between two requests.
     Rewire(Box<Wiring>),
-    /// Take no more requests. Answered when none is in flight.
+    /// Take no more requests. Answered when none is in flight, or with [`RingFault::GivenUp`].
     Pause,
     /// Take requests again.
     Resume,
-    /// Stop the ring. Answered when nothing is in flight, with the position from which to go on.
+    /// Stop the ring. Answered when nothing is in flight, with the position from which to go on, or with
+    /// [`RingFault::GivenUp`].
     Stop,
     /// End the thread, because the connection has ended. Answered when nothing is in flight.
     Leave,
@@ -119,9 +120,10 @@ impl Thread {
             }
             if let Some(queue) = &mut self.queue {
                 queue.resume(self.device.as_deref_mut());
-            }
-            if let (Some(queue), Some(device)) = (&mut self.queue, &mut self.device) {
-                queue.take(device.as_mut());
+                if let Some(device) = &mut self.device {
+                    queue.take(device.as_mut());
+                }
+                // Without a device too: what was resumed was answered with an error.
                 queue.publish();
             }
             if self.end_drain() {
@@ -235,7 +237,11 @@ impl Thread {
         let old = self.queue.as_ref().and_then(Queue::kick);
         if kick(old) != kick(wiring.kick.as_ref()) {
             self.unwatch_kick();
-            self.open_device(wiring.kick.as_ref())?;
+            if let Err(fault) = self.open_device(wiring.kick.as_ref()) {
+                // Nothing would be heard of the guest, and the front end believes that the ring has gone on.
+                self.with_queue(|queue| queue.break_off(fault))?;
+                return Err(fault);
+            }
         }
         self.with_queue(|queue| queue.rewire(wiring))
     }
@@ -248,11 +254,15 @@ impl Thread {
 
     /// Answers whoever waits for nothing to be in flight, if nothing is; and says whether to end.
     fn end_drain(&mut self) -> bool {
-        if self.queue.as_ref().is_some_and(|queue| !queue.drained()) {
+        let drain = self.queue.as_ref().map_or(Drain::Done, Queue::drain);
+        if drain == Drain::Pending {
             return false;
         }
         let Some(Request { command, answer }) = self.draining.take() else { return false };
-        let taken = self.queue.as_ref().map(Queue::taken).ok_or(RingFault::Device);
+        let taken = match drain {
+            Drain::GivenUp => Err(RingFault::GivenUp),
+            _ => self.queue.as_ref().map(Queue::taken).ok_or(RingFault::Device),
+        };
         if !matches!(command, Command::Pause) {
             self.unwatch_kick();
             self.queue = None;

@@ -34,7 +34,7 @@ fn help(guard: &Guard, window: u64) {
         let trouble = touch_all(guard, window, &waiting).err();
         state = locked(&guard.state);
         match trouble {
-            Some(trouble) if state.window == Some(window) => {
+            Some(trouble) if state.window == Some(window) && !waiting.job.mail.is_dead() => {
                 state.held.push(waiting);
                 drop(state);
                 guard.trouble(window, trouble);
@@ -49,10 +49,12 @@ fn help(guard: &Guard, window: u64) {
     }
 }
 
-/// Touches what is not touched yet, until the window is closed.
+/// Touches what is not touched yet, until the window is closed or nobody needs it any more.
 fn touch_all(guard: &Guard, window: u64, waiting: &Waiting) -> Result<(), GuardTrouble> {
     for page in &waiting.job.pages {
-        if !guard.is_open() {
+        // A touch takes the page's byte and writes it back, so none is begun that might be late: the byte may be the
+        // guest's by then.
+        if guard.open.load(Ordering::Acquire) != window || waiting.job.mail.is_dead() {
             return Ok(());
         }
         if page.region.touched().has(page.index) {
@@ -65,8 +67,7 @@ fn touch_all(guard: &Guard, window: u64, waiting: &Waiting) -> Result<(), GuardT
             // A process that is gone has no image that could be damaged.
             Touch::Done | Touch::Gone => 0,
             Touch::Failed(error) => {
-                let pid = owner.pid.as_raw_nonzero().get();
-                return Err(GuardTrouble::Touch { pid, error: error.to_string() });
+                return Err(GuardTrouble::Touch { pid: owner.pid(), error: error.to_string() });
             }
         };
         guard.touches.fetch_add(1, Ordering::Relaxed);
@@ -82,19 +83,10 @@ fn touch_all(guard: &Guard, window: u64, waiting: &Waiting) -> Result<(), GuardT
 
 /// Whose the page is. A region that came in this window is looked up with its first page.
 fn owner_of(guard: &Guard, page: &Page) -> Result<Arc<Owner>, GuardTrouble> {
-    if let Some(owner) = page.region.owner() {
-        return Ok(owner);
+    match page.region.owner() {
+        Some(owner) => Ok(owner),
+        None => guard.find_owner(std::slice::from_ref(&page.region)).map_err(GuardTrouble::Owner),
     }
-    let (memory, peer) = {
-        let state = locked(&guard.state);
-        (Arc::clone(&state.memory), state.peer)
-    };
-    let known = memory.region_guards().iter().find_map(|region| region.owner());
-    let known = known.map_or(peer, |owner| owner.pid.as_raw_nonzero().get());
-    let found =
-        Owner::find(std::slice::from_ref(&page.region), &[known, peer]).map_err(GuardTrouble::Owner)?;
-    page.region.set_owner(&found);
-    Ok(found)
 }
 
 fn watch(guard: &Guard, window: u64) {

@@ -11,7 +11,9 @@
 //!   is parked; its ring's thread goes on and hears of the end by mail ([`Mailbox`]).
 //! - A page counts as touched only after the touch has returned, and until the window is closed.
 //! - What waits for touches is done when the window closes, except what a touch is still in the kernel for: such a
-//!   request waits for that, because two writers of one byte are one too many.
+//!   request or ring waits for that, because two writers of one byte are one too many. So does the drain of a ring; only
+//!   when the front end has gone, or this server ends, a ring is given up with a touch in the kernel.
+//! - A window belongs to whoever opened it ([`Window`]) and closes with its handle.
 //! - If touches stop ending, or one cannot be made, whoever opened the window is told, once. Nothing is ever written
 //!   unguarded while the window is open.
 //!
@@ -21,6 +23,7 @@ mod helpers;
 mod owner;
 mod refusal;
 mod touched;
+mod window;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,6 +36,7 @@ use crate::guest::MemoryMap;
 use owner::Owner;
 pub(crate) use owner::{PAGE, Page, RegionGuard};
 pub use refusal::{GuardRefusal, GuardTrouble};
+pub use window::Window;
 
 /// Whose memory a guest runs in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,7 +75,8 @@ pub struct Guard {
     name: Arc<str>,
     /// How long touches may make no progress while something waits for them.
     deadline: Duration,
-    open: AtomicBool,
+    /// The open window; 0 without one. Changed under the lock, together with `State::window`.
+    open: AtomicU64,
     /// The server ends: what waits for touches is given up.
     abandoned: AtomicBool,
     windows: AtomicU64,
@@ -89,6 +94,8 @@ struct State {
     memory: Arc<MemoryMap>,
     /// Whom the connection's socket names as its peer; 0 if unknown.
     peer: i32,
+    /// Whose this connection's memory was when it was last looked up; 0 before. Memory that is shared anew is his too.
+    last_owner: i32,
     /// Rings that have been started and not stopped.
     rings: usize,
     /// The open window.
@@ -121,17 +128,29 @@ struct Waiting {
 pub(crate) struct Mailbox {
     tokens: Mutex<Vec<u64>>,
     wake: EventFd,
+    /// The ring has ended: its pages are the guest's again.
+    dead: AtomicBool,
 }
 
 impl Mailbox {
     /// Mail wakes whoever waits for `wake`.
     pub(crate) fn new(wake: EventFd) -> Self {
-        Self { tokens: Mutex::default(), wake }
+        Self { tokens: Mutex::default(), wake, dead: AtomicBool::new(false) }
     }
 
     /// Takes what has come.
     pub(crate) fn take(&self) -> Vec<u64> {
         std::mem::take(&mut *locked(&self.tokens))
+    }
+
+    /// Says that nobody reads the mail any more: no touch is begun for this ring from now on. One that is in the kernel
+    /// may come to its end later, if the ring was given up.
+    pub(crate) fn close(&self) {
+        self.dead.store(true, Ordering::Release);
+    }
+
+    fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
     }
 
     fn put(&self, token: u64) {
@@ -145,6 +164,7 @@ impl Guard {
         let state = State {
             memory: Arc::default(),
             peer: 0,
+            last_owner: 0,
             rings: 0,
             window: None,
             on_trouble: None,
@@ -157,7 +177,7 @@ impl Guard {
         Self {
             name,
             deadline,
-            open: AtomicBool::new(false),
+            open: AtomicU64::new(0),
             abandoned: AtomicBool::new(false),
             windows: AtomicU64::new(0),
             touches: AtomicU64::new(0),
@@ -175,33 +195,27 @@ impl Guard {
     /// # Errors
     /// What is in the way, and what cures it.
     pub fn prepare(&self) -> Result<GuardTarget, GuardRefusal> {
-        let (memory, peer) = {
-            let state = locked(&self.state);
-            (Arc::clone(&state.memory), state.peer)
-        };
-        let owner = own(&memory, peer)?;
+        let (memory, owner) = self.own()?;
         let bytes = memory.region_guards().iter().map(|region| region.len()).sum();
-        Ok(GuardTarget { pid: owner.pid.as_raw_nonzero().get(), command: owner.command(), bytes })
+        Ok(GuardTarget { pid: owner.pid(), command: owner.command(), bytes })
     }
 
-    /// Opens a window: from now on no page is written that was not touched. Call it while the guest is stopped and
-    /// before QEMU protects its memory, for all disks of the machine: inside [`cdp_types::VmControl::ring_stopped`].
-    /// A touch before the protection is there counts for nothing, so no ring may be started in between. Quick if
-    /// [`Guard::prepare`] was called and the memory is the same.
+    /// Opens a window: from now on, until the [`Window`] is dropped, no page is written that was not touched. Call it
+    /// while the guest is stopped and before QEMU protects its memory, for all disks of the machine: inside
+    /// [`cdp_types::VmControl::ring_stopped`]. A touch before the protection is there counts for nothing, so no ring may
+    /// be started in between. Quick if [`Guard::prepare`] was called and the memory is the same, or still the same
+    /// process's.
     ///
-    /// `on_trouble` is called at most once, from any thread, without a lock held; see [`GuardTrouble`].
+    /// `on_trouble` is called at most once, from any thread, without a lock held; see [`GuardTrouble`]. It must not
+    /// block: it may be a thread that touches that calls it, or the one that stops the server.
     ///
     /// # Errors
     /// As `prepare`; and if a ring runs, or a window is open.
     pub fn open(
         self: &Arc<Self>,
         on_trouble: impl FnOnce(GuardTrouble) + Send + 'static,
-    ) -> Result<(), GuardRefusal> {
-        let (memory, peer) = {
-            let state = locked(&self.state);
-            (Arc::clone(&state.memory), state.peer)
-        };
-        own(&memory, peer)?;
+    ) -> Result<Window, GuardRefusal> {
+        let (memory, _) = self.own()?;
         let mut state = locked(&self.state);
         if state.window.is_some() {
             return Err(GuardRefusal::AlreadyOpen);
@@ -213,26 +227,30 @@ impl Guard {
             // It has just been changed, so the guest is not stopped.
             return Err(GuardRefusal::RingsRunning);
         }
-        let window = self.windows.fetch_add(1, Ordering::Relaxed) + 1;
+        let id = self.windows.fetch_add(1, Ordering::Relaxed) + 1;
         // No ring runs, so nobody looks at these; and a helper that comes back from an earlier window sets nothing.
         memory.region_guards().iter().for_each(|region| region.touched().clear());
-        state.window = Some(window);
+        state.window = Some(id);
         state.on_trouble = Some(Box::new(on_trouble));
-        self.open.store(true, Ordering::Release);
+        // A helper of an earlier window may still be in the kernel; its wait is not this window's.
+        state.progress = Instant::now();
+        self.open.store(id, Ordering::Release);
         drop(state);
-        helpers::spawn(self, window).inspect_err(|_| self.close())
+        let window = Window::new(self, id);
+        helpers::spawn(self, id)?;
+        Ok(window)
     }
 
-    /// Closes the window: QEMU has saved everything, or has given up. What waits goes on. Does nothing without one.
-    pub fn close(&self) {
+    /// Closes this window, if it is the open one. What waits goes on.
+    fn close(&self, id: u64) {
         let mut state = locked(&self.state);
+        if state.window != Some(id) {
+            return;
+        }
         state.window = None;
-        self.open.store(false, Ordering::Release);
+        self.open.store(0, Ordering::Release);
         let listener = state.on_trouble.take();
-        // What helpers have in their hands they finish themselves.
-        let waiting: Vec<_> = state.jobs.drain(..).collect();
-        let waiting: Vec<_> = waiting.into_iter().chain(state.held.drain(..)).collect();
-        state.waiting -= waiting.len() as u64;
+        let waiting = state.take_waiting();
         drop(state);
         self.work.notify_all();
         self.tick.notify_all();
@@ -245,7 +263,7 @@ impl Guard {
     pub fn is_open(&self) -> bool {
         // A ring starts after the window was opened, by way of the lock, so it cannot miss that. It may see the end
         // late, and then touches more than it need.
-        self.open.load(Ordering::Relaxed)
+        self.open.load(Ordering::Relaxed) != 0
     }
 
     /// What it has done so far.
@@ -267,10 +285,16 @@ impl Guard {
         locked(&self.state).peer = peer;
     }
 
-    /// The connection has ended: no ring runs, and there is no memory.
+    /// The connection has ended: no ring is there any more, and there is no memory. What is not in a helper's hands is
+    /// not touched any more.
     pub(crate) fn disconnected(&self) {
         let mut state = locked(&self.state);
-        (state.memory, state.peer, state.rings) = (Arc::default(), 0, 0);
+        let memory = std::mem::take(&mut state.memory);
+        (state.peer, state.last_owner, state.rings) = (0, 0, 0);
+        let waiting = state.take_waiting();
+        // Both may be the last to hold mappings.
+        drop(state);
+        drop((memory, waiting));
     }
 
     /// The guest's memory is another. An open window goes on: new regions begin untouched, and whose they are is
@@ -353,20 +377,44 @@ impl Guard {
         self.longest_wait_us.fetch_max(waited_us, Ordering::Relaxed);
         waiting.job.mail.put(waiting.job.token);
     }
+
+    /// The present memory, and its owner, who is found if need be.
+    fn own(&self) -> Result<(Arc<MemoryMap>, Arc<Owner>), GuardRefusal> {
+        let memory = Arc::clone(&locked(&self.state).memory);
+        let regions = memory.region_guards();
+        let known = regions.first().ok_or(GuardRefusal::NoGuest)?.owner();
+        if let Some(owner) = known.filter(|_| regions.iter().all(|region| region.owner().is_some())) {
+            let gone = owner.gone();
+            return if gone {
+                Err(GuardRefusal::OwnerGone { pid: owner.pid() })
+            } else {
+                Ok((memory, owner))
+            };
+        }
+        let owner = self.find_owner(&regions)?;
+        Ok((memory, owner))
+    }
+
+    /// Finds the owner of these regions and notes it with them.
+    fn find_owner(&self, regions: &[Arc<RegionGuard>]) -> Result<Arc<Owner>, GuardRefusal> {
+        let (last_owner, peer) = {
+            let state = locked(&self.state);
+            (state.last_owner, state.peer)
+        };
+        let owner = Owner::find(regions, last_owner, peer)?;
+        regions.iter().for_each(|region| region.set_owner(&owner));
+        locked(&self.state).last_owner = owner.pid();
+        Ok(owner)
+    }
 }
 
-/// Has the owner of each region found.
-fn own(memory: &MemoryMap, peer: i32) -> Result<Arc<Owner>, GuardRefusal> {
-    let regions = memory.region_guards();
-    let known = regions.first().ok_or(GuardRefusal::NoGuest)?.owner();
-    if let Some(owner) = known.clone().filter(|_| regions.iter().all(|region| region.owner().is_some())) {
-        let gone = GuardRefusal::OwnerGone { pid: owner.pid.as_raw_nonzero().get() };
-        return if owner.gone() { Err(gone) } else { Ok(owner) };
+impl State {
+    /// Takes out all that no helper has in its hands: those finish theirs themselves.
+    fn take_waiting(&mut self) -> Vec<Waiting> {
+        let waiting: Vec<_> = self.jobs.drain(..).chain(self.held.drain(..)).collect();
+        self.waiting -= waiting.len() as u64;
+        waiting
     }
-    let known = known.map_or(peer, |owner| owner.pid.as_raw_nonzero().get());
-    let owner = Owner::find(&regions, &[known, peer])?;
-    regions.iter().for_each(|region| region.set_owner(&owner));
-    Ok(owner)
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

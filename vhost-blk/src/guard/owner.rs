@@ -1,9 +1,7 @@
 //! Whose memory it is: finding the process that maps it, and touching a page in that mapping.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -32,12 +30,11 @@ pub(crate) struct RegionGuard {
 }
 
 impl RegionGuard {
-    pub(crate) fn new(user: u64, len: u64, offset: u64, file: &File) -> io::Result<Self> {
-        let metadata = file.metadata()?;
-        let file = metadata.is_file().then(|| (metadata.dev(), metadata.ino()));
+    /// A region of `len` bytes, of which `file` is the identity of the file if that is a regular one.
+    pub(crate) fn new(user: u64, len: u64, offset: u64, file: Option<(u64, u64)>) -> Self {
         // One more than fits, because nothing says that the address is a page's.
         let touched = Touched::new(len / PAGE + 2);
-        Ok(Self { user, len, offset, file, touched, owner: Mutex::default() })
+        Self { user, len, offset, file, touched, owner: Mutex::default() }
     }
 
     pub(crate) fn len(&self) -> u64 {
@@ -90,26 +87,30 @@ pub(crate) enum Touch {
 
 /// The process whose mapping the guest runs in.
 pub(crate) struct Owner {
-    pub(crate) pid: Pid,
+    pid: Pid,
     /// Readable once the process has ended: its number may be somebody else's then.
     pidfd: OwnedFd,
 }
 
 impl Owner {
-    /// Finds the one process that maps all these regions where they are said to be: the likely ones first, then
-    /// whoever runs on this machine.
-    pub(crate) fn find(regions: &[Arc<RegionGuard>], likely: &[i32]) -> Result<Arc<Self>, GuardRefusal> {
+    /// Finds a process that maps all these regions where they are said to be: first the one whose they were last and the
+    /// socket's peer, then whoever runs on this machine.
+    pub(crate) fn find(
+        regions: &[Arc<RegionGuard>],
+        last_owner: i32,
+        peer: i32,
+    ) -> Result<Arc<Self>, GuardRefusal> {
+        let likely = [last_owner, peer];
         if regions.iter().any(|region| region.file.is_none()) {
             return Err(GuardRefusal::NoFile);
         }
-        let peer = likely.first().copied().unwrap_or(0);
         let mut refusal = None;
-        for pid in likely.iter().copied().chain(all_processes()) {
+        for pid in likely.into_iter().chain(all_processes()) {
             let Some(pid) = Pid::from_raw(pid) else { continue };
-            match Self::open(pid, regions) {
+            let is_likely = likely.contains(&pid.as_raw_nonzero().get());
+            match Self::open(pid, regions, is_likely) {
                 Ok(Some(owner)) => return Ok(Arc::new(owner)),
                 Ok(None) => {}
-                Err(GuardRefusal::NoAccess { pid }) if pid != peer => {}
                 Err(error) => {
                     refusal.get_or_insert(error);
                 }
@@ -118,18 +119,20 @@ impl Owner {
         Err(refusal.unwrap_or(GuardRefusal::NoOwner { peer }))
     }
 
-    /// The process, if it maps all the regions.
-    fn open(pid: Pid, regions: &[Arc<RegionGuard>]) -> Result<Option<Self>, GuardRefusal> {
+    /// The process, if it maps all the regions. One that may not be looked at is somebody else's, unless it is likely.
+    fn open(pid: Pid, regions: &[Arc<RegionGuard>], is_likely: bool) -> Result<Option<Self>, GuardRefusal> {
         let raw = pid.as_raw_nonzero().get();
         // First the descriptor, then the look: what is seen belongs to the process that is held.
         let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return Ok(None) };
-        let maps = match std::fs::read_to_string(format!("/proc/{raw}/maps")) {
+        let maps = match std::fs::read(format!("/proc/{raw}/maps")) {
             Ok(maps) => maps,
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(error) if is_likely && error.kind() == io::ErrorKind::PermissionDenied => {
                 return Err(GuardRefusal::NoAccess { pid: raw });
             }
             Err(_) => return Ok(None),
         };
+        // A file's name, at the end of its line, may be any bytes.
+        let maps = String::from_utf8_lossy(&maps);
         let lines: Vec<Line> = maps.lines().filter_map(Line::parse).collect();
         for region in regions {
             match maps_region(&lines, region) {
@@ -150,6 +153,10 @@ impl Owner {
         }
     }
 
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
     /// Whether the process has ended.
     pub(crate) fn gone(&self) -> bool {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
@@ -162,8 +169,7 @@ impl Owner {
         let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
         let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: 1 };
         // SAFETY: `local` is one byte of ours that outlives the call; `remote` is not ours, and the kernel checks it.
-        let read =
-            unsafe { libc::process_vm_readv(self.pid.as_raw_nonzero().get(), &local, 1, &remote, 1, 0) };
+        let read = unsafe { libc::process_vm_readv(self.pid(), &local, 1, &remote, 1, 0) };
         if read == 1 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
@@ -178,16 +184,21 @@ impl Owner {
         let remote = page.region.user + page.inside;
         let remote = libc::iovec { iov_base: remote as *mut libc::c_void, iov_len: 1 };
         loop {
+            // The number of a process that has ended may be another's by now.
+            if self.gone() {
+                return Touch::Gone;
+            }
             // SAFETY: `local` is a byte of the mapping that the page holds (`MemoryMap` made it so); the kernel reads it. `remote`
             // is an address of another process, which the kernel checks.
-            let written =
-                unsafe { libc::process_vm_writev(self.pid.as_raw_nonzero().get(), &local, 1, &remote, 1, 0) };
+            let written = unsafe { libc::process_vm_writev(self.pid(), &local, 1, &remote, 1, 0) };
             if written == 1 {
                 return Touch::Done;
             }
             let error = io::Error::last_os_error();
-            match error.kind() {
-                io::ErrorKind::Interrupted => {}
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                // A process gives its memory back some time before it counts as ended.
+                Some(libc::ESRCH) => return Touch::Gone,
                 _ if self.gone() => return Touch::Gone,
                 _ => return Touch::Failed(error),
             }
@@ -196,7 +207,7 @@ impl Owner {
 
     /// What the process calls itself.
     pub(crate) fn command(&self) -> String {
-        let path = format!("/proc/{}/comm", self.pid.as_raw_nonzero().get());
+        let path = format!("/proc/{}/comm", self.pid());
         std::fs::read_to_string(path).map_or_else(|_| String::new(), |comm| comm.trim_end().to_owned())
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use vm_memory::FileOffset;
@@ -215,10 +216,12 @@ fn map(spec: &RegionSpec, file: File) -> Result<(Arc<MmapRegion>, Arc<RegionGuar
     if metadata.is_file() && metadata.len() < end {
         return Err(MapError::Short);
     }
-    let guard = RegionGuard::new(spec.user, spec.len, spec.offset, &file);
-    let guard = guard.map_err(|error| MapError::Mapping(error.to_string()))?;
+    let identity = metadata.is_file().then(|| (metadata.dev(), metadata.ino()));
     let mapping = MmapRegion::from_file(FileOffset::new(file, spec.offset), size);
     let mapping = mapping.map_err(|error| MapError::Mapping(error.to_string()))?;
+    // The guard's bitmap grows with the length, so it is made only for what could be mapped: nobody can have more of
+    // that than there are addresses.
+    let guard = RegionGuard::new(spec.user, spec.len, spec.offset, identity);
     Ok((Arc::new(mapping), Arc::new(guard)))
 }
 

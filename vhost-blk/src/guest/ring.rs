@@ -34,14 +34,14 @@ impl RingAddresses {
     }
 }
 
-/// A byte of the used ring, from `from` up to `to`, that never changes, or else one that only we write: the upper half
-/// of the flags, the top byte of an entry's head, of its length.
+/// A byte of the used ring, from `from` up to `to`, that never changes: the upper half of the flags, the top byte of an
+/// entry's head, of its length. Where there is none, before the end of the ring, the upper half of the event index.
 fn idle_byte(from: u64, to: u64) -> u64 {
     let entry_byte =
         |nth| (from..to).find(|at| *at >= ENTRIES as u64 && (at - ENTRIES as u64) % USED_ENTRY as u64 == nth);
     match from {
         0 => FLAGS as u64 + 1,
-        _ => entry_byte(3).or_else(|| entry_byte(7)).unwrap_or(from),
+        _ => entry_byte(3).or_else(|| entry_byte(7)).unwrap_or(to - 1),
     }
 }
 
@@ -66,6 +66,8 @@ pub(crate) enum RingFault {
     Untracked,
     /// The device's queue cannot be opened, or has failed.
     Device,
+    /// Requests wait for touches, and this server ends.
+    GivenUp,
 }
 
 impl fmt::Display for RingFault {
@@ -82,6 +84,7 @@ impl fmt::Display for RingFault {
             Self::NoStatus(head) => write!(f, "the chain at head {head} has no place for a status byte"),
             Self::Untracked => f.write_str("the in-flight region has no room for it"),
             Self::Device => f.write_str("the disk's queue has failed"),
+            Self::GivenUp => f.write_str("what waits for pages to be saved is left to the next server"),
         }
     }
 }
@@ -370,5 +373,21 @@ impl Ring {
     fn used_field(&self, offset: usize) -> &AtomicU16 {
         // SAFETY: as in `available_field`, for the used ring.
         unsafe { AtomicU16::from_ptr(self.parts.used.add(offset).cast()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_byte_that_is_written_over_itself_in_a_used_ring_is_one_that_does_not_change() {
+        let size = 512u16;
+        let event = used_len(size) - 2;
+        assert_eq!(idle_byte(0, 4), 1, "the flags");
+        assert_eq!(idle_byte(2048, 6144), 2055, "cut inside an entry: the next one's head");
+        assert_eq!(idle_byte(2052, 6144), 2055, "cut between entries");
+        assert_eq!(idle_byte(event - 4, event), event - 1, "the second half of an entry: its length");
+        assert_eq!(idle_byte(event, event + 2), event + 1, "nothing but the event index");
     }
 }

@@ -17,29 +17,27 @@ use crate::request::{Action, ID_LEN, Status};
 const RING: u64 = u64::MAX;
 
 impl Queue {
-    /// Gives the action back if it may be carried out; otherwise it waits for its pages. Without a window this is one
-    /// load.
-    pub(super) fn park(&mut self, head: u16, action: Action) -> Option<Action> {
-        if !self.context.guard.is_open() {
-            return Some(action);
-        }
-        let pages = self.untouched(head, &action);
-        if pages.is_empty() {
-            return Some(action);
-        }
-        self.slots[usize::from(head)].parked = Some(action);
+    /// The pages that must be touched before the action may be carried out. Without a window this is one load.
+    pub(super) fn must_touch(&self, head: u16, action: &Action) -> Vec<Page> {
+        if self.context.guard.is_open() { self.untouched(head, action) } else { Vec::new() }
+    }
+
+    /// Lets a request wait until these pages are touched.
+    pub(super) fn park(&mut self, head: u16, action: Action, pages: Vec<Page>) {
+        self.slots[usize::from(head)].parked = Some(Box::new(action));
         self.parked += 1;
         self.count_in_flight();
         self.ask_to_touch(pages, head.into());
-        None
     }
 
     /// Reports what the device has said of a request. Its pages were touched before the device got it, but the memory
     /// may have been shared anew since.
     pub(super) fn report(&mut self, head: u16, status: Status) {
         // Of a failed request it was said why; the text is for those that were refused.
-        if let Some(Action::Answer(status, _)) = self.park(head, Action::Answer(status, "")) {
-            self.answer(head, status);
+        let action = Action::Answer(status, "");
+        match self.must_touch(head, &action) {
+            pages if pages.is_empty() => self.answer(head, status),
+            pages => self.park(head, action, pages),
         }
     }
 
@@ -58,7 +56,7 @@ impl Queue {
             self.parked -= 1;
             self.count_in_flight();
             self.spin.worked();
-            match (action, device.as_deref_mut()) {
+            match (*action, device.as_deref_mut()) {
                 _ if self.leaving => {}
                 (action, Some(device)) => self.carry_out(device, head, action),
                 (Action::Answer(status, _), None) => self.report(head, status),
@@ -67,8 +65,16 @@ impl Queue {
         }
     }
 
+    /// The ring has come to lie elsewhere.
+    pub(super) fn ring_moved(&mut self) {
+        // Otherwise touches are under way, and the mail of their end leads there: one job of a ring at a time.
+        if self.ring_ready {
+            self.look_at_ring();
+        }
+    }
+
     /// Finds out whether the used ring may be written, and has its pages touched if not. To be called whenever the ring
-    /// has come to lie elsewhere: a window is only opened while there is no ring.
+    /// has come to lie elsewhere, while no touch of it is under way: a window is only opened while there is no ring.
     pub(super) fn look_at_ring(&mut self) {
         let pages = match self.context.guard.is_open() {
             true => self.wiring.addresses.untouched(self.memory.map(), self.ring.size()),

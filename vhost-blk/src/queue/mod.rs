@@ -73,7 +73,7 @@ struct Slot {
     /// With the device.
     submitted: bool,
     /// What is to be done with it once its pages are touched.
-    parked: Option<Action>,
+    parked: Option<Box<Action>>,
     kind: Kind,
     /// Where its status goes.
     status: u64,
@@ -82,6 +82,17 @@ struct Slot {
     writable_len: u32,
     /// Bytes of data.
     bytes: u64,
+}
+
+/// How far a queue's drain has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drain {
+    /// Something that was taken is left to be done.
+    Pending,
+    /// Nothing is; or the queue leaves, and what is left is the next one's.
+    Done,
+    /// Only what waits for touches, and what waits for that; and the server ends.
+    GivenUp,
 }
 
 /// A running ring and the requests taken from it.
@@ -102,7 +113,8 @@ pub(crate) struct Queue {
     bytes: u64,
     /// Where touches that have ended are told.
     mail: Arc<Mailbox>,
-    /// Whether the used ring may be written: its pages are touched, or no window is open. Nothing is taken before.
+    /// Whether the used ring may be written: its pages are touched, or no window is open. Nothing is taken before. If not,
+    /// touches of it are under way.
     ring_ready: bool,
     /// Answered, and not yet reported to the guest.
     answered: Vec<u16>,
@@ -204,13 +216,20 @@ impl Queue {
         self.leaving = true;
     }
 
-    /// Whether nothing that was taken is left to be done. What waits for touches is given up only when the front end or
-    /// this server goes: it stays in the in-flight region.
-    pub(crate) fn drained(&self) -> bool {
-        let given_up = self.leaving || self.context.guard.abandoned();
-        let reported = self.parked == 0 && self.answered.is_empty();
-        let finished = self.unfinished.is_empty() || self.broken;
-        self.submitted == 0 && (reported && finished || given_up)
+    /// How far the drain has got. What waits for touches is given up only when the front end or this server goes: it stays
+    /// in the in-flight region.
+    pub(crate) fn drain(&self) -> Drain {
+        // A touch of the ring itself counts too: when the ring has stopped, its pages are the guest's.
+        let touching = self.parked > 0 || !self.ring_ready;
+        let finished = self.answered.is_empty() && (self.unfinished.is_empty() || self.broken);
+        match () {
+            () if self.submitted > 0 => Drain::Pending,
+            () if finished && !touching => Drain::Done,
+            () if self.leaving => Drain::Done,
+            // Whatever else is left could not go on without these touches.
+            () if touching && self.context.guard.abandoned() => Drain::GivenUp,
+            () => Drain::Pending,
+        }
     }
 
     /// Goes on with other memory, addresses, logging or descriptors, between two requests.
@@ -225,7 +244,7 @@ impl Queue {
             call.signal();
         }
         (self.memory, self.wiring) = (memory, wiring);
-        self.look_at_ring();
+        self.ring_moved();
     }
 
     /// Stops taking requests until the ring is started anew. What is in flight ends as usual.
@@ -356,7 +375,10 @@ impl Queue {
 
     /// Does what a request asks for, once nothing that is written to guest memory for it lies in an untouched page.
     fn carry_out(&mut self, device: &mut dyn DeviceQueue, head: u16, action: Action) {
-        let Some(action) = self.park(head, action) else { return };
+        let pages = self.must_touch(head, &action);
+        if !pages.is_empty() {
+            return self.park(head, action, pages);
+        }
         let slot = &mut self.slots[usize::from(head)];
         match action {
             Action::Answer(status, why) => {
@@ -482,6 +504,13 @@ impl Queue {
             call.signal();
             self.context.counters.interrupts.add(1);
         }
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.mail.close();
+        self.context.counters.in_flight.set(0);
     }
 }
 

@@ -1,9 +1,7 @@
 //! The guest-memory guard: what a snapshot by write protection saves is the memory of one instant.
 
-use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -14,7 +12,7 @@ use rand::{Rng, SeedableRng};
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
-use vhost_blk::{Guard, GuardRefusal, GuardTrouble, Server, ServerConfig};
+use vhost_blk::{Guard, GuardRefusal, GuardTrouble, Server, ServerConfig, Window};
 use vm_memory::FileOffset;
 use vm_memory::mmap::MmapRegion;
 
@@ -23,44 +21,52 @@ use crate::saver::Saver;
 use crate::{DEADLINE, eventually, slow};
 
 /// How long the guards of these tests wait for progress, unless a test is about that.
-const PATIENT: Duration = Duration::from_secs(20);
+pub(crate) const PATIENT: Duration = Duration::from_secs(20);
 
 /// No page of the image is of a later instant.
-const NONE: [u64; 0] = [];
+pub(crate) const NONE: [u64; 0] = [];
 
 type OnTrouble = Box<dyn FnOnce(GuardTrouble) + Send>;
 
 /// Opens the guard's window when the last ring has stopped, as the cut of an epoch does.
 #[derive(Default)]
-struct Cutter {
+pub(crate) struct Cutter {
     guard: OnceLock<Arc<Guard>>,
     /// Called with the trouble of the next window.
     armed: Mutex<Option<OnTrouble>>,
+    pub(crate) window: Mutex<Option<Window>>,
+    /// Of all rings, in this order.
+    pub(crate) stops: Mutex<Vec<RingStop>>,
 }
 
 impl VmControl for Cutter {
     fn ring_started(&self, _socket: &Path, _ring: u16) {}
     fn ring_stopped(&self, _socket: &Path, _ring: u16, why: RingStop, last: bool) {
+        self.stops.lock().unwrap().push(why);
         if let Some(on_trouble) = self.armed.lock().unwrap().take_if(|_| last && why == RingStop::Asked) {
-            self.guard.get().unwrap().open(on_trouble).unwrap();
+            let window = self.guard.get().unwrap().open(on_trouble).unwrap();
+            *self.window.lock().unwrap() = Some(window);
         }
     }
     fn memory_changed(&self, _socket: &Path) {}
     fn disconnected(&self, _socket: &Path) {}
 }
 
-struct Bed {
-    server: Server,
-    guard: Arc<Guard>,
-    cutter: Arc<Cutter>,
-    directory: TempDir,
+pub(crate) struct Bed {
+    pub(crate) server: Server,
+    pub(crate) guard: Arc<Guard>,
+    pub(crate) cutter: Arc<Cutter>,
+    pub(crate) directory: TempDir,
 }
 
 impl Bed {
-    fn new(deadline: Duration) -> Self {
-        let directory = tempfile::tempdir().unwrap();
+    pub(crate) fn new(deadline: Duration) -> Self {
         let config = MemoryConfig { faults: Some(slow(11)), ..MemoryConfig::new(1 << 20) };
-        let disk = Arc::new(MemoryDevice::new(config).unwrap()) as Arc<dyn BlockDevice>;
+        Self::of(Arc::new(MemoryDevice::new(config).unwrap()), deadline)
+    }
+
+    pub(crate) fn of(disk: Arc<dyn BlockDevice>, deadline: Duration) -> Self {
+        let directory = tempfile::tempdir().unwrap();
         let cutter = Arc::new(Cutter::default());
         let config = ServerConfig {
             queues: 4,
@@ -73,18 +79,31 @@ impl Bed {
         Self { server, guard, cutter, directory }
     }
 
-    fn guest(&self, options: Options) -> Guest {
-        Guest::start(&self.directory.path().join("disk.sock"), options)
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("disk.sock")
     }
 
-    fn arm(&self) -> Receiver<GuardTrouble> {
+    pub(crate) fn guest(&self, options: Options) -> Guest {
+        Guest::start(&self.socket(), options)
+    }
+
+    fn close(&self) {
+        self.cutter.window.lock().unwrap().take().unwrap().close();
+        assert!(!self.guard.is_open());
+    }
+
+    pub(crate) fn arm(&self) -> Receiver<GuardTrouble> {
         let (told, troubles) = channel();
         *self.cutter.armed.lock().unwrap() = Some(Box::new(move |trouble| drop(told.send(trouble))));
         troubles
     }
 
     /// Stops all rings, opens a window and protects the memory; the rings are still stopped.
-    fn cut(&self, guest: &mut Guest, delay: Duration) -> (Saver, Vec<u16>, Receiver<GuardTrouble>) {
+    pub(crate) fn cut(
+        &self,
+        guest: &mut Guest,
+        delay: Duration,
+    ) -> (Saver, Vec<u16>, Receiver<GuardTrouble>) {
         let troubles = self.arm();
         let bases = stop(guest);
         assert!(self.guard.is_open());
@@ -92,7 +111,7 @@ impl Bed {
     }
 }
 
-fn stop(guest: &mut Guest) -> Vec<u16> {
+pub(crate) fn stop(guest: &mut Guest) -> Vec<u16> {
     let rings = 0..guest.options.rings;
     rings.map(|ring| guest.connection.as_mut().unwrap().get_vring_base(ring).unwrap() as u16).collect()
 }
@@ -106,7 +125,7 @@ fn wait_for_all(guest: &mut Guest) {
 }
 
 /// Puts a read of 4 KiB into a slot while its page is not protected yet; the guest shows it later.
-fn put_read(guest: &mut Guest, slot: u16) {
+pub(crate) fn put_read(guest: &mut Guest, slot: u16) {
     guest.put(0, slot, IN, 0, &[], 4096);
 }
 
@@ -148,7 +167,7 @@ fn load(bed: &Bed, guest: &mut Guest, random: &mut SmallRng, mut meanwhile: impl
     // What guest and device have written since the cut is not in the image, whoever wrote it.
     assert_eq!(saver.finish(), NONE, "pages of a later instant are in the image");
     assert!(bed.guard.is_open() && troubles.try_recv().is_err());
-    bed.guard.close();
+    bed.close();
 }
 
 #[test]
@@ -220,11 +239,11 @@ fn a_page_that_is_slow_to_be_saved_delays_only_the_request_that_needs_it() {
     saver.release();
     assert_eq!(guest.rings[0].wait(), [(12, 4097)]);
     assert_eq!(saver.finish(), NONE);
-    bed.guard.close();
+    bed.close();
 }
 
 #[test]
-fn a_ring_that_starts_in_a_window_waits_for_its_pages_and_nobody_waits_for_the_ring() {
+fn a_ring_that_starts_in_a_window_waits_for_its_pages_and_only_its_stop_waits_for_the_ring() {
     let bed = Bed::new(PATIENT);
     let mut guest = bed.guest(Options::default());
     put_read(&mut guest, 0);
@@ -233,15 +252,23 @@ fn a_ring_that_starts_in_a_window_waits_for_its_pages_and_nobody_waits_for_the_r
     guest.start_rings(Some(&bases)); // answered, though the ring's page is not saved
     guest.rings[0].submit(1);
     guest.rings[0].kick.write(1).unwrap();
-    let bases = stop(&mut guest);
-    assert_eq!(bases, [0], "nothing was taken, so there is nothing to drain");
-    guest.start_rings(Some(&bases));
-    std::thread::sleep(Duration::from_millis(50));
+    for _ in 0..5 {
+        let region = guest.memory.region();
+        guest.frontend().set_mem_table(&[region]).unwrap();
+    }
+    assert_eq!(bed.guard.stats().waiting, 1, "the ring's pages are touched once at a time");
+    std::thread::scope(|scope| {
+        let stopping = scope.spawn(|| stop(&mut guest));
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!stopping.is_finished(), "a touch that comes late would be in the guest's memory");
+        saver.release();
+        assert_eq!(stopping.join().unwrap(), [0], "nothing was taken");
+    });
     assert_eq!((guest.rings[0].used_index(), guest.status(0, 0)), (0, 255));
-    saver.release();
+    guest.start_rings(Some(&bases));
     guest.rings[0].wait();
     assert_eq!((guest.status(0, 0), saver.finish()), (OK, vec![]));
-    bed.guard.close();
+    bed.close();
 }
 
 #[test]
@@ -264,7 +291,7 @@ fn a_stop_in_the_window_waits_for_the_saver_and_if_that_hangs_for_the_end_of_the
                 let trouble = troubles.recv_timeout(DEADLINE).unwrap();
                 assert!(matches!(trouble, GuardTrouble::NoProgress { waited_ms: 300.. }), "{trouble}");
                 saver.canceller()();
-                bed.guard.close();
+                bed.close();
             } else {
                 saver.release();
             }
@@ -272,7 +299,7 @@ fn a_stop_in_the_window_waits_for_the_saver_and_if_that_hangs_for_the_end_of_the
         });
         assert!(begun.elapsed() < Duration::from_secs(5));
         assert_eq!((guest.rings[0].used_index(), guest.status(0, 0)), (1, OK));
-        bed.guard.close();
+        assert_eq!(bed.guard.is_open(), !hangs);
     }
 }
 
@@ -317,7 +344,7 @@ fn memory_that_is_plugged_in_the_window_is_guarded_and_memory_of_nobody_is_not_w
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(guest.status(0, 2), 255, "nothing is written unguarded");
     assert_eq!(saver.finish(), NONE);
-    bed.guard.close();
+    bed.close();
     guest.rings[0].wait();
     assert_eq!(guest.status(0, 2), OK, "the guest does not lose the request");
 }
@@ -337,8 +364,9 @@ fn a_touch_that_hangs_does_not_keep_the_server_from_stopping() {
     assert!(begun.elapsed() < Duration::from_secs(10));
     assert_eq!(troubles.try_recv(), Ok(GuardTrouble::Stopping));
     assert_eq!((guest.rings[0].used_index(), guest.status(0, 0)), (0, 255), "it is left to the next server");
+    assert_eq!(bed.server.stats().queues[0].in_flight, 0);
     saver.finish();
-    bed.guard.close();
+    bed.close();
 
     let next = Bed::new(PATIENT);
     guest.connect(&next.directory.path().join("disk.sock"));
@@ -347,64 +375,12 @@ fn a_touch_that_hangs_does_not_keep_the_server_from_stopping() {
     assert_eq!((guest.status(0, 0), next.server.stats().queues[0].resubmitted), (OK, 1));
 }
 
-/// The other half of the test below: maps the memory of the guest, as QEMU does for a manager that has connected.
-#[test]
-#[ignore = "run by the test below, in a process of its own"]
-fn the_process_that_maps_the_memory() {
-    let Some(path) = std::env::var_os("VHOST_BLK_TEST_MEMORY") else { return };
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-    let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, 0), MEMORY_LEN as usize).unwrap();
-    println!("\nmapped at {}", mapping.as_ptr() as u64);
-    let _ = std::io::read_to_string(std::io::stdin());
-}
-
-#[test]
-fn the_owner_is_found_though_another_process_has_connected_and_its_death_ends_the_danger() {
-    let bed = Bed::new(PATIENT);
-    let mut guest = bed.guest(Options::default());
-    let mut owner = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "--nocapture", "guard::the_process_that_maps_the_memory"])
-        .env(
-            "VHOST_BLK_TEST_MEMORY",
-            format!("/proc/{}/fd/{}", std::process::id(), guest.memory.file.as_raw_fd()),
-        )
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(owner.stdout.take().unwrap()).lines();
-    let address =
-        lines.map_while(Result::ok).find_map(|line| line.strip_prefix("mapped at ")?.parse().ok()).unwrap();
-    let bases = stop(&mut guest);
-    guest.memory.claim(address);
-    let region = guest.memory.region();
-    guest.frontend().set_mem_table(&[region]).unwrap();
-    guest.start_rings(Some(&bases));
-    assert_eq!(bed.guard.prepare().unwrap().pid, owner.id() as i32);
-
-    let troubles = bed.arm();
-    let bases = stop(&mut guest);
-    guest.start_rings(Some(&bases));
-    assert_eq!(guest.request(IN, 0, &[], 4096).0, OK);
-    let touched = bed.guard.stats().touches;
-    assert!(touched >= 3, "ring, status and data: {touched}");
-    owner.kill().unwrap();
-    owner.wait().unwrap();
-    guest.put(0, 5, IN, 0, &[], 4096);
-    guest.rings[0].submit(1);
-    guest.rings[0].wait();
-    assert_eq!(guest.status(0, 5), OK, "there is no image any more that could be damaged");
-    assert_eq!(troubles.try_recv().ok(), None);
-    bed.guard.close();
-    assert_eq!(bed.guard.prepare(), Err(GuardRefusal::OwnerGone { pid: owner.id() as i32 }));
-}
-
 #[test]
 fn what_cannot_be_guarded_is_refused_in_words() {
     let bed = Bed::new(PATIENT);
     assert_eq!(bed.guard.prepare(), Err(GuardRefusal::NoGuest));
     let mut guest = bed.guest(Options::default());
-    assert_eq!(bed.guard.open(|_| {}), Err(GuardRefusal::RingsRunning));
+    assert_eq!(bed.guard.open(|_| {}).err(), Some(GuardRefusal::RingsRunning));
     assert!(!bed.guard.is_open());
 
     // The front end's mapping is private.
@@ -436,9 +412,11 @@ fn what_cannot_be_guarded_is_refused_in_words() {
     guest.memory.claim(mapped);
     let region = guest.memory.region();
     guest.frontend().set_mem_table(&[region]).unwrap();
-    bed.guard.open(|_| {}).unwrap();
-    assert_eq!(bed.guard.open(|_| {}), Err(GuardRefusal::AlreadyOpen));
+    let window = bed.guard.open(|_| {}).unwrap();
+    assert_eq!(bed.guard.open(|_| {}).err(), Some(GuardRefusal::AlreadyOpen));
+    assert!(bed.guard.is_open(), "the refusal closes nothing");
     guest.start_rings(Some(&bases));
     assert_eq!(guest.request(IN, 0, &[], 512).0, OK);
-    bed.guard.close();
+    window.close();
+    assert!(!bed.guard.is_open());
 }

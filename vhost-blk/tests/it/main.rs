@@ -3,14 +3,17 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod clients;
+mod faulty;
 mod guard;
 mod guest;
 mod hostile;
 mod inflight;
 mod lifecycle;
 mod migration;
+mod owners;
 mod requests;
 mod saver;
+mod windows;
 
 use std::path::Path;
 use std::sync::Arc;
