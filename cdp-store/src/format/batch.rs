@@ -197,7 +197,7 @@ pub struct BatchHeader {
 /// CRC-32C of one block of the payload.
 #[must_use]
 pub fn block_crc(block: &[u8]) -> u32 {
-    crc_fast::crc32_iscsi(block)
+    cdp_types::crc32c([block])
 }
 
 impl BatchHeader {

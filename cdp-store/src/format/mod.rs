@@ -10,7 +10,7 @@ mod epoch;
 mod segment;
 mod superblock;
 
-use crc_fast::{CrcAlgorithm, Digest};
+use cdp_types::crc32c;
 
 pub use batch::{
     BATCH_FIXED_LEN, BatchHeader, BatchPlace, Cut, MAX_HEADER_LEN, Record, RecordFlags, RecordKind, block_crc,
@@ -110,13 +110,5 @@ fn unseal(bytes: &[u8], kind: StructureKind, seed: u64) -> Result<u32, FormatErr
 
 /// CRC-32C of the seed and the structure, its own checksum field taken as absent.
 fn checksum(bytes: &[u8], seed: u64) -> u32 {
-    crc32c_of([&seed.to_le_bytes(), &bytes[..OFFSET_CRC], &bytes[PREFIX_LEN..]])
-}
-
-/// CRC-32C (CRC-32/ISCSI) of some pieces, one after the other.
-pub fn crc32c_of<const N: usize>(pieces: [&[u8]; N]) -> u32 {
-    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
-    pieces.iter().for_each(|piece| digest.update(piece));
-    // A checksum of 32 bits, in the low half.
-    digest.finalize() as u32
+    crc32c([&seed.to_le_bytes(), &bytes[..OFFSET_CRC], &bytes[PREFIX_LEN..]])
 }

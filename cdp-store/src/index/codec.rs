@@ -3,11 +3,10 @@
 //! Every value is a version byte, a body and a CRC-32C of key, version and body. Decoding checks everything:
 //! any bytes give a value or a [`DecodeError`], in memory that does not depend on what they claim.
 
-use cdp_types::{Ordinal, Seq};
+use cdp_types::{Ordinal, Seq, crc32c};
 
 use super::leaf::{Change, ChangeState, FANOUT};
 use super::place::{BlockState, LogPos, Place};
-use crate::format::crc32c_of;
 
 /// What is wrong with a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -40,7 +39,7 @@ fn seal(key: &[u8], out: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
     let start = out.len();
     out.push(VERSION);
     body(out);
-    let crc = crc32c_of([key, &out[start..]]);
+    let crc = crc32c([key, &out[start..]]);
     out.extend_from_slice(&crc.to_le_bytes());
 }
 
@@ -48,7 +47,7 @@ fn seal(key: &[u8], out: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
 fn unseal<'a>(key: &[u8], value: &'a [u8]) -> Decoded<Reader<'a>> {
     let (covered, crc) = value.split_last_chunk::<CRC_LEN>().ok_or(DecodeError("value is too short"))?;
     let (version, body) = covered.split_first().ok_or(DecodeError("value is too short"))?;
-    if crc32c_of([key, covered]) != u32::from_le_bytes(*crc) {
+    if crc32c([key, covered]) != u32::from_le_bytes(*crc) {
         return Err(DecodeError("checksum does not match"));
     }
     if *version != VERSION {

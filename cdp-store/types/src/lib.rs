@@ -6,6 +6,7 @@
 
 mod aligned;
 mod buffer;
+mod checksum;
 mod control;
 mod device;
 mod error;
@@ -18,6 +19,7 @@ mod range;
 
 pub use aligned::AlignedBuf;
 pub use buffer::{IoBuf, IoSegment};
+pub use checksum::crc32c;
 pub use control::{NoVmControl, RingStop, VmControl};
 pub use device::{
     BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Event, Listener, Op, Ranges, RequestId, Wait,

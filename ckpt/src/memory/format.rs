@@ -1,5 +1,6 @@
 //! Bytes of a memory image's header (`docs/format.md`, *Memory image*).
 
+use cdp_types::crc32c;
 use serde::{Deserialize, Serialize};
 
 use super::layout::{Layout, Slot, SlotKind};
@@ -227,8 +228,7 @@ fn decode_slot(bytes: &[u8]) -> Option<Slot> {
 
 /// Of everything but the checksum itself.
 fn checksum(covered: &[u8]) -> u32 {
-    let before = crc32c::crc32c(&covered[..at::CHECKSUM]);
-    crc32c::crc32c_append(before, &covered[at::CHECKSUM + 4..])
+    crc32c([&covered[..at::CHECKSUM], &covered[at::CHECKSUM + 4..]])
 }
 
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {

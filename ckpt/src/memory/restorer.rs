@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::Write;
 
-use cdp_types::IoBuf;
+use cdp_types::{IoBuf, crc32c};
 
 use super::format::Image;
 use super::layout::SlotKind;
@@ -86,7 +86,7 @@ impl<S: PageStore> Restorer<S> {
         }
         let mut bytes = into.to_vec();
         bytes.truncate(length);
-        if crc32c::crc32c(&bytes) == checksum {
+        if crc32c([&bytes]) == checksum {
             Ok(bytes)
         } else {
             Err(damaged(place, "the checksum of the state of devices"))

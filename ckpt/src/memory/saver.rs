@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use cdp_types::{ByteRange, IoBuf};
+use cdp_types::{ByteRange, IoBuf, crc32c};
 
 use super::format::{DATA_START, Image, MachineFacts};
 use super::layout::{Layout, SlotKind};
@@ -104,7 +104,7 @@ impl<S: PageStore> Saver<S> {
         ];
         for (kind, bytes) in parts {
             let slot = self.image.layout.place(kind, "", bytes.len() as u64, &mut stale)?;
-            (slot.saved, slot.checksum) = (true, crc32c::crc32c(bytes));
+            (slot.saved, slot.checksum) = (true, crc32c([bytes]));
         }
         check_capacity(&self.pipeline.store, &self.image.layout)?;
         stale.retain(|range| range.len > 0);
