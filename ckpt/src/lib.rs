@@ -16,14 +16,21 @@
 //!   that anyone can restore.
 //! - **No allocation for a page**, on its way in or out.
 //!
-//! Deliberately absent: QMP, epochs, volumes of a store and the catalogue of checkpoints.
+//! Above these, [`take`] runs a checkpoint from QEMU's first byte to the record that commits it, [`gate`] cuts the disks'
+//! epoch in the middle of it, and [`restore`] puts a machine back.
+//!
+//! Deliberately absent: which machines there are, and vhost-user. The guard of guest memory comes in as a trait.
 
 #![forbid(unsafe_code)]
 
 mod coverage;
 mod error;
+pub mod gate;
 pub mod memory;
+pub mod receiver;
+pub mod restore;
 pub mod stream;
+pub mod take;
 
 pub use error::{Error, ErrorKind, Place};
 

@@ -1,0 +1,250 @@
+//! The cut: all disks of a machine stand still, and their epoch is cut before QEMU hears that the last ring stopped.
+//!
+//! One gate watches all disks that are served, since a machine can be registered while its guest runs. It knows which
+//! rings run; an epoch is *armed* at it, and cut by whichever disk's thread reports the last ring's stop. What must
+//! hold from the cut on begins there too: the guard of guest memory, where memory is saved while the guest runs.
+//!
+//! A cut is only a candidate. Whether the stop was that of the checkpoint's own migration is for
+//! [`crate::take`] to say, from QEMU's events.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cdp_store::{Epoch, EpochCut, Store};
+use cdp_types::{RingStop, VmControl};
+use tokio::sync::mpsc::UnboundedSender;
+
+/// What a guard tells of trouble, in words.
+pub type OnTrouble = Box<dyn FnOnce(String) + Send>;
+
+/// The guest-memory guard of one disk, as its server has it.
+pub trait DiskGuard: Send + Sync {
+    /// Finds out whether memory can be guarded, before the guest is stopped. May take a while.
+    ///
+    /// # Errors
+    /// What is in the way, and what cures it.
+    fn prepare(&self) -> Result<(), String>;
+
+    /// Opens a window, which is closed when what this returns is dropped. Quick.
+    ///
+    /// # Errors
+    /// As `prepare`.
+    fn open(&self, on_trouble: OnTrouble) -> Result<Box<dyn Send>, String>;
+}
+
+/// What happens at the gate while an epoch is armed.
+#[derive(Debug)]
+pub enum GateEvent {
+    /// It was cut.
+    Cut(EpochCut),
+    /// It cannot be cut any more, or what was cut counts for nothing.
+    Void(String),
+}
+
+/// A disk, by its socket: which of its rings run.
+#[derive(Debug, Default)]
+struct Disk {
+    rings: BTreeSet<u16>,
+}
+
+/// An epoch that waits for its cut, or has been cut and whose machine is being saved.
+struct Armed {
+    epoch: Epoch,
+    sockets: Vec<PathBuf>,
+    /// Of all disks, if memory is saved while the guest runs.
+    guards: Vec<Arc<dyn DiskGuard>>,
+    tell: UnboundedSender<GateEvent>,
+    cut: bool,
+    /// Whether a ring of the machine has run since.
+    ran: bool,
+    windows: Vec<Box<dyn Send>>,
+}
+
+#[derive(Default)]
+struct State {
+    disks: BTreeMap<PathBuf, Disk>,
+    /// By ticket.
+    armed: BTreeMap<u64, Armed>,
+    next_ticket: u64,
+}
+
+/// Watches the rings of all disks that are served.
+pub struct Gate {
+    store: Store,
+    state: Mutex<State>,
+}
+
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gate").finish_non_exhaustive()
+    }
+}
+
+/// Holds an epoch armed, and its windows open. Dropping it ends both.
+#[must_use]
+pub struct Ticket {
+    gate: Arc<Gate>,
+    number: u64,
+}
+
+impl fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Ticket").field(&self.number).finish()
+    }
+}
+
+/// How an epoch is armed.
+pub struct Arming {
+    /// What is to be cut.
+    pub epoch: Epoch,
+    /// The sockets of the machine's disks.
+    pub sockets: Vec<PathBuf>,
+    /// Their guards, if memory is saved while the guest runs; else none.
+    pub guards: Vec<Arc<dyn DiskGuard>>,
+    /// The machine stands still already: the cut is made at once.
+    pub paused: bool,
+    /// Who is told.
+    pub tell: UnboundedSender<GateEvent>,
+}
+
+impl Gate {
+    /// A gate at which nothing is armed.
+    #[must_use]
+    pub fn new(store: Store) -> Arc<Self> {
+        Arc::new(Self { store, state: Mutex::default() })
+    }
+
+    /// Arms an epoch: it is cut when the machine's last ring stops.
+    pub fn arm(self: &Arc<Self>, arming: Arming) -> Ticket {
+        let Arming { epoch, sockets, guards, paused, tell } = arming;
+        let armed = Armed { epoch, sockets, guards, tell, cut: false, ran: false, windows: Vec::new() };
+        let mut state = self.state();
+        let number = state.next_ticket;
+        state.next_ticket += 1;
+        state.armed.insert(number, armed);
+        if paused && state.is_still(number) {
+            self.cut(&mut state, number);
+        }
+        drop(state);
+        Ticket { gate: Arc::clone(self), number }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Cuts, and opens the windows in the same moment: no ring runs, and none can start before this returns.
+    fn cut(&self, state: &mut State, number: u64) {
+        let Some(armed) = state.armed.get_mut(&number).filter(|armed| !armed.cut) else { return };
+        armed.cut = true;
+        let event = match self.store.cut_epoch(&armed.epoch) {
+            Err(error) => GateEvent::Void(error.to_string()),
+            Ok(cut) => match open_windows(armed) {
+                Ok(()) => GateEvent::Cut(cut),
+                Err(why) => {
+                    armed.windows.clear();
+                    GateEvent::Void(why)
+                }
+            },
+        };
+        // Nobody listens only if the checkpoint has been given up.
+        let _ = armed.tell.send(event);
+    }
+
+    /// Does something to what is armed for a disk.
+    fn each_armed(state: &mut State, socket: &Path, mut act: impl FnMut(&mut Armed)) {
+        let concerned = state.armed.values_mut().filter(|armed| armed.sockets.iter().any(|s| s == socket));
+        concerned.for_each(&mut act);
+    }
+}
+
+fn open_windows(armed: &mut Armed) -> Result<(), String> {
+    for guard in &armed.guards {
+        let tell = armed.tell.clone();
+        let on_trouble: OnTrouble = Box::new(move |why| drop(tell.send(GateEvent::Void(why))));
+        armed.windows.push(guard.open(on_trouble)?);
+    }
+    Ok(())
+}
+
+impl State {
+    /// Whether no ring of an armed machine runs.
+    fn is_still(&self, number: u64) -> bool {
+        let runs = |socket: &PathBuf| self.disks.get(socket).is_some_and(|disk| !disk.rings.is_empty());
+        self.armed.get(&number).is_some_and(|armed| !armed.sockets.iter().any(runs))
+    }
+}
+
+impl Ticket {
+    /// Cuts an epoch that was not cut because no ring of the machine has run since it was armed: the guest uses its
+    /// disks not at all, and any moment since then is as good.
+    pub fn cut_if_unused(&self) {
+        let mut state = self.gate.state();
+        let unused = state.armed.get(&self.number).is_some_and(|armed| !armed.ran && !armed.cut);
+        if unused && state.is_still(self.number) {
+            self.gate.cut(&mut state, self.number);
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let armed = self.gate.state().armed.remove(&self.number);
+        // Windows close without the lock: what waits in them goes on, and may report to this gate.
+        drop(armed);
+    }
+}
+
+impl VmControl for Gate {
+    fn ring_started(&self, socket: &Path, ring: u16) {
+        let mut state = self.state();
+        state.disks.entry(socket.to_owned()).or_default().rings.insert(ring);
+        Self::each_armed(&mut state, socket, |armed| {
+            armed.ran = true;
+            if armed.cut && armed.guards.is_empty() {
+                let why = "the machine went on before it was saved".to_owned();
+                let _ = armed.tell.send(GateEvent::Void(why));
+            }
+        });
+    }
+
+    fn ring_stopped(&self, socket: &Path, ring: u16, why: RingStop, last: bool) {
+        let mut state = self.state();
+        let Some(disk) = state.disks.get_mut(socket) else { return };
+        disk.rings.remove(&ring);
+        match why {
+            RingStop::Asked => {}
+            RingStop::Reset | RingStop::Failed => {
+                Self::each_armed(&mut state, socket, |armed| {
+                    let why = "a disk was reset, or could not be used".to_owned();
+                    let _ = armed.tell.send(GateEvent::Void(why));
+                });
+                return;
+            }
+        }
+        if !last {
+            return;
+        }
+        let concerned = |(_, armed): &(&u64, &Armed)| armed.sockets.iter().any(|s| s == socket);
+        let tickets: Vec<u64> = state.armed.iter().filter(concerned).map(|(number, _)| *number).collect();
+        for number in tickets {
+            if state.is_still(number) {
+                self.cut(&mut state, number);
+            }
+        }
+    }
+
+    fn memory_changed(&self, _socket: &Path) {
+        // The guard knows its memory by itself.
+    }
+
+    fn disconnected(&self, socket: &Path) {
+        let mut state = self.state();
+        state.disks.remove(socket);
+        Self::each_armed(&mut state, socket, |armed| {
+            let _ = armed.tell.send(GateEvent::Void("the connection to a disk was lost".to_owned()));
+        });
+    }
+}

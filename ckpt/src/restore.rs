@@ -1,0 +1,134 @@
+//! Putting a machine's memory and devices back: into a QEMU that was started with `-incoming defer`.
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use cdp_store::Store;
+use cdp_types::CheckpointId;
+use qmp_bridge::machine::{self, Machine};
+use qmp_bridge::{Client, MigrationStatus, control, migration};
+use serde_json::json;
+
+use crate::memory::{Control, Progress, QueueStore, Restorer};
+
+/// How long QEMU may take to connect, and to end once it has everything.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why a machine was not restored.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct RestoreError(String);
+
+fn error(what: impl std::fmt::Display) -> RestoreError {
+    RestoreError(what.to_string())
+}
+
+/// What the machine was when a checkpoint was taken, and how it differs from the QEMU that is to take it over: nothing
+/// if it fits. Nothing is touched.
+///
+/// # Errors
+/// The checkpoint's image cannot be read, or QEMU cannot be asked.
+pub async fn differences(store: &Store, id: CheckpointId, qmp: &Client) -> Result<Vec<String>, RestoreError> {
+    let (store, now) = (store.clone(), machine::describe(qmp).await.map_err(error)?);
+    let facts = on_thread(move || {
+        let opened = open(&store, id)?;
+        Ok(opened.image().facts.clone())
+    })
+    .await?;
+    let then: Option<Machine> =
+        facts.more.get("machine").cloned().and_then(|v| serde_json::from_value(v).ok());
+    let Some(then) = then else { return Ok(Vec::new()) };
+    let fatal = then.differences(&now).into_iter().filter(|difference| difference.fatal);
+    Ok(fatal.map(|difference| difference.to_string()).collect())
+}
+
+/// Streams a checkpoint's memory and devices into a QEMU that waits for it (`-incoming defer`), and lets the machine
+/// run. Its disks must have been put back to the checkpoint's epoch before. `directory` is for the socket.
+///
+/// # Errors
+/// The QEMU does not wait, the image cannot be read, or QEMU refuses it. The machine must not be continued then.
+pub async fn restore(
+    store: &Store,
+    id: CheckpointId,
+    qmp: &Client,
+    directory: &Path,
+    run: bool,
+) -> Result<Progress, RestoreError> {
+    let state = control::run_state(qmp).await.map_err(error)?;
+    if state.status != "inmigrate" {
+        let text = format!(
+            "QEMU does not wait for a machine (it is '{}'): start it with -incoming defer",
+            state.status
+        );
+        return Err(RestoreError(text));
+    }
+    let path = directory.join(format!("restore-{id}.sock"));
+    let _ = std::fs::remove_file(&path);
+    let uri = format!("unix:{}", path.display());
+    let (tell, listening) = tokio::sync::oneshot::channel();
+    let (store, socket) = (store.clone(), path.clone());
+    let sender = tokio::task::spawn_blocking(move || send(&store, id, &socket, tell));
+    // An error of the sender is told by its result.
+    let _ = listening.await;
+    let asked = qmp.execute_raw("migrate-incoming", json!({ "uri": uri })).await;
+    if let Err(refused) = asked {
+        sender.abort();
+        let _ = std::fs::remove_file(&path);
+        return Err(error(refused));
+    }
+    let sent = sender.await.unwrap_or_else(|e| Err(error(e)));
+    let _ = std::fs::remove_file(&path);
+    let ended = migration::settled(qmp, PATIENCE).await.map_err(error)?;
+    let progress = sent?;
+    if ended.status != MigrationStatus::Completed {
+        let why = ended.error.unwrap_or_else(|| format!("its migration is '{}'", ended.status));
+        return Err(RestoreError(format!("QEMU has not taken the machine over: {why}")));
+    }
+    if run {
+        control::run_again(qmp).await.map_err(error)?;
+    }
+    Ok(progress)
+}
+
+fn open(store: &Store, id: CheckpointId) -> Result<Restorer<QueueStore>, RestoreError> {
+    let memory = store.checkpoint_memory(id).map_err(error)?;
+    let never = AtomicBool::new(false);
+    let mut control = Control { cancel: &never, progress: &mut |_| {} };
+    let pages = QueueStore::open(Arc::clone(&memory)).map_err(error)?;
+    Restorer::open(pages, &mut control).map_err(error)
+}
+
+fn send(
+    store: &Store,
+    id: CheckpointId,
+    path: &Path,
+    tell: tokio::sync::oneshot::Sender<()>,
+) -> Result<Progress, RestoreError> {
+    let restorer = open(store, id)?;
+    let listener = UnixListener::bind(path).map_err(|e| error(format!("{}: {e}", path.display())))?;
+    listener.set_nonblocking(true).map_err(error)?;
+    let _ = tell.send(());
+    let by = Instant::now() + PATIENCE;
+    let stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(e) if e.kind() != std::io::ErrorKind::WouldBlock => return Err(error(e)),
+            Err(_) if Instant::now() >= by => return Err(error("QEMU did not connect")),
+            Err(_) => std::thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    stream.set_nonblocking(false).map_err(error)?;
+    stream.set_write_timeout(Some(PATIENCE)).map_err(error)?;
+    let never = AtomicBool::new(false);
+    let mut control = Control { cancel: &never, progress: &mut |_| {} };
+    restorer.stream_to(stream, &mut control).map(|(_, progress)| progress).map_err(error)
+}
+
+async fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RestoreError> + Send + 'static,
+) -> Result<T, RestoreError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(error(e)))
+}
