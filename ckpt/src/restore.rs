@@ -1,10 +1,10 @@
 //! Putting a machine's memory and devices back: into a QEMU that was started with `-incoming defer`.
 
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cdp_store::Store;
 use cdp_types::CheckpointId;
@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::memory::{Control, Progress, QueueStore, Restorer};
 
-/// How long QEMU may take to connect, and to end once it has everything.
+/// How long QEMU may take nothing, and how long to end once it has everything.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why a machine was not restored.
@@ -65,21 +65,16 @@ pub async fn restore(
         );
         return Err(RestoreError(text));
     }
+    let (opening, at) = (store.clone(), id);
+    let restorer = on_thread(move || open(&opening, at)).await?;
     let path = directory.join(format!("restore-{id}.sock"));
+    // One of an attempt that was killed.
     let _ = std::fs::remove_file(&path);
     let uri = format!("unix:{}", path.display());
-    let (tell, listening) = tokio::sync::oneshot::channel();
-    let (store, socket) = (store.clone(), path.clone());
-    let sender = tokio::task::spawn_blocking(move || send(&store, id, &socket, tell));
-    // An error of the sender is told by its result.
-    let _ = listening.await;
-    let asked = qmp.execute_raw("migrate-incoming", json!({ "uri": uri })).await;
-    if let Err(refused) = asked {
-        sender.abort();
-        let _ = std::fs::remove_file(&path);
-        return Err(error(refused));
-    }
-    let sent = sender.await.unwrap_or_else(|e| Err(error(e)));
+    // QEMU listens there from now on, for one connection.
+    qmp.execute_raw("migrate-incoming", json!({ "uri": uri })).await.map_err(error)?;
+    let socket = path.clone();
+    let sent = on_thread(move || send(restorer, &socket)).await;
     let _ = std::fs::remove_file(&path);
     let ended = migration::settled(qmp, PATIENCE).await.map_err(error)?;
     let progress = sent?;
@@ -101,26 +96,8 @@ fn open(store: &Store, id: CheckpointId) -> Result<Restorer<QueueStore>, Restore
     Restorer::open(pages, &mut control).map_err(error)
 }
 
-fn send(
-    store: &Store,
-    id: CheckpointId,
-    path: &Path,
-    tell: tokio::sync::oneshot::Sender<()>,
-) -> Result<Progress, RestoreError> {
-    let restorer = open(store, id)?;
-    let listener = UnixListener::bind(path).map_err(|e| error(format!("{}: {e}", path.display())))?;
-    listener.set_nonblocking(true).map_err(error)?;
-    let _ = tell.send(());
-    let by = Instant::now() + PATIENCE;
-    let stream = loop {
-        match listener.accept() {
-            Ok((stream, _)) => break stream,
-            Err(e) if e.kind() != std::io::ErrorKind::WouldBlock => return Err(error(e)),
-            Err(_) if Instant::now() >= by => return Err(error("QEMU did not connect")),
-            Err(_) => std::thread::sleep(Duration::from_millis(2)),
-        }
-    };
-    stream.set_nonblocking(false).map_err(error)?;
+fn send(restorer: Restorer<QueueStore>, path: &Path) -> Result<Progress, RestoreError> {
+    let stream = UnixStream::connect(path).map_err(|e| error(format!("{}: {e}", path.display())))?;
     stream.set_write_timeout(Some(PATIENCE)).map_err(error)?;
     let never = AtomicBool::new(false);
     let mut control = Control { cancel: &never, progress: &mut |_| {} };

@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointSpec, EpochCut, Store};
 use cdp_types::{Label, VmName};
 use qmp_bridge::migration::{self, Mode, Plan, Saved, Settings};
-use qmp_bridge::{Backlog, Client, EventKind, MigrationStatus, Notice, Subscription, control, machine};
+use qmp_bridge::{
+    Backlog, Client, Event, EventKind, MigrationStatus, Notice, Subscription, control, machine,
+};
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
 
@@ -114,7 +116,6 @@ struct Seen {
     cut: Option<EpochCut>,
     active: bool,
     stops: u32,
-    resumes: u32,
     completed: bool,
     /// By QEMU's clock.
     stopped_us: Option<u64>,
@@ -286,7 +287,7 @@ async fn run(
             biased;
             event = attempt.gate.recv() => if let Some(event) = event { note_gate(event, &mut attempt.seen)?; },
             notice = attempt.events.next() => note_qemu(machine, notice, mode, &mut attempt.seen).await?,
-            _ = hold.cancel.wait_for(|cancel| *cancel) => return Err(TakeError("it was cancelled".to_owned())),
+            () = cancelled(&mut hold.cancel) => return Err(TakeError("it was cancelled".to_owned())),
             () = tokio::time::sleep(LOOK_EVERY) => {}
         }
         let Some(receiver) = &attempt.receiver else { return Err(TakeError("nobody receives".to_owned())) };
@@ -298,6 +299,15 @@ async fn run(
         if receiver.has_ended() {
             return ended_early(machine, attempt).await;
         }
+    }
+}
+
+/// Ends when the checkpoint is to be given up.
+async fn cancelled(cancel: &mut watch::Receiver<bool>) {
+    let wanted = cancel.wait_for(|cancel| *cancel).await.is_ok();
+    if !wanted {
+        // Nobody can cancel it any more.
+        std::future::pending::<()>().await;
     }
 }
 
@@ -355,7 +365,6 @@ async fn note_qemu(
                     "somebody else has continued the machine before it was saved".to_owned(),
                 ));
             }
-            seen.resumes += 1;
             seen.resumed_us = seen.resumed_us.or(event.time_us);
         }
         EventKind::Reset { .. } => return Err(TakeError("the machine was reset".to_owned())),
@@ -383,6 +392,7 @@ async fn note_qemu(
 async fn settle(machine: &Machine, attempt: &mut Attempt) -> Result<(EpochCut, Received), TakeError> {
     if attempt.saved.running {
         control::run_again(&machine.qmp).await.map_err(|e| whole(&e))?;
+        note_resume(attempt).await;
     }
     let Some(receiver) = attempt.receiver.take() else { return Err(TakeError("nobody received".to_owned())) };
     let received = on_thread(move || receiver.join().map_err(|e| whole(&e))).await?;
@@ -411,6 +421,21 @@ async fn settle(machine: &Machine, attempt: &mut Attempt) -> Result<(EpochCut, R
     let cut = attempt.seen.cut.clone();
     let cut = cut.ok_or_else(|| TakeError("its disks were not cut: no ring of it has stopped".to_owned()))?;
     Ok((cut, received))
+}
+
+/// Learns when the machine went on, which is in the events that QEMU has sent by now.
+async fn note_resume(attempt: &mut Attempt) {
+    while attempt.seen.resumed_us.is_none() {
+        match tokio::time::timeout(LOOK_EVERY, attempt.events.next()).await {
+            Ok(Some(Notice::Event(Event { kind: EventKind::Resume, time_us, .. }))) => {
+                attempt.seen.resumed_us = time_us;
+                return;
+            }
+            Ok(Some(_)) => {}
+            // A figure is missing then, no more.
+            Ok(None) | Err(_) => return,
+        }
+    }
 }
 
 fn figures(seen: &Seen, received: Received, began: Instant) -> serde_json::Value {

@@ -2,22 +2,20 @@
 //! instant; without, it is not, which shows that these tests can fail.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use e2e::process::{Process, tied, wait_for};
 use e2e::programs::built;
-use e2e::workload::block_content;
 use e2e::{Guest, GuestBuilder, Scene, run_scene};
 use serde_json::json;
 
-const BLOCKS: u64 = 8192;
-const STAMPS: u64 = 64;
-const PAGES: u64 = 8192;
+use crate::load::Load;
+
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A running `cutdisk`, an example of `vhost-blk`.
@@ -51,30 +49,6 @@ impl CutDisk {
     }
 }
 
-/// The last number behind a word in the last line of the console that begins with a program's name.
-fn said(guest: &Guest, program: &str, word: &str) -> Option<u64> {
-    let console = String::from_utf8_lossy(&std::fs::read(guest.console()).ok()?).into_owned();
-    let line =
-        console.lines().rev().find(|line| line.starts_with(program) && line.contains("mismatches "))?;
-    line.split_whitespace().skip_while(|&it| it != word).nth(1)?.parse().ok()
-}
-
-fn wait_for_progress(guest: &Guest, sweeps: u64) -> Result<()> {
-    let (before, stamp) =
-        (said(guest, "pages:", "sweeps").unwrap_or(0), said(guest, "stamp:", "at").unwrap_or(0));
-    wait_for("sweeps over all pages", LIMIT, || {
-        let swept = said(guest, "pages:", "sweeps").unwrap_or(0) >= before + sweeps;
-        let stamped = said(guest, "stamp:", "at").unwrap_or(0) > stamp + STAMPS;
-        Ok((swept && stamped).then_some(()))
-    })
-}
-
-fn mismatches(guest: &Guest) -> Result<(u64, u64)> {
-    let of =
-        |program| said(guest, program, "mismatches").with_context(|| format!("{program} has said nothing"));
-    Ok((of("pages:")?, of("stamp:")?))
-}
-
 fn builder(disk: &CutDisk) -> GuestBuilder {
     Guest::builder().disk(&disk.socket).queues(2).smp(2)
 }
@@ -100,15 +74,11 @@ fn receive_slowly(socket: &Path, saved: &Path) -> Result<JoinHandle<std::io::Res
 /// Saves a guest under load, and says how many mismatches its restored twin finds, in pages and in stamps.
 fn save_and_restore(scene: &Scene, mode: &str) -> Result<(u64, u64)> {
     let (data, copy, saved) = (scene.path("data.img"), scene.path("copy.img"), scene.path("saved.state"));
-    let mut image = BufWriter::new(File::create(&data)?);
-    (0..BLOCKS).try_for_each(|block| image.write_all(&block_content(block)))?;
-    image.into_inner()?.set_len((BLOCKS + STAMPS) * 4096)?;
-
+    Load::image(&data)?;
     let mut disk = CutDisk::serve(scene, "disk", &data, mode)?;
     let mut guest = builder(&disk).boot(scene)?;
-    guest.run(&format!("guest-agent pages /dev/vda {PAGES} {BLOCKS} </dev/null >/dev/ttyS0 2>&1 &"))?;
-    guest.run(&format!("guest-agent stamp /dev/vda {BLOCKS} {STAMPS} </dev/null >/dev/ttyS0 2>&1 &"))?;
-    wait_for_progress(&guest, 8)?;
+    Load::start(&mut guest)?;
+    Load::wait_for_progress(&guest, 8)?;
 
     println!("{}", disk.command(&format!("arm {}", copy.display()))?);
     let capability = json!({ "capability": "background-snapshot", "state": true });
@@ -126,18 +96,16 @@ fn save_and_restore(scene: &Scene, mode: &str) -> Result<(u64, u64)> {
     println!("{mode}: saved in {} ms, downtime {} ms", migration["total-time"], migration["downtime"]);
     println!("{}", disk.command("close")?);
     receiver.join().map_err(|_| anyhow!("the receiver has panicked"))??;
-    wait_for_progress(&guest, 8)?;
-    ensure!(mismatches(&guest)? == (0, 0), "the guest itself has not noticed anything");
+    Load::wait_for_progress(&guest, 8)?;
+    ensure!(Load::mismatches(&guest)? == (0, 0), "the guest itself has not noticed anything");
     guest.kill()?;
     drop(disk);
 
     let disk = CutDisk::serve(scene, "twin", &copy, "unguarded")?;
     let twin = builder(&disk).restored_from(&saved).boot(scene)?;
-    wait_for("a word of the restored guest", LIMIT, || {
-        Ok(said(&twin, "pages:", "sweeps").zip(said(&twin, "stamp:", "at")))
-    })?;
-    wait_for_progress(&twin, 8)?;
-    let found = mismatches(&twin)?;
+    Load::wait_for_word(&twin)?;
+    Load::wait_for_progress(&twin, 8)?;
+    let found = Load::mismatches(&twin)?;
     println!("{mode}: the restored guest finds {} pages and {} stamps that do not match", found.0, found.1);
     twin.kill()?;
     Ok(found)

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod checkpoints;
 mod debian;
 mod disaster;
 mod discard;
@@ -10,6 +11,7 @@ mod hot_memory;
 mod images;
 mod killed_daemon;
 mod lifecycle;
+mod load;
 mod nbd;
 mod nbd_guests;
 mod past;

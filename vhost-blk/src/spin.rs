@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 /// The first step up from not looking at all, and below it not looking pays better.
 const SHORTEST: Duration = Duration::from_micros(4);
 
+/// The longest look while no writes are under way.
+const SINGLE: Duration = Duration::from_micros(50);
+
 /// How long one queue's thread looks for work after the last it had.
 #[derive(Debug)]
 pub(crate) struct Spin {
@@ -31,13 +34,16 @@ impl Spin {
         self.until = None;
     }
 
-    /// There is no work: whether to look again, rather than to sleep.
-    pub(crate) fn look_on(&mut self) -> bool {
-        if self.limit.is_zero() {
+    /// There is no work: whether to look again, rather than to sleep. `batches` says that writes are under way: many of
+    /// them end at once, after a time that is worth looking for; reads end one by one, and looking only keeps
+    /// the processor from whoever is to take them.
+    pub(crate) fn look_on(&mut self, batches: bool) -> bool {
+        let limit = if batches { self.limit } else { self.limit.min(SINGLE) };
+        if limit.is_zero() {
             return false;
         }
         let now = Instant::now();
-        let until = *self.until.get_or_insert_with(|| now + self.limit);
+        let until = *self.until.get_or_insert_with(|| now + limit);
         now < until
     }
 
@@ -75,7 +81,7 @@ mod tests {
     fn short_sleeps_make_it_look_and_long_ones_stop_it() {
         let longest = Duration::from_micros(50);
         let mut spin = Spin::new(longest);
-        assert!(!spin.look_on(), "an idle queue sleeps at once");
+        assert!(!spin.look_on(true), "an idle queue sleeps at once");
         for _ in 0..10 {
             spin.learn(Duration::from_micros(20));
         }
@@ -91,6 +97,6 @@ mod tests {
         let mut spin = Spin::new(Duration::ZERO);
         spin.going_to_sleep();
         spin.woke();
-        assert!(!spin.look_on());
+        assert!(!spin.look_on(true));
     }
 }

@@ -48,7 +48,8 @@ pub struct GuestBuilder {
     smp: u32,
     network: bool,
     boot: Boot,
-    incoming: Option<PathBuf>,
+    incoming: Option<String>,
+    more_qmp: Option<PathBuf>,
 }
 
 impl Default for GuestBuilder {
@@ -61,6 +62,7 @@ impl Default for GuestBuilder {
             network: false,
             boot: Boot::Agent,
             incoming: None,
+            more_qmp: None,
         }
     }
 }
@@ -122,7 +124,21 @@ impl GuestBuilder {
     /// know that, so it can only be heard on its console.
     #[must_use]
     pub fn restored_from(mut self, saved: &Path) -> Self {
-        self.incoming = Some(saved.to_owned());
+        self.incoming = Some(format!("file:{}", saved.display()));
+        self
+    }
+
+    /// Does not boot, but waits until it is told where a guest that was built alike comes from.
+    #[must_use]
+    pub fn waiting(mut self) -> Self {
+        self.incoming = Some("defer".to_owned());
+        self
+    }
+
+    /// Gives QEMU one more QMP socket, for the daemon: each serves one client.
+    #[must_use]
+    pub fn qmp(mut self, socket: &Path) -> Self {
+        self.more_qmp = Some(socket.to_owned());
         self
     }
 
@@ -142,6 +158,9 @@ impl GuestBuilder {
         };
         let mut command = self.command(&places)?;
         command.args(["-display", "none", "-qmp"]).arg(listening(&places.qmp, ""));
+        if let Some(socket) = &self.more_qmp {
+            command.arg("-qmp").arg(listening(socket, ""));
+        }
         let log = format!(",logfile={}", places.console.display());
         command.arg("-chardev").arg(named_socket("console", &places.console_socket, &log));
         command.arg("-chardev").arg(named_socket("agent", &places.agent, ""));
@@ -211,7 +230,7 @@ impl GuestBuilder {
             command.args(["-chardev", &socket, "-device", &device]);
         }
         if let Some(saved) = &self.incoming {
-            command.arg("-incoming").arg(format!("file:{}", saved.display()));
+            command.arg("-incoming").arg(saved);
         }
         if self.network {
             command.args(["-nic", "user,model=virtio-net-pci"]);

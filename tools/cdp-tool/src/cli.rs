@@ -8,8 +8,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 mod history;
+mod machines;
 
 pub(crate) use history::{BranchCommand, CloneArgs, MarkArgs, RevertArgs};
+pub(crate) use machines::{CheckpointCommand, Mode, VmCommand, VmRevertArgs};
 
 const INSTANTS: &str = "Instants:
   head                             the present (a volume's name alone means it too)
@@ -73,6 +75,12 @@ pub(crate) enum Command {
     /// List and delete branches: what reverts have left behind
     #[command(subcommand)]
     Branch(BranchCommand),
+    /// Register, list and put back machines: a QEMU, its disks and its memory
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Save running machines, memory and all, and list what was saved
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
     /// Look into the store, its segments, and the records and the map of a volume
     #[command(subcommand)]
     Inspect(InspectCommand),

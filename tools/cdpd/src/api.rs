@@ -17,6 +17,12 @@
 //! | `/v1/volumes/{name}/data` | GET `?at=`: a [content stream](crate::frames) |
 //! | `/v1/revert` | POST [`RevertRequest`]: a list of [`Reverted`], in the request's order |
 //! | `/v1/clone` | POST [`CloneRequest`]: a list of [`Volume`], in the request's order |
+//! | `/v1/vms` | GET: a list of [`Vm`]; POST [`NewVm`]: [`Vm`] |
+//! | `/v1/vms/{name}` | GET: [`Vm`]; DELETE `?delete_checkpoints=true` |
+//! | `/v1/vms/{name}/revert` | POST [`VmRevert`]: [`VmReverted`] |
+//! | `/v1/vms/{name}/taking` | DELETE: gives up the checkpoint that is being taken |
+//! | `/v1/vms/{name}/checkpoints` | GET: a list of [`Checkpoint`], oldest first; POST [`NewCheckpoint`]: [`Checkpoint`], once it is complete |
+//! | `/v1/vms/{name}/checkpoints/{id or label}` | GET: [`Checkpoint`]; PATCH [`CheckpointChange`]: [`Checkpoint`]; DELETE |
 //! | `/v1/verify` | POST: lines with progress, then [`VerifyReport`](cdp_store::VerifyReport) |
 //! | `/v1/nbd/connections` | GET: a list of [`NbdConnection`] |
 //! | `/v1/metrics` | GET: Prometheus text |
@@ -33,11 +39,14 @@ use cdp_types::{BranchId, Instant, Ordinal, Seq, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 mod history;
+mod machines;
 
 pub(crate) use history::head;
 pub use history::{
     At, Branch, CloneRequest, Inherited, Mark, NewClone, NewMark, RevertRequest, RevertTarget, Reverted,
 };
+
+pub use machines::{Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Vm, VmRevert, VmReverted};
 
 /// What a client can do about a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use cdp_store::{ErrorKind, Store};
+use cdp_types::VmControl;
+use ckpt::gate::Gate;
 use jiff::Timestamp;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, watch};
@@ -16,6 +18,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use crate::Config;
 use crate::api::DaemonStatus;
 use crate::http::{App, Listener, Listening, listen, router};
+use crate::machines::Machines;
 use crate::nbd::NbdServer;
 use crate::serving::Servers;
 use crate::socket;
@@ -56,19 +59,25 @@ impl Daemon {
         let opening = config.clone();
         let store = on_thread(move || open(&opening)).await?;
         let (stopping, stop) = watch::channel(false);
-        let servers = Servers::new(store.clone(), config.store.join(socket::NAME), config.vhost_user);
+        let gate = Gate::new(store.clone());
+        let control = Arc::clone(&gate) as Arc<dyn VmControl>;
+        let servers =
+            Servers::new(store.clone(), config.store.join(socket::NAME), config.vhost_user, control);
+        let machines = Arc::new(Machines::new(store.clone(), gate, &config.store));
         let daemon = DaemonStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             started: Timestamp::now().to_string(),
         };
-        let app = Arc::new(App::new(store, servers, daemon, &config.limits, stop.clone()));
+        let app = Arc::new(App::new(store, servers, machines, daemon, &config.limits, stop.clone()));
         let resuming = Arc::clone(&app);
         on_thread(move || {
             resuming.servers.resume();
             Ok(())
         })
         .await?;
+        // With the disks served again: a machine that a dead daemon has stopped goes on.
+        app.machines.recover().await;
         let on = Listening {
             router: router(Arc::clone(&app)),
             connections: Arc::new(Semaphore::new(config.limits.connections.min(Semaphore::MAX_PERMITS))),

@@ -18,6 +18,7 @@ pub mod frames;
 mod http;
 pub mod inspect;
 pub mod logging;
+mod machines;
 mod nbd;
 mod serving;
 pub mod size;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cdp_store::{Reverted, Serving, Store};
-use cdp_types::{Instant, NoVmControl, VolumeId, VolumeName};
-use vhost_blk::{Server, ServerConfig, ServerStats};
+use cdp_types::{CheckpointId, Instant, VmControl, VmName, VolumeId, VolumeName};
+use vhost_blk::{Guard, Server, ServerConfig, ServerStats};
 
 use crate::api::{ApiError, ErrorKind, ServingStatus, one_line};
 use crate::config::VhostUser;
@@ -30,6 +30,8 @@ pub(crate) struct Servers {
     /// The control socket, which no volume may take.
     reserved: PathBuf,
     settings: VhostUser,
+    /// Told of every ring.
+    control: Arc<dyn VmControl>,
     running: Mutex<BTreeMap<VolumeId, Entry>>,
     /// Held while a volume's serving changes, so that the store and `running` change together.
     changing: Mutex<()>,
@@ -48,8 +50,13 @@ struct Connected {
 }
 
 impl Servers {
-    pub(crate) fn new(store: Store, reserved: PathBuf, settings: VhostUser) -> Self {
-        Self { store, reserved, settings, running: Mutex::default(), changing: Mutex::default() }
+    pub(crate) fn new(
+        store: Store,
+        reserved: PathBuf,
+        settings: VhostUser,
+        control: Arc<dyn VmControl>,
+    ) -> Self {
+        Self { store, reserved, settings, control, running: Mutex::default(), changing: Mutex::default() }
     }
 
     /// Serves every volume that the store remembers as served.
@@ -131,6 +138,11 @@ impl Servers {
     pub(crate) fn destroy(&self, name: &VolumeName, force: bool) -> Result<(), ApiError> {
         let _changing = lock(&self.changing);
         let info = self.store.volume_info(name)?;
+        if let Some(vm) = self.store.vms().into_iter().find(|vm| vm.volumes.contains(name)) {
+            let message =
+                format!("volume '{name}' is a disk of machine '{0}': cdp-tool vm remove {0}", vm.name);
+            return Err(ApiError::new(ErrorKind::Busy, message));
+        }
         if let Some(serving) = info.serving.filter(|_| !force) {
             let message =
                 format!("volume '{name}' is served on {}: unserve it first, or use --force", serving.socket);
@@ -225,6 +237,38 @@ impl Servers {
         names.filter_map(connected).collect()
     }
 
+    /// Puts the disks of a machine back to one of its checkpoints, all of them or none.
+    ///
+    /// # Errors
+    /// As [`Store::revert_vm`]; that its guest runs.
+    pub(crate) fn revert_vm(&self, vm: &VmName, to: CheckpointId) -> Result<Vec<Reverted>, ApiError> {
+        let _changing = lock(&self.changing);
+        let began = std::time::Instant::now();
+        let reverted = loop {
+            match self.store.revert_vm(vm, to, false) {
+                Err(error) if error.kind() == cdp_store::ErrorKind::Busy && began.elapsed() < PARTING => {
+                    std::thread::sleep(PARTING / 8);
+                }
+                Err(error) if error.kind() == cdp_store::ErrorKind::Busy => {
+                    let text =
+                        format!("{error}; end its QEMU first, and start it again with -incoming defer");
+                    return Err(ApiError::new(ErrorKind::Busy, text));
+                }
+                outcome => break outcome?,
+            }
+        };
+        tracing::info!(%vm, checkpoint = %to, "disks reverted");
+        Ok(reverted.volumes)
+    }
+
+    /// The socket of a volume that is served, and the guard of its guest's memory.
+    pub(crate) fn guard(&self, id: VolumeId) -> Option<(PathBuf, Arc<Guard>)> {
+        let running = lock(&self.running);
+        let entry = running.get(&id)?;
+        let server = entry.outcome.as_ref().ok()?;
+        Some((PathBuf::from(&entry.serving.socket), server.guard()))
+    }
+
     /// How a volume's socket does.
     pub(crate) fn status(&self, id: VolumeId) -> ServingStatus {
         match lock(&self.running).get(&id).map(|entry| &entry.outcome) {
@@ -278,7 +322,7 @@ impl Servers {
         config.queues = serving.queues;
         config.mode = self.settings.mode.map_or(config.mode, |mode| mode.0);
         config.busy_poll = self.settings.busy_poll_us.map_or(config.busy_poll, Duration::from_micros);
-        Server::bind(config, volume, Arc::new(NoVmControl)).map_err(|error| {
+        Server::bind(config, volume, Arc::clone(&self.control)).map_err(|error| {
             let kind = match error.kind() {
                 vhost_blk::ErrorKind::InUse => ErrorKind::Busy,
                 vhost_blk::ErrorKind::Resources => ErrorKind::Io,

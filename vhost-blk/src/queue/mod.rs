@@ -109,6 +109,8 @@ pub(crate) struct Queue {
     /// Left in flight by a dead process, in the order in which they were taken; and whether the log has them.
     unfinished: VecDeque<(Unfinished, bool)>,
     submitted: usize,
+    /// Of those submitted, writes.
+    writes: usize,
     parked: usize,
     bytes: u64,
     /// Where touches that have ended are told.
@@ -151,6 +153,7 @@ impl Queue {
             slots: (0..size).map(|_| Slot::default()).collect(),
             unfinished: VecDeque::new(),
             submitted: 0,
+            writes: 0,
             bytes: 0,
             answered: Vec::with_capacity(size.into()),
             chain: Chain::default(),
@@ -260,7 +263,7 @@ impl Queue {
         if self.broken || self.paused || self.leaving || !self.ring_ready || self.full() {
             return Wait::Forever;
         }
-        if self.spin.look_on() {
+        if self.spin.look_on(self.writes > 0) {
             self.ring.decline_kicks(&self.memory);
             return Wait::No;
         }
@@ -398,6 +401,7 @@ impl Queue {
             Action::Submit(op) => {
                 slot.submitted = true;
                 self.submitted += 1;
+                self.writes += usize::from(slot.kind == Kind::Write);
                 self.count_in_flight();
                 device.submit(RequestId(head.into()), op);
             }
@@ -426,6 +430,7 @@ impl Queue {
         };
         slot.submitted = false;
         self.submitted -= 1;
+        self.writes -= usize::from(slot.kind == Kind::Write);
         self.spin.worked();
         if let Err(error) = &result {
             let kind = slot.kind;

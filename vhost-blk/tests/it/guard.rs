@@ -297,7 +297,7 @@ fn a_stop_in_the_window_waits_for_the_saver_and_if_that_hangs_for_the_end_of_the
             }
             assert_eq!(stopping.join().unwrap(), [1]);
         });
-        assert!(begun.elapsed() < Duration::from_secs(5));
+        assert!(begun.elapsed() < Duration::from_secs(15));
         assert_eq!((guest.rings[0].used_index(), guest.status(0, 0)), (1, OK));
         assert_eq!(bed.guard.is_open(), !hangs);
     }
@@ -361,7 +361,7 @@ fn a_touch_that_hangs_does_not_keep_the_server_from_stopping() {
     eventually("the request is taken", || bed.server.stats().queues[0].in_flight == 1);
     let begun = Instant::now();
     bed.server.shutdown();
-    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert!(begun.elapsed() < Duration::from_secs(15));
     assert_eq!(troubles.try_recv(), Ok(GuardTrouble::Stopping));
     assert_eq!((guest.rings[0].used_index(), guest.status(0, 0)), (0, 255), "it is left to the next server");
     assert_eq!(bed.server.stats().queues[0].in_flight, 0);

@@ -4,6 +4,7 @@ mod documents;
 mod extract;
 mod history;
 mod inspect;
+mod machines;
 mod marks;
 mod verify;
 mod volume;
@@ -54,6 +55,8 @@ fn dispatch(command: Command, store: Option<&Path>, output: &mut Output) -> anyh
         Command::Branch(BranchCommand::Delete { volume, branch, force, yes }) => {
             history::delete_branch(&online(store()?)?, &volume, branch, force, yes, output)?;
         }
+        Command::Vm(command) => machines::vm(&online(store()?)?, &command, output)?,
+        Command::Checkpoint(command) => machines::checkpoint(&online(store()?)?, &command, output)?,
         Command::Inspect(command) => {
             let access = Access::open(store()?)?;
             match command {

@@ -5,6 +5,7 @@ mod extract;
 mod history;
 mod inspect;
 mod listen;
+mod machines;
 mod metrics;
 mod nbd;
 mod stream;
@@ -24,6 +25,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::api::{ApiError, DaemonStatus, ErrorKind};
 use crate::config::Limits;
+use crate::machines::Machines;
 use crate::nbd::NbdServer;
 use crate::serving::Servers;
 
@@ -38,6 +40,7 @@ const PERMIT_WAIT: Duration = Duration::from_millis(500);
 pub(crate) struct App {
     pub(crate) store: Store,
     pub(crate) servers: Servers,
+    pub(crate) machines: Arc<Machines>,
     pub(crate) daemon: DaemonStatus,
     /// Set once the daemon exports; taken when it stops, since its exports hold this.
     nbd: Mutex<NbdServer>,
@@ -51,6 +54,7 @@ impl App {
     pub(crate) fn new(
         store: Store,
         servers: Servers,
+        machines: Arc<Machines>,
         daemon: DaemonStatus,
         limits: &Limits,
         stopping: watch::Receiver<bool>,
@@ -59,6 +63,7 @@ impl App {
         Self {
             store,
             servers,
+            machines,
             daemon,
             nbd: Mutex::default(),
             requests: permits(limits.requests),
@@ -125,6 +130,15 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{name}/map", get(inspect::map))
         .route("/v1/volumes/{name}/data", get(content::data))
         .route("/v1/volumes/{name}/import", post(content::import))
+        .route("/v1/vms", get(machines::list).post(machines::register))
+        .route("/v1/vms/{name}", get(machines::show).delete(machines::remove))
+        .route("/v1/vms/{name}/revert", post(machines::revert))
+        .route("/v1/vms/{name}/taking", delete(machines::cancel))
+        .route("/v1/vms/{name}/checkpoints", get(machines::checkpoints).post(machines::take))
+        .route(
+            "/v1/vms/{name}/checkpoints/{checkpoint}",
+            get(machines::checkpoint).patch(machines::change).delete(machines::delete),
+        )
         .fallback(async || ApiError::new(ErrorKind::NotFound, "there is no such resource"))
         .method_not_allowed_fallback(async || {
             let refusal = ApiError::new(ErrorKind::Invalid, "this resource does not take this method");

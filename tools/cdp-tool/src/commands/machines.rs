@@ -1,0 +1,203 @@
+//! Machines and their checkpoints.
+
+use std::path::{Path, absolute};
+
+use anyhow::Context;
+use cdp_store::CheckpointMode;
+use cdp_types::{Label, VmName, VolumeName};
+use cdpd::api::{Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Vm, VmRevert, VmReverted};
+use cdpd::client::Client;
+use hyper::Method;
+
+use crate::cli::{CheckpointCommand, Mode, VmCommand, VmRevertArgs};
+use crate::output::{Column, Output};
+
+/// Does what is said of machines.
+pub(super) fn vm(client: &Client, command: &VmCommand, output: &mut Output) -> anyhow::Result<()> {
+    match command {
+        VmCommand::Register { name, qmp, volumes } => register(client, name, qmp, volumes, output),
+        VmCommand::List => {
+            let vms: Vec<Vm> = client.get("/v1/vms")?;
+            list(&vms, output)
+        }
+        VmCommand::Show { name } => {
+            let vm: Vm = client.get(&format!("/v1/vms/{name}"))?;
+            list(&[vm], output)
+        }
+        VmCommand::Remove { name, delete_checkpoints } => {
+            let path = format!("/v1/vms/{name}?delete_checkpoints={delete_checkpoints}");
+            client.delete::<()>(&path)?;
+            Ok(())
+        }
+        VmCommand::Revert(args) => revert(client, args, output),
+    }
+}
+
+fn register(
+    client: &Client,
+    name: &VmName,
+    qmp: &Path,
+    volumes: &[VolumeName],
+    output: &mut Output,
+) -> anyhow::Result<()> {
+    let qmp = absolute(qmp).with_context(|| qmp.display().to_string())?;
+    let qmp = qmp.into_os_string().into_string().ok().context("the socket's path is no text")?;
+    let new = NewVm { name: name.clone(), volumes: volumes.to_vec(), qmp };
+    let vm: Vm = client.send(Method::POST, "/v1/vms", &new)?;
+    if output.is_json() {
+        return output.item(&vm);
+    }
+    output.line(format!("registered {name}; save it with: cdp-tool checkpoint take {name}"))
+}
+
+fn list(vms: &[Vm], output: &mut Output) -> anyhow::Result<()> {
+    if output.is_json() {
+        return vms.iter().try_for_each(|vm| output.item(vm));
+    }
+    let row = |vm: &Vm| {
+        let volumes: Vec<&str> = vm.volumes.iter().map(VolumeName::as_str).collect();
+        let current = vm.current.map_or_else(|| "-".to_owned(), |id| id.to_string());
+        let state = match vm.taking {
+            Some((came, total)) if total > 0 => format!("saving, {} %", came * 100 / total),
+            Some(_) => "saving".to_owned(),
+            None => "-".to_owned(),
+        };
+        vec![vm.name.to_string(), volumes.join(" "), vm.checkpoints.to_string(), current, state]
+    };
+    let columns = [
+        Column::Left("NAME"),
+        Column::Left("VOLUMES"),
+        Column::Right("CHECKPOINTS"),
+        Column::Right("CURRENT"),
+        Column::Left("STATE"),
+    ];
+    output.table(&columns, &vms.iter().map(row).collect::<Vec<_>>())
+}
+
+fn revert(client: &Client, args: &VmRevertArgs, output: &mut Output) -> anyhow::Result<()> {
+    let name = &args.name;
+    let request = VmRevert { to: args.to.clone(), disks: true, memory: !args.disks_only };
+    let reverted: VmReverted = client.send(Method::POST, &format!("/v1/vms/{name}/revert"), &request)?;
+    if output.is_json() {
+        return output.item(&reverted);
+    }
+    let undo: Vec<String> =
+        reverted.volumes.iter().map(|one| format!("{}@seq:{}", one.volume, one.undo.seq)).collect();
+    let what = if args.disks_only { "its disks are as they were" } else { "it goes on from there" };
+    output.line(format!("{name} is back at checkpoint {}: {what}", reverted.to))?;
+    output.line(format!("the disks before: {}", undo.join(" ")))
+}
+
+/// Does what is said of checkpoints.
+pub(super) fn checkpoint(
+    client: &Client,
+    command: &CheckpointCommand,
+    output: &mut Output,
+) -> anyhow::Result<()> {
+    let at = |vm: &VmName, which: &str| format!("/v1/vms/{vm}/checkpoints/{which}");
+    let change = |vm: &VmName, which: &str, change: CheckpointChange| -> anyhow::Result<Checkpoint> {
+        Ok(client.send(Method::PATCH, &at(vm, which), &change)?)
+    };
+    match command {
+        CheckpointCommand::Take { vm, mode, label } => take(client, vm, *mode, label.clone(), output),
+        CheckpointCommand::Cancel { vm } => {
+            client.delete::<()>(&format!("/v1/vms/{vm}/taking"))?;
+            Ok(())
+        }
+        CheckpointCommand::List { vm } => {
+            let list: Vec<Checkpoint> = client.get(&format!("/v1/vms/{vm}/checkpoints"))?;
+            table(&list, output)
+        }
+        CheckpointCommand::Show { vm, checkpoint } => {
+            let shown: Checkpoint = client.get(&at(vm, checkpoint))?;
+            show(&shown, output)
+        }
+        CheckpointCommand::Label { vm, checkpoint, label } => {
+            let label = CheckpointChange { label: Some(label.clone()), pinned: None };
+            show(&change(vm, checkpoint, label)?, output)
+        }
+        CheckpointCommand::Pin { vm, checkpoint } => {
+            show(&change(vm, checkpoint, CheckpointChange { label: None, pinned: Some(true) })?, output)
+        }
+        CheckpointCommand::Unpin { vm, checkpoint } => {
+            show(&change(vm, checkpoint, CheckpointChange { label: None, pinned: Some(false) })?, output)
+        }
+        CheckpointCommand::Delete { vm, checkpoint } => {
+            client.delete::<()>(&at(vm, checkpoint))?;
+            Ok(())
+        }
+    }
+}
+
+fn take(
+    client: &Client,
+    vm: &VmName,
+    mode: Mode,
+    label: Option<Label>,
+    output: &mut Output,
+) -> anyhow::Result<()> {
+    let mode = match mode {
+        Mode::Hot => CheckpointMode::Hot,
+        Mode::Live => CheckpointMode::Live,
+        Mode::Pause => CheckpointMode::Pause,
+    };
+    let new = NewCheckpoint { mode: Some(mode), label };
+    let taken: Checkpoint = client.send(Method::POST, &format!("/v1/vms/{vm}/checkpoints"), &new)?;
+    if output.is_json() {
+        return output.item(&taken);
+    }
+    let figure = |name: &str| taken.figures.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
+    output.line(format!(
+        "checkpoint {} of {vm}: paused for {:.1} ms, saved in {:.1} s, {:.1} MiB new of {:.0} MiB of memory",
+        taken.id,
+        figure("pause_us") as f64 / 1e3,
+        figure("duration_ms") as f64 / 1e3,
+        figure("stored_bytes") as f64 / f64::from(1 << 20),
+        figure("memory_bytes") as f64 / f64::from(1 << 20),
+    ))
+}
+
+fn table(list: &[Checkpoint], output: &mut Output) -> anyhow::Result<()> {
+    if output.is_json() {
+        return list.iter().try_for_each(|one| output.item(one));
+    }
+    let rows: Vec<Vec<String>> = list.iter().map(|one| row(one, output)).collect();
+    let columns = [
+        Column::Right("ID"),
+        Column::Left("LABEL"),
+        Column::Left("STATE"),
+        Column::Left("MODE"),
+        Column::Left("TIME"),
+        Column::Right("PAUSE"),
+        Column::Right("NEW MIB"),
+        Column::Left("INSTANT"),
+    ];
+    output.table(&columns, &rows)
+}
+
+fn row(one: &Checkpoint, output: &Output) -> Vec<String> {
+    let figure = |name: &str| one.figures.get(name).and_then(serde_json::Value::as_u64);
+    let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+    let pinned = if one.pinned { " (pinned)" } else { "" };
+    vec![
+        one.id.to_string(),
+        or_none(one.label.as_ref().map(Label::to_string)),
+        format!("{}{pinned}", one.state),
+        format!("{:?}", one.mode).to_lowercase(),
+        output.time(one.created_ns),
+        or_none(figure("pause_us").map(|us| format!("{:.1} ms", us as f64 / 1e3))),
+        or_none(figure("stored_bytes").map(|bytes| format!("{:.1}", bytes as f64 / f64::from(1 << 20)))),
+        or_none(one.epoch.clone()),
+    ]
+}
+
+fn show(one: &Checkpoint, output: &mut Output) -> anyhow::Result<()> {
+    if output.is_json() {
+        return output.item(one);
+    }
+    table(std::slice::from_ref(one), output)?;
+    match &one.reason {
+        Some(reason) => output.line(format!("aborted: {reason}")),
+        None => Ok(()),
+    }
+}

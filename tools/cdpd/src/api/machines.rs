@@ -1,0 +1,156 @@
+//! What the API says of machines and their checkpoints.
+
+use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, VmInfo};
+use cdp_types::{CheckpointId, EpochId, Instant, Label, Seq, VmName, VolumeName};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Reverted, rfc3339};
+
+/// A machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Vm {
+    /// Its name.
+    pub name: VmName,
+    /// Its disks, in its own order.
+    pub volumes: Vec<VolumeName>,
+    /// Path of its QMP socket.
+    pub qmp: Option<String>,
+    /// The checkpoint from which it goes on.
+    pub current: Option<CheckpointId>,
+    /// How many complete checkpoints it has.
+    pub checkpoints: u64,
+    /// Whether one is being taken, and how far that is, in pages: those that have come, and those of the machine.
+    pub taking: Option<(u64, u64)>,
+    /// When it was registered, in RFC 3339.
+    pub created: String,
+}
+
+impl Vm {
+    pub(crate) fn new(info: VmInfo, taking: Option<(u64, u64)>) -> Self {
+        let VmInfo { name, volumes, qmp, current, checkpoints, created_ns, .. } = info;
+        Self { name, volumes, qmp, current, checkpoints, taking, created: rfc3339(created_ns) }
+    }
+}
+
+/// A machine to be registered.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewVm {
+    /// Its name.
+    pub name: VmName,
+    /// Its disks: all that it writes to.
+    pub volumes: Vec<VolumeName>,
+    /// Absolute path of its QMP socket.
+    pub qmp: String,
+}
+
+/// A checkpoint, in whatever state.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Its number.
+    pub id: CheckpointId,
+    /// Its name.
+    pub label: Option<Label>,
+    /// `begun`, `committed` or `aborted`.
+    pub state: String,
+    /// Why it was aborted.
+    pub reason: Option<String>,
+    /// Whether nobody may delete it.
+    pub pinned: bool,
+    /// How it was taken.
+    pub mode: CheckpointMode,
+    /// The checkpoint from which the machine had gone on.
+    pub parent: Option<CheckpointId>,
+    /// The instant of all its disks: `epoch:N`.
+    pub epoch: Option<String>,
+    /// The same, as a change of the store.
+    pub seq: Option<Seq>,
+    /// Its disks.
+    pub volumes: Vec<VolumeName>,
+    /// When it was begun, in RFC 3339.
+    pub created: String,
+    /// The same, in nanoseconds since 1970.
+    pub created_ns: u64,
+    /// What it cost: `pause_us`, `duration_ms`, `memory_bytes`, `changed_pages`, `stored_bytes` and others.
+    pub figures: Value,
+}
+
+impl From<CheckpointInfo> for Checkpoint {
+    fn from(info: CheckpointInfo) -> Self {
+        let CheckpointInfo { id, label, pinned, mode, parent, created_ns, epoch, state, volumes, .. } = info;
+        let (state, reason, seq, figures) = match state {
+            CheckpointState::Begun => ("begun", None, None, Value::Null),
+            CheckpointState::Committed(saved) => ("committed", None, Some(saved.seq), saved.figures),
+            CheckpointState::Aborted { reason } => ("aborted", Some(reason), None, Value::Null),
+        };
+        let named = |epoch: EpochId| Instant::Epoch(epoch).to_string();
+        let epoch = epoch.filter(|_| seq.is_some()).map(named);
+        let created = rfc3339(created_ns);
+        let state = state.to_owned();
+        Self {
+            id,
+            label,
+            state,
+            reason,
+            pinned,
+            mode,
+            parent,
+            epoch,
+            seq,
+            volumes,
+            created,
+            created_ns,
+            figures,
+        }
+    }
+}
+
+/// A checkpoint to be taken.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewCheckpoint {
+    /// How; `hot` unless said otherwise.
+    #[serde(default)]
+    pub mode: Option<CheckpointMode>,
+    /// Its name.
+    #[serde(default)]
+    pub label: Option<Label>,
+}
+
+/// What is to be changed of a checkpoint: what is not said stays.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointChange {
+    /// Another name.
+    #[serde(default)]
+    pub label: Option<Label>,
+    /// Whether nobody may delete it.
+    #[serde(default)]
+    pub pinned: Option<bool>,
+}
+
+/// Back to a checkpoint.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmRevert {
+    /// Which: its number or its label.
+    pub to: String,
+    /// Put the disks back; else only memory and devices are given to a QEMU that waits for them.
+    #[serde(default)]
+    pub disks: bool,
+    /// Give memory and devices to the QEMU that waits for them on the machine's QMP socket, and let it run.
+    #[serde(default)]
+    pub memory: bool,
+}
+
+/// What a machine's revert has done.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmReverted {
+    /// The checkpoint.
+    pub to: CheckpointId,
+    /// Its disks, if they were put back.
+    pub volumes: Vec<Reverted>,
+    /// Pages of memory that were given to QEMU, if they were.
+    pub pages: Option<u64>,
+}
