@@ -19,7 +19,7 @@ use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointSpec, EpochCut, Store}
 use cdp_types::{Label, VmName};
 use qmp_bridge::migration::{self, Mode, Plan, Saved, Settings};
 use qmp_bridge::{
-    Backlog, Client, Event, EventKind, MigrationStatus, Notice, Subscription, control, machine,
+    Backlog, Client, Event, EventKind, MigrationStatus, Notice, Options, Subscription, control, machine,
 };
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
@@ -166,11 +166,10 @@ pub async fn take(
     if let (Err(_), Some(receiver)) = (&outcome, &attempt.receiver) {
         receiver.cancel();
     }
-    let wound = migration::wind_down(&machine.qmp, &attempt.saved).await;
-    drop(attempt.ticket.take());
-    if let Err(error) = &wound {
+    if let Err(error) = wind_down(&machine.qmp, &attempt.saved).await {
         tracing::error!(vm = %machine.name, "QEMU could not be put back as it was: {error}");
     }
+    drop(attempt.ticket.take());
     let store = machine.store.clone();
     match outcome {
         Ok((cut, received)) => {
@@ -421,6 +420,13 @@ async fn settle(machine: &Machine, attempt: &mut Attempt) -> Result<(EpochCut, R
     let cut = attempt.seen.cut.clone();
     let cut = cut.ok_or_else(|| TakeError("its disks were not cut: no ring of it has stopped".to_owned()))?;
     Ok((cut, received))
+}
+
+/// Has QEMU go on as it was; on a new connection if the old one has ended.
+async fn wind_down(qmp: &Client, saved: &Saved) -> Result<(), qmp_bridge::Error> {
+    let Err(first) = migration::wind_down(qmp, saved).await else { return Ok(()) };
+    let again = Client::connect(qmp.path(), Options::default()).await.map_err(|_| first)?;
+    migration::wind_down(&again, saved).await.map(drop)
 }
 
 /// Learns when the machine went on, which is in the events that QEMU has sent by now.
