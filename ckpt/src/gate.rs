@@ -57,6 +57,8 @@ struct Armed {
     guards: Vec<Arc<dyn DiskGuard>>,
     tell: UnboundedSender<GateEvent>,
     cut: bool,
+    /// Whether a ring of the machine has run since the cut.
+    went_on: bool,
     /// Whether a ring of the machine has run since.
     ran: bool,
     windows: Vec<Box<dyn Send>>,
@@ -119,7 +121,16 @@ impl Gate {
     /// Arms an epoch: it is cut when the machine's last ring stops.
     pub fn arm(self: &Arc<Self>, arming: Arming) -> Ticket {
         let Arming { epoch, sockets, guards, paused, tell } = arming;
-        let armed = Armed { epoch, sockets, guards, tell, cut: false, ran: false, windows: Vec::new() };
+        let armed = Armed {
+            epoch,
+            sockets,
+            guards,
+            tell,
+            cut: false,
+            went_on: false,
+            ran: false,
+            windows: Vec::new(),
+        };
         let mut state = self.state();
         let number = state.next_ticket;
         state.next_ticket += 1;
@@ -133,6 +144,18 @@ impl Gate {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The last ring of a machine's last disk has stopped. A machine that stood still before, and has gone on since,
+    /// does so twice: a guest's driver has reset a disk, say, and nobody knows which stop was the migration's.
+    fn stands_still(&self, state: &mut State, number: u64) {
+        match state.armed.get(&number) {
+            Some(armed) if armed.cut && armed.went_on => {
+                let why = "the disks were stopped twice while the machine was saved; try again".to_owned();
+                let _ = armed.tell.send(GateEvent::Void(why));
+            }
+            _ => self.cut(state, number),
+        }
     }
 
     /// Cuts, and opens the windows in the same moment: no ring runs, and none can start before this returns.
@@ -203,6 +226,7 @@ impl VmControl for Gate {
         state.disks.entry(socket.to_owned()).or_default().rings.insert(ring);
         Self::each_armed(&mut state, socket, |armed| {
             armed.ran = true;
+            armed.went_on |= armed.cut;
             if armed.cut && armed.guards.is_empty() {
                 let why = "the machine went on before it was saved".to_owned();
                 let _ = armed.tell.send(GateEvent::Void(why));
@@ -229,10 +253,8 @@ impl VmControl for Gate {
         }
         let concerned = |(_, armed): &(&u64, &Armed)| armed.sockets.iter().any(|s| s == socket);
         let tickets: Vec<u64> = state.armed.iter().filter(concerned).map(|(number, _)| *number).collect();
-        for number in tickets {
-            if state.is_still(number) {
-                self.cut(&mut state, number);
-            }
+        for number in tickets.into_iter().filter(|number| state.is_still(*number)).collect::<Vec<_>>() {
+            self.stands_still(&mut state, number);
         }
     }
 

@@ -30,8 +30,9 @@ fn error(what: impl std::fmt::Display) -> RestoreError {
 /// if it fits. Nothing is touched.
 ///
 /// # Errors
-/// The checkpoint's image cannot be read, or QEMU cannot be asked.
+/// The checkpoint's image cannot be read, or QEMU cannot be asked or does not wait for a machine.
 pub async fn differences(store: &Store, id: CheckpointId, qmp: &Client) -> Result<Vec<String>, RestoreError> {
+    check_waiting(qmp).await?;
     let (store, now) = (store.clone(), machine::describe(qmp).await.map_err(error)?);
     let facts = on_thread(move || {
         let opened = open(&store, id)?;
@@ -57,14 +58,7 @@ pub async fn restore(
     directory: &Path,
     run: bool,
 ) -> Result<Progress, RestoreError> {
-    let state = control::run_state(qmp).await.map_err(error)?;
-    if state.status != "inmigrate" {
-        let text = format!(
-            "QEMU does not wait for a machine (it is '{}'): start it with -incoming defer",
-            state.status
-        );
-        return Err(RestoreError(text));
-    }
+    check_waiting(qmp).await?;
     let (opening, at) = (store.clone(), id);
     let restorer = on_thread(move || open(&opening, at)).await?;
     let path = directory.join(format!("restore-{id}.sock"));
@@ -86,6 +80,16 @@ pub async fn restore(
         control::run_again(qmp).await.map_err(error)?;
     }
     Ok(progress)
+}
+
+/// Refuses a QEMU that was not started with `-incoming defer`.
+async fn check_waiting(qmp: &Client) -> Result<(), RestoreError> {
+    let state = control::run_state(qmp).await.map_err(error)?;
+    if state.status == "inmigrate" {
+        return Ok(());
+    }
+    let status = state.status;
+    Err(error(format!("QEMU does not wait for a machine (it is '{status}'): start it with -incoming defer")))
 }
 
 fn open(store: &Store, id: CheckpointId) -> Result<Restorer<QueueStore>, RestoreError> {

@@ -159,7 +159,7 @@ pub async fn take(
     };
     let facts = facts_of(&described);
     let outcome = match run(machine, &begun, &plan, &before, facts, tell, &mut attempt, &mut hold).await {
-        Ok(()) => settle(machine, &mut attempt).await,
+        Ok(()) => settle(machine, plan.mode(), &mut attempt).await,
         Err(error) => Err(error),
     };
     // Before the windows close: what QEMU still protects, it must let go first.
@@ -223,10 +223,20 @@ async fn prepare(
         );
         return Err(TakeError(text));
     }
+    let ours = |device: &machine::Device| matches!(&device.backend, machine::Backend::VhostUser { chardev } if is_ours(machine, described, chardev.as_deref()));
+    let stores =
+        |device: &&machine::Device| ["blk", "scsi", "fs"].iter().any(|kind| device.kind.contains(kind));
+    if let Some(other) = described.served_elsewhere().filter(stores).find(|device| !ours(device)) {
+        let text = format!(
+            "'{}' ({}) holds data that is none of the registered volumes: a checkpoint would not hold it",
+            other.name(),
+            other.kind
+        );
+        return Err(TakeError(text));
+    }
     if mode != CheckpointMode::Hot {
         return Ok(());
     }
-    let ours = |device: &machine::Device| matches!(&device.backend, machine::Backend::VhostUser { chardev } if is_ours(machine, described, chardev.as_deref()));
     if let Some(other) = described.served_elsewhere().find(|device| !ours(device)) {
         let text = format!(
             "device '{}' ({}) writes guest memory past QEMU and past us, so a hot checkpoint would be torn: use --mode live or pause",
@@ -388,7 +398,21 @@ async fn note_qemu(
 }
 
 /// The migration has completed: the machine goes on, and what was stored and cut is looked at.
-async fn settle(machine: &Machine, attempt: &mut Attempt) -> Result<(EpochCut, Received), TakeError> {
+async fn settle(
+    machine: &Machine,
+    mode: Mode,
+    attempt: &mut Attempt,
+) -> Result<(EpochCut, Received), TakeError> {
+    // Before the machine goes on: what comes later voids nothing, and what came before must not be passed over.
+    if let Some(ticket) = &attempt.ticket {
+        ticket.cut_if_unused();
+    }
+    while let Some(notice) = attempt.events.try_next() {
+        note_qemu(machine, Some(notice), mode, &mut attempt.seen).await?;
+    }
+    while let Ok(event) = attempt.gate.try_recv() {
+        note_gate(event, &mut attempt.seen)?;
+    }
     if attempt.saved.running {
         control::run_again(&machine.qmp).await.map_err(|e| whole(&e))?;
         note_resume(attempt).await;
@@ -400,16 +424,6 @@ async fn settle(machine: &Machine, attempt: &mut Attempt) -> Result<(EpochCut, R
         return Err(TakeError(
             progress.error.unwrap_or_else(|| format!("QEMU's migration is '{}'", progress.status)),
         ));
-    }
-    if let Some(ticket) = &attempt.ticket {
-        ticket.cut_if_unused();
-    }
-    while let Ok(event) = attempt.gate.try_recv() {
-        match event {
-            // For live and pause the machine runs again by now, which voids nothing any more.
-            GateEvent::Void(_) if attempt.seen.cut.is_some() && attempt.saved.running => {}
-            event => note_gate(event, &mut attempt.seen)?,
-        }
     }
     let expected = u32::from(attempt.saved.running);
     if attempt.seen.stops != expected {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod fuzz;
+mod gate;
 mod image;
 mod machine;
 mod model;
