@@ -22,6 +22,9 @@ QEMU needs a QMP socket for us alone: -qmp unix:/run/web1.qmp,server=on,wait=off
         /// A disk of it; all that it writes to, in order
         #[arg(long = "volume", value_name = "VOLUME", required = true)]
         volumes: Vec<VolumeName>,
+        /// The socket of its guest agent, for us alone
+        #[arg(long, value_name = "SOCKET")]
+        agent: Option<PathBuf>,
     },
     /// List the machines
     List,

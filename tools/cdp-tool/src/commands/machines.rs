@@ -15,7 +15,11 @@ use crate::output::{Column, Output};
 /// Does what is said of machines.
 pub(super) fn vm(client: &Client, command: &VmCommand, output: &mut Output) -> anyhow::Result<()> {
     match command {
-        VmCommand::Register { name, qmp, volumes } => register(client, name, qmp, volumes, output),
+        VmCommand::Register { name, qmp, volumes, agent } => {
+            let agent = agent.as_deref().map(path_text).transpose()?;
+            let new = NewVm { name: name.clone(), volumes: volumes.clone(), qmp: path_text(qmp)?, agent };
+            register(client, &new, output)
+        }
         VmCommand::List => {
             let vms: Vec<Vm> = client.get("/v1/vms")?;
             list(&vms, output)
@@ -33,21 +37,18 @@ pub(super) fn vm(client: &Client, command: &VmCommand, output: &mut Output) -> a
     }
 }
 
-fn register(
-    client: &Client,
-    name: &VmName,
-    qmp: &Path,
-    volumes: &[VolumeName],
-    output: &mut Output,
-) -> anyhow::Result<()> {
-    let qmp = absolute(qmp).with_context(|| qmp.display().to_string())?;
-    let qmp = qmp.into_os_string().into_string().ok().context("the socket's path is no text")?;
-    let new = NewVm { name: name.clone(), volumes: volumes.to_vec(), qmp };
-    let vm: Vm = client.send(Method::POST, "/v1/vms", &new)?;
+/// A path that means the same to the daemon.
+fn path_text(path: &Path) -> anyhow::Result<String> {
+    let whole = absolute(path).with_context(|| path.display().to_string())?;
+    whole.into_os_string().into_string().ok().with_context(|| format!("{} is no text", path.display()))
+}
+
+fn register(client: &Client, new: &NewVm, output: &mut Output) -> anyhow::Result<()> {
+    let vm: Vm = client.send(Method::POST, "/v1/vms", new)?;
     if output.is_json() {
         return output.item(&vm);
     }
-    output.line(format!("registered {name}; save it with: cdp-tool checkpoint take {name}"))
+    output.line(format!("registered {0}; save it with: cdp-tool checkpoint take {0}", new.name))
 }
 
 fn list(vms: &[Vm], output: &mut Output) -> anyhow::Result<()> {

@@ -5,7 +5,8 @@ use cdp_types::{CheckpointId, EpochId, Instant, Label, Seq, VmName, VolumeName};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Reverted, rfc3339};
+use super::{ApiError, Reverted, rfc3339};
+use crate::machines::Settings;
 
 /// A machine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -16,6 +17,9 @@ pub struct Vm {
     pub volumes: Vec<VolumeName>,
     /// Path of its QMP socket.
     pub qmp: Option<String>,
+    /// Path of the socket of its guest agent.
+    #[serde(default)]
+    pub agent: Option<String>,
     /// The checkpoint from which it goes on.
     pub current: Option<CheckpointId>,
     /// How many complete checkpoints it has.
@@ -27,9 +31,10 @@ pub struct Vm {
 }
 
 impl Vm {
-    pub(crate) fn new(info: VmInfo, taking: Option<(u64, u64)>) -> Self {
+    pub(crate) fn new(info: VmInfo, taking: Option<(u64, u64)>) -> Result<Self, ApiError> {
+        let Settings { agent } = Settings::of(&info)?;
         let VmInfo { name, volumes, qmp, current, checkpoints, created_ns, .. } = info;
-        Self { name, volumes, qmp, current, checkpoints, taking, created: rfc3339(created_ns) }
+        Ok(Self { name, volumes, qmp, agent, current, checkpoints, taking, created: rfc3339(created_ns) })
     }
 }
 
@@ -43,6 +48,9 @@ pub struct NewVm {
     pub volumes: Vec<VolumeName>,
     /// Absolute path of its QMP socket.
     pub qmp: String,
+    /// Absolute path of the socket of its guest agent.
+    #[serde(default)]
+    pub agent: Option<String>,
 }
 
 /// A checkpoint, in whatever state.

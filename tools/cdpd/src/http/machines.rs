@@ -10,13 +10,13 @@ use axum::http::request::Parts;
 use cdp_store::{CheckpointMode, VmSpec};
 use cdp_types::VmName;
 use serde::Deserialize;
-use serde_json::Value;
 
 use super::extract::{Body, Params, invalid};
 use super::{App, blocking};
 use crate::api::{
     ApiError, Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Reverted, Vm, VmRevert, VmReverted,
 };
+use crate::machines::Settings;
 
 /// The machine in the path.
 pub(super) struct Machine(VmName);
@@ -52,7 +52,7 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Json<Vec<Vm>>, A
             let taking = app.machines.taking(&info.name);
             Vm::new(info, taking)
         };
-        Ok(app.store.vms().into_iter().map(view).collect())
+        app.store.vms().into_iter().map(view).collect()
     })
     .await
     .map(Json)
@@ -60,7 +60,7 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Json<Vec<Vm>>, A
 
 /// `GET /v1/vms/{name}`
 pub(super) async fn show(State(app): State<Arc<App>>, Machine(name): Machine) -> Result<Json<Vm>, ApiError> {
-    blocking(&app, move |app| Ok(Vm::new(app.store.vm(&name)?, app.machines.taking(&name)))).await.map(Json)
+    blocking(&app, move |app| Vm::new(app.store.vm(&name)?, app.machines.taking(&name))).await.map(Json)
 }
 
 /// `POST /v1/vms`
@@ -68,17 +68,20 @@ pub(super) async fn register(
     State(app): State<Arc<App>>,
     Body(new): Body<NewVm>,
 ) -> Result<(StatusCode, Json<Vm>), ApiError> {
-    if !new.qmp.starts_with('/') {
-        return Err(invalid(format!("'{}' is no absolute path", new.qmp)));
+    if let Some(path) =
+        [Some(&new.qmp), new.agent.as_ref()].into_iter().flatten().find(|path| !path.starts_with('/'))
+    {
+        return Err(invalid(format!("'{path}' is no absolute path")));
     }
     if new.volumes.is_empty() {
         return Err(invalid("a machine without disks has nothing that could be put back"));
     }
     let vm = blocking(&app, move |app| {
-        let spec = VmSpec { volumes: new.volumes, qmp: Some(new.qmp), settings: Value::Null };
+        let settings = Settings { agent: new.agent }.to_json();
+        let spec = VmSpec { volumes: new.volumes, qmp: Some(new.qmp), settings };
         let info = app.store.create_vm(&new.name, &spec)?;
         tracing::info!(vm = %new.name, "registered");
-        Ok(Vm::new(info, None))
+        Vm::new(info, None)
     });
     Ok((StatusCode::CREATED, Json(vm.await?)))
 }

@@ -1,5 +1,7 @@
 //! Machines: their checkpoints are taken and restored here, with the store on one side and QEMU on the other.
 
+mod settings;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,6 +17,8 @@ use vhost_blk::Guard;
 
 use crate::api::{ApiError, ErrorKind};
 use crate::serving::Servers;
+
+pub(crate) use settings::Settings;
 
 /// How long QEMU of a checkpoint that a dead daemon has left may take to answer.
 const LEFT_BEHIND: Duration = Duration::from_secs(5);
