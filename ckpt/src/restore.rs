@@ -30,9 +30,8 @@ fn error(what: impl std::fmt::Display) -> RestoreError {
 /// if it fits. Nothing is touched.
 ///
 /// # Errors
-/// The checkpoint's image cannot be read, or QEMU cannot be asked or does not wait for a machine.
+/// The checkpoint's image cannot be read, or QEMU cannot be asked.
 pub async fn differences(store: &Store, id: CheckpointId, qmp: &Client) -> Result<Vec<String>, RestoreError> {
-    check_waiting(qmp).await?;
     let (store, now) = (store.clone(), machine::describe(qmp).await.map_err(error)?);
     let facts = on_thread(move || {
         let opened = open(&store, id)?;
@@ -83,7 +82,10 @@ pub async fn restore(
 }
 
 /// Refuses a QEMU that was not started with `-incoming defer`.
-async fn check_waiting(qmp: &Client) -> Result<(), RestoreError> {
+///
+/// # Errors
+/// It was not, or cannot be asked.
+pub async fn check_waiting(qmp: &Client) -> Result<(), RestoreError> {
     let state = control::run_state(qmp).await.map_err(error)?;
     if state.status == "inmigrate" {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Stopping, continuing, resetting and ending a machine.
+//! Stopping, continuing, resetting, switching off and ending a machine.
 
 use std::time::Duration;
 
@@ -79,6 +79,14 @@ pub async fn run_again(client: &Client) -> Result<()> {
 /// As [`Client::execute_raw`].
 pub async fn system_reset(client: &Client) -> Result<()> {
     client.execute(qapi_qmp::system_reset {}).await.map(drop)
+}
+
+/// Asks the guest to switch itself off, as a short press of the button would. It may take its time, or not listen.
+///
+/// # Errors
+/// As [`Client::execute_raw`].
+pub async fn system_powerdown(client: &Client) -> Result<()> {
+    client.execute(qapi_qmp::system_powerdown {}).await.map(drop)
 }
 
 /// Ends QEMU, without asking the guest. It may be gone before it has answered: that is no error.

@@ -259,6 +259,16 @@ impl Tool {
         self.json_lines(&["inspect", "records", volume])
     }
 
+    /// A command that runs for long, tied to the thread that starts it.
+    ///
+    /// # Errors
+    /// The tool is not built.
+    pub fn command(&self, args: &[&str]) -> Result<Command> {
+        let mut command = tied(&built("cdp-tool")?);
+        command.arg("--store").arg(&self.store).args(args);
+        Ok(command)
+    }
+
     fn output(&self, args: &[&str]) -> Result<Output> {
         run(Command::new(built("cdp-tool")?).arg("--store").arg(&self.store).args(args), COMMAND)
     }

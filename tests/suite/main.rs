@@ -12,6 +12,7 @@ mod images;
 mod killed_daemon;
 mod lifecycle;
 mod load;
+mod machines;
 mod nbd;
 mod nbd_guests;
 mod past;

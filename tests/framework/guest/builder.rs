@@ -1,6 +1,7 @@
 //! From a description to a running QEMU.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::{Channel, Guest};
+use crate::cdpd::Tool;
 use crate::initramfs;
 use crate::kernel::Kernel;
 use crate::process::{Process, tied, wait_for};
@@ -50,6 +52,8 @@ pub struct GuestBuilder {
     boot: Boot,
     incoming: Option<String>,
     more_qmp: Option<PathBuf>,
+    /// `cdp-tool` starts it.
+    supervised: bool,
 }
 
 impl Default for GuestBuilder {
@@ -63,6 +67,7 @@ impl Default for GuestBuilder {
             boot: Boot::Agent,
             incoming: None,
             more_qmp: None,
+            supervised: false,
         }
     }
 }
@@ -147,6 +152,20 @@ impl GuestBuilder {
     /// # Errors
     /// QEMU, the kernel or a tool is missing, QEMU refuses, or the guest does not boot in time.
     pub fn boot(self, scene: &Scene) -> Result<Guest> {
+        self.start(scene, None)
+    }
+
+    /// As [`GuestBuilder::boot`], but QEMU is started by a command of `cdp-tool` (`vm run`, `vm clone`), to which it is
+    /// given behind `--`, without disks and shared memory. Killing the guest kills both.
+    ///
+    /// # Errors
+    /// As [`GuestBuilder::boot`].
+    pub fn run_by(self, scene: &Scene, tool: &Tool, command: &[&str]) -> Result<Guest> {
+        self.start(scene, Some((tool, command)))
+    }
+
+    fn start(mut self, scene: &Scene, runner: Option<(&Tool, &[&str])>) -> Result<Guest> {
+        self.supervised = runner.is_some();
         let name = format!("guest{}", scene.next_guest());
         let places = Places {
             console: scene.path(&format!("{name}.console.log")),
@@ -165,6 +184,9 @@ impl GuestBuilder {
         command.arg("-chardev").arg(named_socket("console", &places.console_socket, &log));
         command.arg("-chardev").arg(named_socket("agent", &places.agent, ""));
         command.args(["-serial", "chardev:console", "-serial", "chardev:agent"]);
+        if let Some((tool, words)) = runner {
+            command = handed_over(scene, tool, words, &command)?;
+        }
 
         let qemu = Process::spawn(&name, command, &places.log)?;
         let qmp = Qmp::connect(&places.qmp).with_context(|| crate::process::tail(&places.log, 20))?;
@@ -215,10 +237,13 @@ impl GuestBuilder {
         let mut command = tied(&system("qemu-system-x86_64")?);
         // No KVM: ordinary CI machines have none, and one machine's result must be another's.
         command.args(["-nodefaults", "-no-user-config", "-accel", "tcg", "-cpu", "max,la57=off"]);
-        command.args(["-machine", "q35,memory-backend=mem", "-smp", &self.smp.to_string()]);
-        // A vhost-user server maps the guest's memory, so it must be a file that can be shared.
         let size = format!("{}M", self.memory_mb);
-        command.args(["-m", &size, "-object", &format!("memory-backend-memfd,id=mem,size={size},share=on")]);
+        command.args(["-machine", "q35", "-smp", &self.smp.to_string(), "-m", &size]);
+        if !self.supervised {
+            // A vhost-user server maps the guest's memory, so it must be a file that can be shared.
+            command.args(["-object", &format!("memory-backend-memfd,id=mem,size={size},share=on")]);
+            command.args(["-machine", "memory-backend=mem"]);
+        }
         command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&places.initramfs);
         let mode = self.boot.mode();
         command.args(["-append", &format!("console=ttyS0 loglevel=5 hindsight.mode={mode}")]);
@@ -229,7 +254,7 @@ impl GuestBuilder {
             let device = format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}");
             command.args(["-chardev", &socket, "-device", &device]);
         }
-        if let Some(saved) = &self.incoming {
+        if let Some(saved) = self.incoming.as_ref().filter(|_| !self.supervised) {
             command.arg("-incoming").arg(saved);
         }
         if self.network {
@@ -237,6 +262,26 @@ impl GuestBuilder {
         }
         Ok(command)
     }
+}
+
+/// The command by which `cdp-tool` starts a QEMU. `cdp-tool` lets its QEMU live if it is killed itself; that of a test
+/// must not outlive it.
+fn handed_over(scene: &Scene, tool: &Tool, words: &[&str], qemu: &Command) -> Result<Command> {
+    let script = scene.path("qemu");
+    if !script.exists() {
+        let qemu = system("qemu-system-x86_64")?;
+        let qemu = qemu.display();
+        let text = format!(
+            "#!/bin/sh\n[ \"$1\" = --version ] && exec {qemu} --version\nexec setpriv --pdeathsig KILL -- {qemu} \"$@\"\n"
+        );
+        fs::write(&script, text)?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    }
+    let mut command = tool.command(words)?;
+    let arguments =
+        qemu.get_args().skip_while(|word| !word.to_string_lossy().ends_with("qemu-system-x86_64"));
+    command.arg("--").arg(script).args(arguments.skip(1));
+    Ok(command)
 }
 
 /// One initramfs serves all guests of a test run: what goes into it does not change meanwhile.

@@ -11,7 +11,9 @@ mod history;
 mod machines;
 
 pub(crate) use history::{BranchCommand, CloneArgs, MarkArgs, RevertArgs};
-pub(crate) use machines::{CheckpointCommand, Mode, VmCommand, VmRevertArgs};
+pub(crate) use machines::{
+    CheckpointCommand, Mode, Running, VmCloneArgs, VmCommand, VmDisk, VmRevertArgs, VmRunArgs,
+};
 
 const INSTANTS: &str = "Instants:
   head                             the present (a volume's name alone means it too)
@@ -384,6 +386,9 @@ pub(crate) mod tests {
             ("cdp-tool volume create web1 --size 1G --block-size 1024", "512 or 4096"),
             ("cdp-tool mark web1 a:b", "not a valid mark label"),
             ("cdp-tool volume serve web1", "--vhost-user"),
+            ("cdp-tool vm run web1 --volume a/b,bootindex=0", "not a valid volume name"),
+            ("cdp-tool checkpoint schedule web1 --every 5", "as in 90s"),
+            ("cdp-tool checkpoint schedule web1", "--every"),
         ] {
             let refusal = parse(line).unwrap_err();
             assert!(refusal.to_string().contains(part), "{line}: {refusal}");

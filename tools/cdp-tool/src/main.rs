@@ -8,6 +8,7 @@ mod cli;
 mod commands;
 mod image;
 mod interrupt;
+mod machine;
 mod output;
 mod progress;
 mod sparse;

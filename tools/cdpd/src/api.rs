@@ -18,7 +18,11 @@
 //! | `/v1/revert` | POST [`RevertRequest`]: a list of [`Reverted`], in the request's order |
 //! | `/v1/clone` | POST [`CloneRequest`]: a list of [`Volume`], in the request's order |
 //! | `/v1/vms` | GET: a list of [`Vm`]; POST [`NewVm`]: [`Vm`] |
-//! | `/v1/vms/{name}` | GET: [`Vm`]; DELETE `?delete_checkpoints=true` |
+//! | `/v1/vms/{name}` | GET: [`Vm`]; PUT [`NewVm`]: [`Vm`], new or changed; DELETE `?delete_checkpoints=true` |
+//! | `/v1/vms/{name}/clone` | POST [`NewVmClone`]: the new [`Vm`], which has not been started |
+//! | `/v1/vms/{name}/start` | POST: gives a clone's memory to the QEMU that waits for it: [`VmStarted`] |
+//! | `/v1/vms/{name}/supervisor` | POST: lines with [`Order`]s, for as long as the supervisor looks after QEMU; PUT [`SupervisorReport`] |
+//! | `/v1/vms/{name}/schedule` | PUT [`Schedule`]: [`Vm`]; DELETE: [`Vm`] |
 //! | `/v1/vms/{name}/revert` | POST [`VmRevert`]: [`VmReverted`] |
 //! | `/v1/vms/{name}/taking` | DELETE: gives up the checkpoint that is being taken |
 //! | `/v1/vms/{name}/checkpoints` | GET: a list of [`Checkpoint`], oldest first; POST [`NewCheckpoint`]: [`Checkpoint`], once it is complete |
@@ -46,7 +50,10 @@ pub use history::{
     At, Branch, CloneRequest, Inherited, Mark, NewClone, NewMark, RevertRequest, RevertTarget, Reverted,
 };
 
-pub use machines::{Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Vm, VmRevert, VmReverted};
+pub use machines::{
+    Checkpoint, CheckpointChange, Launch, NewCheckpoint, NewVm, NewVmClone, Order, Origin, Schedule,
+    Supervised, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
+};
 
 /// What a client can do about a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

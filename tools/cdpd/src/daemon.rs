@@ -18,7 +18,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use crate::Config;
 use crate::api::DaemonStatus;
 use crate::http::{App, Listener, Listening, listen, router};
-use crate::machines::Machines;
+use crate::machines::{Machines, schedule};
 use crate::nbd::NbdServer;
 use crate::serving::Servers;
 use crate::socket;
@@ -37,6 +37,7 @@ pub struct Daemon {
     stopping: watch::Sender<bool>,
     listeners: JoinSet<()>,
     retries: JoinHandle<()>,
+    schedules: JoinHandle<()>,
     config: Config,
 }
 
@@ -91,8 +92,9 @@ impl Daemon {
         let nbd = on_thread(move || NbdServer::start(&exporting.0, &exporting.1, inherited()?)).await?;
         app.set_nbd(nbd);
         let retries = tokio::spawn(retry(Arc::clone(&app)));
+        let schedules = tokio::spawn(schedule::keep_to_schedules(Arc::clone(&app)));
         tracing::info!(store = %config.store.display(), version = env!("CARGO_PKG_VERSION"), "ready");
-        Ok(Self { app, stopping, listeners, retries, config })
+        Ok(Self { app, stopping, listeners, retries, schedules, config })
     }
 
     /// Ends once the store has shown that it is alive: that its locks can be had. For a watchdog.
@@ -111,6 +113,7 @@ impl Daemon {
         // 1. Refuse new requests of the API, end long answers.
         self.stopping.send_replace(true);
         self.retries.abort();
+        self.schedules.abort();
         // 2. Answer NBD clients' requests in flight, drain the guests' rings. Their machines wait for the next start.
         let app = Arc::clone(&self.app);
         let drained = on_thread(move || {

@@ -1,9 +1,12 @@
 //! Machines and checkpoints on the command line.
 
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
 
 use cdp_types::{Label, VmName, VolumeName};
 use clap::{Args, Subcommand, ValueEnum};
+use jiff::SignedDuration;
 
 /// What to do with machines.
 #[derive(Debug, Subcommand)]
@@ -41,15 +44,127 @@ QEMU needs a QMP socket for us alone: -qmp unix:/run/web1.qmp,server=on,wait=off
         #[arg(long)]
         delete_checkpoints: bool,
     },
+    /// Run a machine here: its QEMU with our disks, looked after until it ends
+    #[command(after_help = "Examples:
+  cdp-tool vm run web1 --volume web1 -- qemu-system-x86_64 -enable-kvm -m 4G -smp 4 -nic user -nographic
+  cdp-tool vm run web1                       the same again
+  cdp-tool vm run web1 --at before-upgrade   go on from a checkpoint instead of booting
+  cdp-tool vm run web1 --print               show QEMU's whole command line, and do nothing
+
+Added to the command line are memory that the disks' server can share, a disk for each --volume, and a QMP socket. \
+                      The volumes are served if they are not. SIGTERM asks the guest to switch itself off; SIGINT, or a \
+                      second SIGTERM, ends QEMU.")]
+    Run(VmRunArgs),
+    /// Make a copy of a machine, memory and all, and run it here
+    #[command(after_help = "Examples:
+  cdp-tool vm clone web1 web2                  as web1 is now; it runs on
+  cdp-tool vm clone golden ci-7 --at booted    a machine that need not boot
+  cdp-tool vm clone web1 web2 --at 3 -- qemu-system-x86_64 -m 4G -smp 4 -nic none
+
+The copy's disks are clones, which take no space until they are written. Its memory is that of the original, and so are \
+                      the addresses of its network cards and its host name: keep the two on separate networks.")]
+    Clone(VmCloneArgs),
     /// Put a whole machine back to a checkpoint: disks, memory and devices
-    #[command(
-        after_help = "Example: end its QEMU, start it again with -incoming defer added to its command line, and
+    #[command(after_help = "Examples:
   cdp-tool vm revert web1 --to before-upgrade
 
+A machine that 'vm run' looks after is saved as it is now, and then put back. Of any other, end the QEMU first, and \
+                      start it again with -incoming defer added to its command line.
+
 The machine then goes on as it was at the checkpoint. What its disks were before stays as a branch of each: the \
-                      instants that undo it are printed."
-    )]
+                      instants that undo it are printed.")]
     Revert(VmRevertArgs),
+}
+
+/// A machine to be run.
+#[derive(Debug, Args)]
+pub(crate) struct VmRunArgs {
+    /// Its name; it is registered if it is new
+    pub(crate) name: VmName,
+    /// A disk of it, with further properties of its device if there are any: web1,bootindex=0. As the last time unless said
+    #[arg(long = "volume", value_name = "VOLUME[,PROPERTY=VALUE]")]
+    pub(crate) volumes: Vec<VmDisk>,
+    /// Go on from a checkpoint: its number or label
+    #[arg(long, value_name = "CHECKPOINT", conflicts_with = "boot")]
+    pub(crate) at: Option<String>,
+    /// Boot a clone, instead of going on from the memory that it was cloned with
+    #[arg(long)]
+    pub(crate) boot: bool,
+    /// Add a port for the QEMU guest agent
+    #[arg(long)]
+    pub(crate) agent: bool,
+    /// Only print QEMU's whole command line
+    #[arg(long)]
+    pub(crate) print: bool,
+    #[command(flatten)]
+    pub(crate) running: Running,
+}
+
+impl VmRunArgs {
+    /// A machine that is known already.
+    pub(crate) fn plain(name: VmName, running: Running) -> Self {
+        Self { name, volumes: Vec::new(), at: None, boot: false, agent: false, print: false, running }
+    }
+}
+
+/// A machine to be copied.
+#[derive(Debug, Args)]
+pub(crate) struct VmCloneArgs {
+    /// The machine
+    pub(crate) name: VmName,
+    /// The copy's name
+    pub(crate) new: VmName,
+    /// As of which checkpoint, by its number or label; unless said, one is taken now
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub(crate) at: Option<String>,
+    /// Only make it; start it later with: vm run NEW
+    #[arg(long)]
+    pub(crate) no_run: bool,
+    #[command(flatten)]
+    pub(crate) running: Running,
+}
+
+/// How a machine is run here.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Running {
+    /// Where its sockets are made; in the store's directory unless said
+    #[arg(long, value_name = "DIR")]
+    pub(crate) sockets: Option<PathBuf>,
+    /// How long its guest may take to switch itself off when it is asked to, before QEMU is ended
+    #[arg(long, value_name = "TIME", default_value = "90s")]
+    pub(crate) stop_timeout: Span,
+    /// QEMU and its arguments; as the last time unless said
+    #[arg(last = true, value_name = "QEMU")]
+    pub(crate) command: Vec<String>,
+}
+
+/// A volume, with properties of the device that it becomes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct VmDisk {
+    pub(crate) volume: VolumeName,
+    pub(crate) properties: String,
+}
+
+impl FromStr for VmDisk {
+    type Err = cdp_types::NameError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (volume, properties) = text.split_once(',').unwrap_or((text, ""));
+        Ok(Self { volume: volume.parse()?, properties: properties.to_owned() })
+    }
+}
+
+/// A time that something takes: 90s, 5m, 1h30m.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span(pub(crate) Duration);
+
+impl FromStr for Span {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let span = text.parse::<SignedDuration>().ok().and_then(|span| Duration::try_from(span).ok());
+        span.map(Self).ok_or_else(|| format!("'{text}' is no time: say it as in 90s, 5m or 1h30m"))
+    }
 }
 
 /// Back to which checkpoint, and what of it.
@@ -63,6 +178,9 @@ pub(crate) struct VmRevertArgs {
     /// Only the disks: the machine then boots from them
     #[arg(long)]
     pub(crate) disks_only: bool,
+    /// Do not save a running machine as it is now before it is put back: its memory of now is then lost
+    #[arg(long)]
+    pub(crate) no_save: bool,
 }
 
 /// What to do with checkpoints.
@@ -84,6 +202,29 @@ Modes: hot stops the guest for milliseconds and saves its memory while it runs o
         /// A name for it
         #[arg(long)]
         label: Option<Label>,
+    },
+    /// Take checkpoints of a machine every so often, and delete the oldest of these
+    #[command(after_help = "Examples:
+  cdp-tool checkpoint schedule web1 --every 5m --keep 12
+  cdp-tool checkpoint schedule web1 --off
+
+Scheduled checkpoints are labelled auto-TIME. One that is pinned or labelled otherwise is kept, and does not count. \
+                      While the machine is not running, none is taken.")]
+    Schedule {
+        /// The machine
+        vm: VmName,
+        /// From one to the next
+        #[arg(long, value_name = "TIME", required_unless_present = "off")]
+        every: Option<Span>,
+        /// How many are kept
+        #[arg(long, value_name = "N", default_value_t = 12)]
+        keep: u64,
+        /// How
+        #[arg(long, default_value = "hot")]
+        mode: Mode,
+        /// No more
+        #[arg(long, conflicts_with = "every")]
+        off: bool,
     },
     /// Give up the checkpoint that is being taken
     Cancel {

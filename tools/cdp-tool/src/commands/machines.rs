@@ -5,35 +5,44 @@ use std::path::{Path, absolute};
 use anyhow::Context;
 use cdp_store::CheckpointMode;
 use cdp_types::{Label, VmName, VolumeName};
-use cdpd::api::{Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Vm, VmRevert, VmReverted};
+use cdpd::api::{
+    Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Schedule, Supervised, Vm, VmRevert, VmReverted,
+};
 use cdpd::client::Client;
 use hyper::Method;
+use jiff::SignedDuration;
 
+use super::{run, taking};
+use crate::access::online;
 use crate::cli::{CheckpointCommand, Mode, VmCommand, VmRevertArgs};
+use crate::machine::command::quoted;
 use crate::output::{Column, Output};
 
 /// Does what is said of machines.
-pub(super) fn vm(client: &Client, command: &VmCommand, output: &mut Output) -> anyhow::Result<()> {
+pub(super) fn vm(store: &Path, command: &VmCommand, output: &mut Output) -> anyhow::Result<()> {
+    let client = || online(store);
     match command {
         VmCommand::Register { name, qmp, volumes, agent } => {
-            let agent = agent.as_deref().map(path_text).transpose()?;
-            let new = NewVm { name: name.clone(), volumes: volumes.clone(), qmp: path_text(qmp)?, agent };
-            register(client, &new, output)
+            let (qmp, agent) = (path_text(qmp)?, agent.as_deref().map(path_text).transpose()?);
+            let new = NewVm { name: name.clone(), volumes: volumes.clone(), qmp, agent, launch: None };
+            register(&client()?, &new, output)
         }
         VmCommand::List => {
-            let vms: Vec<Vm> = client.get("/v1/vms")?;
+            let vms: Vec<Vm> = client()?.get("/v1/vms")?;
             list(&vms, output)
         }
         VmCommand::Show { name } => {
-            let vm: Vm = client.get(&format!("/v1/vms/{name}"))?;
-            list(&[vm], output)
+            let vm: Vm = client()?.get(&format!("/v1/vms/{name}"))?;
+            show_vm(&vm, output)
         }
         VmCommand::Remove { name, delete_checkpoints } => {
             let path = format!("/v1/vms/{name}?delete_checkpoints={delete_checkpoints}");
-            client.delete::<()>(&path)?;
+            client()?.delete::<()>(&path)?;
             Ok(())
         }
-        VmCommand::Revert(args) => revert(client, args, output),
+        VmCommand::Run(args) => run::run(store, args, output),
+        VmCommand::Clone(args) => run::clone(store, args, output),
+        VmCommand::Revert(args) => revert(&client()?, store, args, output),
     }
 }
 
@@ -51,20 +60,31 @@ fn register(client: &Client, new: &NewVm, output: &mut Output) -> anyhow::Result
     output.line(format!("registered {0}; save it with: cdp-tool checkpoint take {0}", new.name))
 }
 
+fn state(vm: &Vm) -> String {
+    match (vm.taking, vm.supervised) {
+        (Some((came, total)), _) if total > 0 => format!("saving, {} %", came * 100 / total),
+        (Some(_), _) => "saving".to_owned(),
+        (None, Some(Supervised::Starting)) => "starting".to_owned(),
+        (None, Some(Supervised::Running)) => "running".to_owned(),
+        (None, Some(Supervised::Waiting)) => "waiting for its memory".to_owned(),
+        (None, None) => "-".to_owned(),
+    }
+}
+
+fn current(vm: &Vm) -> String {
+    vm.current.map_or_else(|| "-".to_owned(), |id| id.to_string())
+}
+
+fn volumes(vm: &Vm) -> String {
+    vm.volumes.iter().map(VolumeName::as_str).collect::<Vec<_>>().join(" ")
+}
+
 fn list(vms: &[Vm], output: &mut Output) -> anyhow::Result<()> {
     if output.is_json() {
         return vms.iter().try_for_each(|vm| output.item(vm));
     }
-    let row = |vm: &Vm| {
-        let volumes: Vec<&str> = vm.volumes.iter().map(VolumeName::as_str).collect();
-        let current = vm.current.map_or_else(|| "-".to_owned(), |id| id.to_string());
-        let state = match vm.taking {
-            Some((came, total)) if total > 0 => format!("saving, {} %", came * 100 / total),
-            Some(_) => "saving".to_owned(),
-            None => "-".to_owned(),
-        };
-        vec![vm.name.to_string(), volumes.join(" "), vm.checkpoints.to_string(), current, state]
-    };
+    let row =
+        |vm: &Vm| vec![vm.name.to_string(), volumes(vm), vm.checkpoints.to_string(), current(vm), state(vm)];
     let columns = [
         Column::Left("NAME"),
         Column::Left("VOLUMES"),
@@ -75,10 +95,54 @@ fn list(vms: &[Vm], output: &mut Output) -> anyhow::Result<()> {
     output.table(&columns, &vms.iter().map(row).collect::<Vec<_>>())
 }
 
-fn revert(client: &Client, args: &VmRevertArgs, output: &mut Output) -> anyhow::Result<()> {
+fn show_vm(vm: &Vm, output: &mut Output) -> anyhow::Result<()> {
+    if output.is_json() {
+        return output.item(vm);
+    }
+    let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+    let schedule = |schedule: Schedule| {
+        let mode = format!("{:?}", schedule.mode).to_lowercase();
+        format!("every {}, {mode}, the newest {} are kept", every(schedule.every_s), schedule.keep)
+    };
+    output.facts(&[
+        ("name", vm.name.to_string()),
+        ("volumes", volumes(vm)),
+        ("state", state(vm)),
+        ("checkpoints", vm.checkpoints.to_string()),
+        ("goes on from", current(vm)),
+        ("schedule", or_none(vm.schedule.map(schedule))),
+        ("QMP", or_none(vm.qmp.clone())),
+        ("guest agent", or_none(vm.agent.clone())),
+        ("run as", or_none(vm.launch.as_ref().map(|launch| quoted(&launch.command)))),
+        ("registered", vm.created.clone()),
+    ])
+}
+
+/// `1h 30m`.
+fn every(seconds: u64) -> String {
+    let span = i64::try_from(seconds).map_or(SignedDuration::MAX, SignedDuration::from_secs);
+    format!("{span:#}")
+}
+
+fn revert(client: &Client, store: &Path, args: &VmRevertArgs, output: &mut Output) -> anyhow::Result<()> {
     let name = &args.name;
-    let request = VmRevert { to: args.to.clone(), disks: true, memory: !args.disks_only };
-    let reverted: VmReverted = client.send(Method::POST, &format!("/v1/vms/{name}/revert"), &request)?;
+    let vm: Vm = client.get(&format!("/v1/vms/{name}"))?;
+    let save = vm.supervised == Some(Supervised::Running) && !args.disks_only && !args.no_save;
+    let mut saved = None;
+    if save {
+        // A number that was mistyped costs nothing then.
+        client.get::<Checkpoint>(&format!("/v1/vms/{name}/checkpoints/{}", args.to))?;
+        let taken = taking::take(client, store, name, &NewCheckpoint::default());
+        saved = Some(taken.context(
+            "the machine cannot be saved as it is now (to put it back without that, and lose its memory: --no-save)",
+        )?);
+    }
+    let request = VmRevert { to: args.to.clone(), disks_only: args.disks_only };
+    let reverted = client.send::<VmReverted>(Method::POST, &format!("/v1/vms/{name}/revert"), &request);
+    let reverted = reverted.with_context(|| match &saved {
+        Some(saved) => format!("it was saved before that, as checkpoint {}", saved.id),
+        None => format!("'{name}' was not put back"),
+    })?;
     if output.is_json() {
         return output.item(&reverted);
     }
@@ -86,12 +150,26 @@ fn revert(client: &Client, args: &VmRevertArgs, output: &mut Output) -> anyhow::
         reverted.volumes.iter().map(|one| format!("{}@seq:{}", one.volume, one.undo.seq)).collect();
     let what = if args.disks_only { "its disks are as they were" } else { "it goes on from there" };
     output.line(format!("{name} is back at checkpoint {}: {what}", reverted.to))?;
-    output.line(format!("the disks before: {}", undo.join(" ")))
+    match saved {
+        Some(saved) => output.line(format!("to undo that: cdp-tool vm revert {name} --to {}", saved.id)),
+        None => output.line(format!("the disks before: {}", undo.join(" "))),
+    }
+}
+
+impl From<Mode> for CheckpointMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Hot => Self::Hot,
+            Mode::Live => Self::Live,
+            Mode::Pause => Self::Pause,
+        }
+    }
 }
 
 /// Does what is said of checkpoints.
 pub(super) fn checkpoint(
     client: &Client,
+    store: &Path,
     command: &CheckpointCommand,
     output: &mut Output,
 ) -> anyhow::Result<()> {
@@ -100,7 +178,15 @@ pub(super) fn checkpoint(
         Ok(client.send(Method::PATCH, &at(vm, which), &change)?)
     };
     match command {
-        CheckpointCommand::Take { vm, mode, label } => take(client, vm, *mode, label.clone(), output),
+        CheckpointCommand::Take { vm, mode, label } => take(client, store, vm, *mode, label.clone(), output),
+        CheckpointCommand::Schedule { vm, off: true, .. } => {
+            show_vm(&client.delete(&format!("/v1/vms/{vm}/schedule"))?, output)
+        }
+        CheckpointCommand::Schedule { vm, every, keep, mode, .. } => {
+            let every_s = every.map_or(0, |every| every.0.as_secs());
+            let schedule = Schedule { every_s, keep: *keep, mode: (*mode).into() };
+            show_vm(&client.send(Method::PUT, &format!("/v1/vms/{vm}/schedule"), &schedule)?, output)
+        }
         CheckpointCommand::Cancel { vm } => {
             client.delete::<()>(&format!("/v1/vms/{vm}/taking"))?;
             Ok(())
@@ -132,18 +218,14 @@ pub(super) fn checkpoint(
 
 fn take(
     client: &Client,
+    store: &Path,
     vm: &VmName,
     mode: Mode,
     label: Option<Label>,
     output: &mut Output,
 ) -> anyhow::Result<()> {
-    let mode = match mode {
-        Mode::Hot => CheckpointMode::Hot,
-        Mode::Live => CheckpointMode::Live,
-        Mode::Pause => CheckpointMode::Pause,
-    };
-    let new = NewCheckpoint { mode: Some(mode), label };
-    let taken: Checkpoint = client.send(Method::POST, &format!("/v1/vms/{vm}/checkpoints"), &new)?;
+    let new = NewCheckpoint { mode: Some(mode.into()), label };
+    let taken = taking::take(client, store, vm, &new)?;
     if output.is_json() {
         return output.item(&taken);
     }

@@ -6,6 +6,8 @@ mod history;
 mod inspect;
 mod machines;
 mod marks;
+mod run;
+mod taking;
 mod verify;
 mod volume;
 
@@ -55,8 +57,8 @@ fn dispatch(command: Command, store: Option<&Path>, output: &mut Output) -> anyh
         Command::Branch(BranchCommand::Delete { volume, branch, force, yes }) => {
             history::delete_branch(&online(store()?)?, &volume, branch, force, yes, output)?;
         }
-        Command::Vm(command) => machines::vm(&online(store()?)?, &command, output)?,
-        Command::Checkpoint(command) => machines::checkpoint(&online(store()?)?, &command, output)?,
+        Command::Vm(command) => machines::vm(store()?, &command, output)?,
+        Command::Checkpoint(command) => machines::checkpoint(&online(store()?)?, store()?, &command, output)?,
         Command::Inspect(command) => {
             let access = Access::open(store()?)?;
             match command {

@@ -20,6 +20,18 @@ pub struct Vm {
     /// Path of the socket of its guest agent.
     #[serde(default)]
     pub agent: Option<String>,
+    /// How its QEMU is started, if `cdp-tool vm run` does that.
+    #[serde(default)]
+    pub launch: Option<Launch>,
+    /// How its QEMU does, while `cdp-tool vm run` looks after it.
+    #[serde(default)]
+    pub supervised: Option<Supervised>,
+    /// The memory from which its next start goes on, instead of booting.
+    #[serde(default)]
+    pub start_from: Option<Origin>,
+    /// When checkpoints are taken without being asked for.
+    #[serde(default)]
+    pub schedule: Option<Schedule>,
     /// The checkpoint from which it goes on.
     pub current: Option<CheckpointId>,
     /// How many complete checkpoints it has.
@@ -31,11 +43,129 @@ pub struct Vm {
 }
 
 impl Vm {
-    pub(crate) fn new(info: VmInfo, taking: Option<(u64, u64)>) -> Result<Self, ApiError> {
-        let Settings { agent } = Settings::of(&info)?;
+    pub(crate) fn new(
+        info: VmInfo,
+        taking: Option<(u64, u64)>,
+        supervised: Option<Supervised>,
+    ) -> Result<Self, ApiError> {
+        let Settings { agent, launch, start_from, schedule } = Settings::of(&info)?;
         let VmInfo { name, volumes, qmp, current, checkpoints, created_ns, .. } = info;
-        Ok(Self { name, volumes, qmp, agent, current, checkpoints, taking, created: rfc3339(created_ns) })
+        let created = rfc3339(created_ns);
+        Ok(Self {
+            name,
+            volumes,
+            qmp,
+            agent,
+            launch,
+            supervised,
+            start_from,
+            schedule,
+            current,
+            checkpoints,
+            taking,
+            created,
+        })
     }
+}
+
+/// How a machine's QEMU is started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Launch {
+    /// QEMU and its arguments, as the user gave them: without what Hindsight adds.
+    pub command: Vec<String>,
+    /// The directory in which it is started.
+    pub directory: String,
+    /// Properties of each disk's `-device`, in the disks' order: `bootindex=0,addr=0x10`, or nothing.
+    pub disks: Vec<String>,
+}
+
+/// How a supervised QEMU does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Supervised {
+    /// It is being started, or ended to be started anew.
+    Starting,
+    /// It runs a machine.
+    Running,
+    /// It waits for a machine's memory.
+    Waiting,
+}
+
+/// What a supervisor tells of its QEMU.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SupervisorReport {
+    /// How it does.
+    pub state: Supervised,
+}
+
+/// What a supervisor is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Nothing: the first word, which says that it is heard.
+    Attached,
+    /// End QEMU, and start it again so that it waits for a machine's memory.
+    Restart,
+    /// Nothing: QEMU has got that memory, and runs the machine.
+    Runs,
+}
+
+/// The checkpoint of another machine of which this one is a copy that has not run yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// The machine.
+    pub vm: VmName,
+    /// Its checkpoint.
+    pub checkpoint: CheckpointId,
+    /// The newest change of each disk when it was cloned. Once a disk has a newer one, the memory does not fit it any more.
+    pub heads: Vec<Seq>,
+}
+
+/// A machine that goes on from memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmStarted {
+    /// The checkpoint.
+    pub from: CheckpointId,
+    /// Pages of memory that were given to QEMU.
+    pub pages: u64,
+}
+
+/// When checkpoints are taken without being asked for, and how many are kept of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Schedule {
+    /// From the beginning of one to that of the next, in seconds.
+    pub every_s: u64,
+    /// How many of them are kept; older ones are deleted, unless they are pinned or have another label by then.
+    pub keep: u64,
+    /// How; `hot` unless said otherwise.
+    #[serde(default = "hot")]
+    pub mode: CheckpointMode,
+}
+
+fn hot() -> CheckpointMode {
+    CheckpointMode::Hot
+}
+
+/// A copy of a machine to be made: its disks as clones, and its memory as of the checkpoint.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewVmClone {
+    /// Which checkpoint: its number or its label.
+    pub at: String,
+    /// The name of the copy.
+    pub name: VmName,
+    /// Absolute path of its QMP socket.
+    pub qmp: String,
+    /// Absolute path of the socket of its guest agent.
+    #[serde(default)]
+    pub agent: Option<String>,
+    /// How its QEMU is started; as that of the original unless said otherwise.
+    #[serde(default)]
+    pub launch: Option<Launch>,
 }
 
 /// A machine to be registered.
@@ -51,6 +181,9 @@ pub struct NewVm {
     /// Absolute path of the socket of its guest agent.
     #[serde(default)]
     pub agent: Option<String>,
+    /// How its QEMU is started, if `cdp-tool vm run` does that.
+    #[serde(default)]
+    pub launch: Option<Launch>,
 }
 
 /// A checkpoint, in whatever state.
@@ -144,12 +277,10 @@ pub struct CheckpointChange {
 pub struct VmRevert {
     /// Which: its number or its label.
     pub to: String,
-    /// Put the disks back; else only memory and devices are given to a QEMU that waits for them.
+    /// Leave memory and devices alone: the machine is to boot from its disks. Else a QEMU must wait for them on the
+    /// machine's QMP socket (`-incoming defer`), or `cdp-tool vm run` look after it, which then starts it anew.
     #[serde(default)]
-    pub disks: bool,
-    /// Give memory and devices to the QEMU that waits for them on the machine's QMP socket, and let it run.
-    #[serde(default)]
-    pub memory: bool,
+    pub disks_only: bool,
 }
 
 /// What a machine's revert has done.

@@ -7,16 +7,19 @@ use axum::Json;
 use axum::extract::{FromRequestParts, Path, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
-use cdp_store::{CheckpointMode, VmSpec};
-use cdp_types::VmName;
+use axum::response::Response;
+use cdp_store::{CheckpointMode, VmInfo, VmSpec};
+use cdp_types::{Instant, VmName, VolumeName};
 use serde::Deserialize;
 
 use super::extract::{Body, Params, invalid};
+use super::stream::orders;
 use super::{App, blocking};
 use crate::api::{
-    ApiError, Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Reverted, Vm, VmRevert, VmReverted,
+    ApiError, Checkpoint, CheckpointChange, ErrorKind, NewCheckpoint, NewVm, NewVmClone, Reverted, Schedule,
+    SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
 };
-use crate::machines::Settings;
+use crate::machines::{Settings, copies};
 
 /// The machine in the path.
 pub(super) struct Machine(VmName);
@@ -45,22 +48,21 @@ impl<S: Send + Sync> FromRequestParts<S> for OfMachine {
     }
 }
 
+/// A machine as it is now.
+fn view(app: &App, info: VmInfo) -> Result<Vm, ApiError> {
+    let (taking, supervised) = (app.machines.taking(&info.name), app.machines.supervisors.state(&info.name));
+    Vm::new(info, taking, supervised)
+}
+
 /// `GET /v1/vms`
 pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Json<Vec<Vm>>, ApiError> {
-    blocking(&app, |app| {
-        let view = |info: cdp_store::VmInfo| {
-            let taking = app.machines.taking(&info.name);
-            Vm::new(info, taking)
-        };
-        app.store.vms().into_iter().map(view).collect()
-    })
-    .await
-    .map(Json)
+    let list = blocking(&app, |app| app.store.vms().into_iter().map(|info| view(app, info)).collect());
+    list.await.map(Json)
 }
 
 /// `GET /v1/vms/{name}`
 pub(super) async fn show(State(app): State<Arc<App>>, Machine(name): Machine) -> Result<Json<Vm>, ApiError> {
-    blocking(&app, move |app| Vm::new(app.store.vm(&name)?, app.machines.taking(&name))).await.map(Json)
+    blocking(&app, move |app| view(app, app.store.vm(&name)?)).await.map(Json)
 }
 
 /// `POST /v1/vms`
@@ -68,22 +70,152 @@ pub(super) async fn register(
     State(app): State<Arc<App>>,
     Body(new): Body<NewVm>,
 ) -> Result<(StatusCode, Json<Vm>), ApiError> {
-    if let Some(path) =
-        [Some(&new.qmp), new.agent.as_ref()].into_iter().flatten().find(|path| !path.starts_with('/'))
-    {
-        return Err(invalid(format!("'{path}' is no absolute path")));
+    check(&new)?;
+    let vm = blocking(&app, move |app| {
+        let settings = Settings { agent: new.agent, launch: new.launch, ..Settings::default() };
+        let spec = VmSpec { volumes: new.volumes, qmp: Some(new.qmp), settings: settings.to_json() };
+        let info = app.store.create_vm(&new.name, &spec)?;
+        tracing::info!(vm = %new.name, "registered");
+        view(app, info)
+    });
+    Ok((StatusCode::CREATED, Json(vm.await?)))
+}
+
+/// `PUT /v1/vms/{name}`
+pub(super) async fn put(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+    Body(new): Body<NewVm>,
+) -> Result<Json<Vm>, ApiError> {
+    check(&new)?;
+    if new.name != name {
+        return Err(invalid(format!("'{}' is to be put where '{name}' is", new.name)));
+    }
+    let vm = blocking(&app, move |app| {
+        let Ok(old) = app.store.vm(&name) else {
+            let settings = Settings { agent: new.agent, launch: new.launch, ..Settings::default() };
+            let spec = VmSpec { volumes: new.volumes, qmp: Some(new.qmp), settings: settings.to_json() };
+            return view(app, app.store.create_vm(&name, &spec)?);
+        };
+        if old.volumes != new.volumes && old.checkpoints > 0 {
+            let disks: Vec<&str> = old.volumes.iter().map(VolumeName::as_str).collect();
+            let text = format!(
+                "machine '{name}' has the disks {}, and {} checkpoints of them: give it the same, or remove it (vm remove)",
+                disks.join(" "),
+                old.checkpoints
+            );
+            return Err(ApiError::new(ErrorKind::Invalid, text));
+        }
+        let settings = Settings { agent: new.agent, launch: new.launch, ..Settings::of(&old)? };
+        let spec = VmSpec { volumes: new.volumes, qmp: Some(new.qmp), settings: settings.to_json() };
+        view(app, app.store.update_vm(&name, &spec)?)
+    });
+    vm.await.map(Json)
+}
+
+fn check(new: &NewVm) -> Result<(), ApiError> {
+    for path in [Some(&new.qmp), new.agent.as_ref()].into_iter().flatten() {
+        check_path(path)?;
     }
     if new.volumes.is_empty() {
         return Err(invalid("a machine without disks has nothing that could be put back"));
     }
-    let vm = blocking(&app, move |app| {
-        let settings = Settings { agent: new.agent }.to_json();
-        let spec = VmSpec { volumes: new.volumes, qmp: Some(new.qmp), settings };
-        let info = app.store.create_vm(&new.name, &spec)?;
-        tracing::info!(vm = %new.name, "registered");
-        Vm::new(info, None)
-    });
+    Ok(())
+}
+
+fn check_path(path: &str) -> Result<(), ApiError> {
+    if path.starts_with('/') { Ok(()) } else { Err(invalid(format!("'{path}' is no absolute path"))) }
+}
+
+/// `POST /v1/vms/{name}/clone`
+pub(super) async fn clone(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+    Body(new): Body<NewVmClone>,
+) -> Result<(StatusCode, Json<Vm>), ApiError> {
+    for path in [Some(&new.qmp), new.agent.as_ref()].into_iter().flatten() {
+        check_path(path)?;
+    }
+    let vm = blocking(&app, move |app| view(app, copies::copy(&app.store, &name, new)?));
     Ok((StatusCode::CREATED, Json(vm.await?)))
+}
+
+/// `POST /v1/vms/{name}/start`
+pub(super) async fn start(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+) -> Result<Json<VmStarted>, ApiError> {
+    let (info, origin) = blocking(&app, move |app| {
+        let info = app.store.vm(&name)?;
+        let origin = copies::origin(&app.store, &info)?;
+        Ok((info, origin))
+    })
+    .await?;
+    app.machines.make_ready(&info, origin.checkpoint).await?;
+    let pages = app.machines.restore(&info, origin.checkpoint).await?;
+    blocking(&app, move |app| copies::forget_origin(&app.store, &info)).await?;
+    Ok(Json(VmStarted { from: origin.checkpoint, pages }))
+}
+
+/// `DELETE /v1/vms/{name}/start`: a clone is to boot.
+pub(super) async fn boot(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+) -> Result<StatusCode, ApiError> {
+    blocking(&app, move |app| copies::forget_origin(&app.store, &app.store.vm(&name)?)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `PUT /v1/vms/{name}/schedule`
+pub(super) async fn schedule(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+    Body(schedule): Body<Schedule>,
+) -> Result<Json<Vm>, ApiError> {
+    schedule.check()?;
+    set_schedule(&app, name, Some(schedule)).await
+}
+
+/// `DELETE /v1/vms/{name}/schedule`
+pub(super) async fn unschedule(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+) -> Result<Json<Vm>, ApiError> {
+    set_schedule(&app, name, None).await
+}
+
+async fn set_schedule(
+    app: &Arc<App>,
+    name: VmName,
+    schedule: Option<Schedule>,
+) -> Result<Json<Vm>, ApiError> {
+    let vm = blocking(app, move |app| {
+        let info = app.store.vm(&name)?;
+        let settings = Settings { schedule, ..Settings::of(&info)? };
+        view(app, Settings::write(&app.store, &info, &settings)?)
+    });
+    vm.await.map(Json)
+}
+
+/// `POST /v1/vms/{name}/supervisor`: orders, for as long as the connection lasts.
+pub(super) async fn supervise(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+) -> Result<Response, ApiError> {
+    let known = name.clone();
+    blocking(&app, move |app| Ok(app.store.vm(&known).map(drop)?)).await?;
+    let place = app.machines.supervisors.attach(name)?;
+    Ok(orders(&app, place))
+}
+
+/// `PUT /v1/vms/{name}/supervisor`
+pub(super) async fn report(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+    Body(report): Body<SupervisorReport>,
+) -> Result<StatusCode, ApiError> {
+    app.machines.supervisors.report(&name, report.state)?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Whether a machine's checkpoints go with it.
@@ -182,22 +314,32 @@ pub(super) async fn revert(
     Machine(name): Machine,
     Body(request): Body<VmRevert>,
 ) -> Result<Json<VmReverted>, ApiError> {
-    if !request.disks && !request.memory {
-        return Err(invalid("neither disks nor memory are to be put back"));
-    }
     let (vm, to) = (name.clone(), request.to.clone());
     let (info, found) =
         blocking(&app, move |app| Ok((app.store.vm(&vm)?, app.store.find_checkpoint(&vm, &to)?))).await?;
-    if request.memory {
-        // Before anything is touched.
-        app.machines.check(&info, found.id).await?;
+    let id = found.id;
+    if !request.disks_only {
+        // Before any disk is touched.
+        app.machines.make_ready(&info, id).await?;
     }
-    let mut volumes = Vec::new();
-    if request.disks {
-        let id = found.id;
-        volumes = blocking(&app, move |app| app.servers.revert_vm(&name, id)).await?;
-    }
-    let pages = if request.memory { Some(app.machines.restore(&info, found.id).await?) } else { None };
+    let volumes = blocking(&app, move |app| app.servers.revert_vm(&name, id)).await?;
+    let pages = if request.disks_only {
+        None
+    } else {
+        Some(app.machines.restore(&info, id).await.map_err(|error| with_undo(error, &volumes))?)
+    };
     let volumes = volumes.into_iter().map(Reverted::from).collect();
-    Ok(Json(VmReverted { to: found.id, volumes, pages }))
+    Ok(Json(VmReverted { to: id, volumes, pages }))
+}
+
+/// What undoes the revert of disks whose memory could not be put back.
+fn with_undo(mut error: ApiError, volumes: &[cdp_store::Reverted]) -> ApiError {
+    let undo: Vec<String> =
+        volumes.iter().map(|one| format!("{}@{}", one.volume, Instant::Seq(one.undo.seq))).collect();
+    error.message = format!(
+        "{}; the disks have been put back already: try again, or undo that with: cdp-tool revert {}",
+        error.message,
+        undo.join(" ")
+    );
+    error
 }

@@ -18,7 +18,7 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
 use cdp_store::Store;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -131,7 +131,11 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{name}/data", get(content::data))
         .route("/v1/volumes/{name}/import", post(content::import))
         .route("/v1/vms", get(machines::list).post(machines::register))
-        .route("/v1/vms/{name}", get(machines::show).delete(machines::remove))
+        .route("/v1/vms/{name}", get(machines::show).put(machines::put).delete(machines::remove))
+        .route("/v1/vms/{name}/clone", post(machines::clone))
+        .route("/v1/vms/{name}/start", post(machines::start).delete(machines::boot))
+        .route("/v1/vms/{name}/schedule", put(machines::schedule).delete(machines::unschedule))
+        .route("/v1/vms/{name}/supervisor", post(machines::supervise).put(machines::report))
         .route("/v1/vms/{name}/revert", post(machines::revert))
         .route("/v1/vms/{name}/taking", delete(machines::cancel))
         .route("/v1/vms/{name}/checkpoints", get(machines::checkpoints).post(machines::take))

@@ -16,7 +16,8 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
-use crate::api::{ApiError, ErrorKind, Line, Progress};
+use crate::api::{ApiError, ErrorKind, Line, Order, Progress};
+use crate::machines::Place;
 
 use super::{App, permit, thread_died};
 
@@ -188,6 +189,29 @@ pub(super) async fn lines<T: Serialize + 'static, D: Serialize>(
         Ok(())
     })
     .await
+}
+
+/// Answers in lines with the orders for a supervisor, until it, or the daemon, goes away.
+pub(super) fn orders(app: &App, mut place: Place) -> Response {
+    let (sender, chunks) = mpsc::channel(CHUNKS);
+    let mut stopping = app.stopping.clone();
+    tokio::spawn(async move {
+        let mut order = Order::Attached;
+        loop {
+            let mut line = Vec::new();
+            append(&mut line, &Line::<Order, ()>::Item(order));
+            if sender.send(Ok(line.into())).await.is_err() {
+                return;
+            }
+            order = tokio::select! {
+                next = place.order() => match next { Some(order) => order, None => return },
+                () = sender.closed() => return,
+                _ = stopping.wait_for(|stopping| *stopping) => return,
+            };
+        }
+    });
+    let body = axum::body::Body::new(Chunks { first: None, chunks });
+    (StatusCode::OK, [(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
 }
 
 /// A request's body, for a thread that may block.

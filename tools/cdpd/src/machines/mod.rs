@@ -1,11 +1,14 @@
 //! Machines: their checkpoints are taken and restored here, with the store on one side and QEMU on the other.
 
+pub(crate) mod copies;
+pub(crate) mod schedule;
 mod settings;
+mod supervisor;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, CheckpointMode, Store, VmInfo};
 use cdp_types::{CheckpointId, Label, VmName};
@@ -15,13 +18,18 @@ use qmp_bridge::{Client, Options};
 use tokio::sync::watch;
 use vhost_blk::Guard;
 
-use crate::api::{ApiError, ErrorKind};
+use crate::api::{ApiError, ErrorKind, Supervised};
 use crate::serving::Servers;
 
 pub(crate) use settings::Settings;
+pub(crate) use supervisor::{Place, Supervisors};
 
 /// How long QEMU of a checkpoint that a dead daemon has left may take to answer.
 const LEFT_BEHIND: Duration = Duration::from_secs(5);
+
+/// How long the QEMU of a supervised machine may take to make its QMP socket.
+const STARTING: Duration = Duration::from_secs(30);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// What is being taken now, by machine.
 #[derive(Debug)]
@@ -37,6 +45,8 @@ pub(crate) struct Machines {
     /// For the sockets over which memory comes and goes.
     directory: PathBuf,
     running: Mutex<BTreeMap<VmName, Running>>,
+    /// Who can start a machine's QEMU anew.
+    pub(crate) supervisors: Arc<Supervisors>,
 }
 
 /// A server's guard, as checkpoints see it.
@@ -56,7 +66,8 @@ impl DiskGuard for ServerGuard {
 impl Machines {
     /// Machines of this store; their sockets are made in `directory`.
     pub(crate) fn new(store: Store, gate: Arc<Gate>, directory: &Path) -> Self {
-        Self { store, gate, directory: directory.to_owned(), running: Mutex::default() }
+        let directory = directory.to_owned();
+        Self { store, gate, directory, running: Mutex::default(), supervisors: Arc::default() }
     }
 
     fn running(&self) -> MutexGuard<'_, BTreeMap<VmName, Running>> {
@@ -90,9 +101,18 @@ impl Machines {
         let path = vm.qmp.as_deref().ok_or_else(|| {
             ApiError::new(ErrorKind::Invalid, format!("machine '{}' has no QMP socket", vm.name))
         })?;
-        Client::connect(Path::new(path), Options::default())
-            .await
-            .map_err(|error| ApiError::new(ErrorKind::Unavailable, error.to_string()))
+        let by = Instant::now()
+            + if self.supervisors.state(&vm.name).is_some() { STARTING } else { Duration::ZERO };
+        loop {
+            match Client::connect(Path::new(path), Options::default()).await {
+                Ok(client) => return Ok(client),
+                // One that is being started.
+                Err(error) if error.kind() == qmp_bridge::ErrorKind::Unreachable && Instant::now() < by => {
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
+                Err(error) => return Err(ApiError::new(ErrorKind::Unavailable, error.to_string())),
+            }
+        }
     }
 
     /// Takes a checkpoint. It goes on to its end even if the caller does not wait for that.
@@ -172,35 +192,36 @@ impl Machines {
         info.volumes.iter().map(disk).collect()
     }
 
-    /// Gives memory and devices to the QEMU that waits for them, and lets it run.
+    /// Gives memory and devices to the QEMU that waits for them, and lets it run: how many pages.
     ///
     /// # Errors
     /// It does not wait, is another machine, or does not take them.
     pub(crate) async fn restore(&self, info: &VmInfo, to: CheckpointId) -> Result<u64, ApiError> {
-        let refused =
-            |error: ckpt::restore::RestoreError| ApiError::new(ErrorKind::Unavailable, error.to_string());
         let qmp = self.connect(info).await?;
-        let progress =
-            ckpt::restore::restore(&self.store, to, &qmp, &self.directory, true).await.map_err(refused)?;
+        let restoring = ckpt::restore::restore(&self.store, to, &qmp, &self.directory, true);
+        let progress = restoring.await.map_err(refused)?;
+        self.supervisors.runs(&info.name);
         tracing::info!(vm = %info.name, checkpoint = %to, "machine restored");
         Ok(progress.received)
     }
 
-    /// Refuses a QEMU that is another machine than a checkpoint's, with both values.
+    /// Sees to it that a QEMU waits for a checkpoint's memory, if somebody looks after it, and refuses one that is
+    /// another machine than the checkpoint's, with both values. A running QEMU is ended only if it is the same machine.
     ///
     /// # Errors
-    /// It is, or cannot be asked.
-    pub(crate) async fn check(&self, info: &VmInfo, to: CheckpointId) -> Result<(), ApiError> {
-        let qmp = self.connect(info).await?;
-        let refused =
-            |error: ckpt::restore::RestoreError| ApiError::new(ErrorKind::Unavailable, error.to_string());
-        let differences = ckpt::restore::differences(&self.store, to, &qmp).await.map_err(refused)?;
-        if differences.is_empty() {
-            return Ok(());
+    /// It is another machine, does not wait, or cannot be asked.
+    pub(crate) async fn make_ready(&self, info: &VmInfo, to: CheckpointId) -> Result<(), ApiError> {
+        if self.supervisors.state(&info.name) == Some(Supervised::Running) {
+            let qmp = self.connect(info).await?;
+            let differences = ckpt::restore::differences(&self.store, to, &qmp).await.map_err(refused)?;
+            check(to, &differences)?;
         }
-        let text =
-            format!("this QEMU is another machine than at checkpoint {to}: {}", differences.join("; "));
-        Err(ApiError::new(ErrorKind::Invalid, text))
+        if self.supervisors.state(&info.name).is_some() {
+            self.supervisors.restart(&info.name).await?;
+        }
+        let qmp = self.connect(info).await?;
+        ckpt::restore::check_waiting(&qmp).await.map_err(refused)?;
+        check(to, &ckpt::restore::differences(&self.store, to, &qmp).await.map_err(refused)?)
     }
 
     /// Undoes what a dead daemon has left: QEMU's settings, a machine that stands still, checkpoints half taken.
@@ -222,4 +243,16 @@ impl Machines {
             }
         }
     }
+}
+
+fn refused(error: ckpt::restore::RestoreError) -> ApiError {
+    ApiError::new(ErrorKind::Unavailable, error.to_string())
+}
+
+fn check(to: CheckpointId, differences: &[String]) -> Result<(), ApiError> {
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let text = format!("this QEMU is another machine than at checkpoint {to}: {}", differences.join("; "));
+    Err(ApiError::new(ErrorKind::Invalid, text))
 }

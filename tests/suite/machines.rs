@@ -1,0 +1,144 @@
+//! Machines that `cdp-tool` runs: put back in place, copied, and saved on a schedule.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::process::wait_for;
+use e2e::{Cdpd, Guest, GuestBuilder, Scene, Tool, run_scene};
+use serde_json::Value;
+
+use crate::load::Load;
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn builder() -> GuestBuilder {
+    Guest::builder().smp(2)
+}
+
+/// A machine under load, run by the tool.
+fn machine(scene: &Scene, tool: &Tool) -> Result<Guest> {
+    let data = scene.path("data.img");
+    Load::image(&data)?;
+    tool.run(&["volume", "create", "web1", "--from", &data.to_string_lossy(), "--format", "raw"])?;
+    let mut guest = builder().run_by(scene, tool, &["vm", "run", "web1", "--volume", "web1,addr=0x10"])?;
+    let place = guest.run("readlink /sys/block/vda")?;
+    ensure!(place.contains(":10.0/"), "the disk's properties have not arrived: {place}");
+    Load::start(&mut guest)?;
+    Load::wait_for_progress(&guest, 4)?;
+    Ok(guest)
+}
+
+fn id_of(checkpoint: &Value) -> Result<String> {
+    checkpoint["id"].as_u64().map(|id| id.to_string()).with_context(|| format!("no id in {checkpoint}"))
+}
+
+fn supervised(tool: &Tool, vm: &str) -> Result<Value> {
+    Ok(tool.json(&["vm", "show", vm])?["supervised"].clone())
+}
+
+fn is_sound(guest: &Guest) -> Result<()> {
+    Load::wait_for_word(guest)?;
+    Load::wait_for_progress(guest, 4)?;
+    ensure!(Load::mismatches(guest)? == (0, 0), "memory and disk are not of one instant");
+    Ok(())
+}
+
+#[test]
+fn a_machine_that_is_run_here_is_put_back_in_place_and_forth() {
+    run_scene(|scene| {
+        let mut cdpd = Cdpd::start(scene)?;
+        let tool = cdpd.tool();
+        let guest = machine(scene, &tool)?;
+        ensure!(supervised(&tool, "web1")? == "running");
+        let said = tool.refused(&["vm", "run", "web1"])?;
+        ensure!(said.contains("in use"), "{said}");
+
+        let taken = tool.json(&["checkpoint", "take", "web1", "--label", "before"])?;
+        Load::wait_for_progress(&guest, 2)?;
+        let undo = {
+            let said = tool.run(&["vm", "revert", "web1", "--to", "before"])?;
+            println!("{said}");
+            ensure!(said.contains("to undo that"), "{said}");
+            is_sound(&guest)?;
+            said.trim_end().rsplit(' ').next().unwrap_or_default().to_owned()
+        };
+        ensure!(supervised(&tool, "web1")? == "running");
+        ensure!(tool.json(&["vm", "show", "web1"])?["current"] == taken["id"]);
+
+        // The daemon may go away and come back: whoever looks after the machine tells it how it does.
+        cdpd.kill9()?;
+        cdpd.start_again()?;
+        wait_for("the supervisor's return", LIMIT, || {
+            Ok((supervised(&tool, "web1")? == "running").then_some(()))
+        })?;
+        tool.run(&["vm", "revert", "web1", "--to", &undo, "--no-save"])?;
+        is_sound(&guest)?;
+        guest.kill()?;
+        wait_for("the supervisor's end", LIMIT, || Ok(supervised(&tool, "web1")?.is_null().then_some(())))?;
+
+        // As the last time, from a checkpoint: the tool knows the command line.
+        let twin = builder().waiting().run_by(scene, &tool, &["vm", "run", "web1", "--at", "before"])?;
+        is_sound(&twin)?;
+        twin.kill()?;
+        cdpd.stop()
+    });
+}
+
+#[test]
+fn a_copy_of_a_running_machine_runs_beside_it() {
+    run_scene(|scene| {
+        let mut cdpd = Cdpd::start(scene)?;
+        let tool = cdpd.tool();
+        let guest = machine(scene, &tool)?;
+        let copy = builder().waiting().run_by(scene, &tool, &["vm", "clone", "web1", "web2"])?;
+        is_sound(&copy)?;
+        is_sound(&guest)?;
+        // It is a machine like any other.
+        let taken = tool.json(&["checkpoint", "take", "web2"])?;
+        tool.run(&["vm", "revert", "web2", "--to", &id_of(&taken)?, "--no-save"])?;
+        is_sound(&copy)?;
+        copy.kill()?;
+
+        // One that is not started yet, and whose disk is written before: its memory does not fit any more.
+        tool.run(&["vm", "clone", "web1", "web3", "--at", "1", "--no-run"])?;
+        let shown = tool.json(&["vm", "show", "web3"])?;
+        ensure!(shown["start_from"]["vm"] == "web1", "{shown}");
+        let mut other = builder().run_by(scene, &tool, &["vm", "run", "web3", "--boot"])?;
+        other.run("head -c 4096 /dev/urandom >/dev/vda && sync")?;
+        ensure!(tool.json(&["vm", "show", "web3"])?["start_from"].is_null());
+        other.kill()?;
+        guest.kill()?;
+        cdpd.stop()
+    });
+}
+
+#[test]
+fn checkpoints_are_taken_on_schedule_and_the_oldest_go() {
+    run_scene(|scene| {
+        let mut cdpd = Cdpd::start(scene)?;
+        let tool = cdpd.tool();
+        let guest = machine(scene, &tool)?;
+        let said = tool.refused(&["checkpoint", "schedule", "web1", "--every", "1s"])?;
+        ensure!(said.contains("10 seconds"), "{said}");
+        tool.run(&["checkpoint", "schedule", "web1", "--every", "10s", "--keep", "2"])?;
+        let list = || tool.json_lines(&["checkpoint", "list", "web1"]);
+        wait_for("four scheduled checkpoints", LIMIT, || {
+            let newest = list()?
+                .iter()
+                .filter(|one| one["state"] == "committed")
+                .filter_map(|one| one["id"].as_u64())
+                .max();
+            Ok((newest >= Some(4)).then_some(()))
+        })?;
+        tool.run(&["checkpoint", "schedule", "web1", "--off"])?;
+        wait_for("the older ones' end", LIMIT, || Ok((list()?.len() <= 2).then_some(())))?;
+        let kept = list()?;
+        ensure!(
+            kept.iter().all(|one| one["label"].as_str().is_some_and(|label| label.starts_with("auto-"))),
+            "{kept:?}"
+        );
+        is_sound(&guest)?;
+        guest.kill()?;
+        cdpd.stop()
+    });
+}

@@ -1,0 +1,72 @@
+//! Waiting for a checkpoint that is being taken: how far it is, and giving it up.
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use cdp_types::VmName;
+use cdpd::api::{Checkpoint, NewCheckpoint, Vm};
+use cdpd::client::Client;
+use hyper::Method;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::access::online;
+use crate::progress::Progress;
+
+/// Between two looks at how far it is.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// A page of memory, in bytes.
+const PAGE_BYTES: u64 = 4096;
+
+/// Takes a checkpoint, with a bar on a terminal. An interruption gives the checkpoint up; the machine runs on.
+pub(super) fn take(
+    client: &Client,
+    store: &Path,
+    vm: &VmName,
+    new: &NewCheckpoint,
+) -> anyhow::Result<Checkpoint> {
+    let (done, ended) = mpsc::channel();
+    std::thread::scope(|threads| {
+        // Without the watcher there is no bar, which is no reason to take no checkpoint.
+        let _ = std::thread::Builder::new().name("taking".to_owned()).spawn_scoped(threads, move || {
+            let _ = watch(store, vm, &ended);
+        });
+        let taken = client.send(Method::POST, &format!("/v1/vms/{vm}/checkpoints"), new);
+        drop(done);
+        Ok(taken?)
+    })
+}
+
+/// Shows how far it is until nobody holds the other end of `ended`.
+fn watch(store: &Path, vm: &VmName, ended: &mpsc::Receiver<()>) -> anyhow::Result<()> {
+    let client = online(store)?;
+    let bar = Progress::new("saving memory");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let (mut interrupt, mut terminate) = {
+        let _inside = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    let mut given_up = false;
+    while ended.recv_timeout(LOOK_EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
+        let signalled = runtime.block_on(async {
+            tokio::select! {
+                biased;
+                _ = interrupt.recv() => true,
+                _ = terminate.recv() => true,
+                () = tokio::task::yield_now() => false,
+            }
+        });
+        if signalled && !given_up {
+            given_up = true;
+            bar.note("giving the checkpoint up");
+            if let Err(error) = client.delete::<()>(&format!("/v1/vms/{vm}/taking")) {
+                bar.note(&error.to_string());
+            }
+        }
+        let now: Vm = client.get(&format!("/v1/vms/{vm}"))?;
+        if let Some((came, total)) = now.taking.filter(|(_, total)| *total > 0) {
+            bar.at(came * PAGE_BYTES, total * PAGE_BYTES);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,325 @@
+//! A QEMU in the foreground, looked after: ended in an orderly way, and started anew when the machine goes back to a
+//! checkpoint.
+//!
+//! ```text
+//!   child's end ──┐
+//!   signals ──────┤ events, one at a time ──► the loop ──► start, end, tell the daemon
+//!   orders ───────┤
+//!   memory given ─┘
+//! ```
+//!
+//! QEMU does not end with this program if that is killed: its guest would lose what it is doing. The daemon may be
+//! away for a while; QEMU runs on, and is reported again when the daemon is back.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use cdp_types::VmName;
+use cdpd::api::{ErrorKind, Order, Supervised, SupervisorReport};
+use cdpd::client::{Client, Step};
+use hyper::Method;
+use rustix::fd::OwnedFd;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::access::online;
+
+/// How long QEMU may take to end once it was told to.
+const ENDING: Duration = Duration::from_secs(10);
+/// How long QMP may take to pass on that the machine is to be switched off.
+const ASKING: Duration = Duration::from_secs(5);
+/// Between two attempts to reach a daemon that is away.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// A machine to be run.
+pub(crate) struct Machine {
+    /// The store of its disks.
+    pub(crate) store: PathBuf,
+    /// Its name.
+    pub(crate) name: VmName,
+    /// The command line that boots it.
+    pub(crate) boot: Vec<String>,
+    /// The command line that waits for its memory.
+    pub(crate) incoming: Vec<String>,
+    /// Where it is started.
+    pub(crate) directory: PathBuf,
+    /// Its QMP socket.
+    pub(crate) qmp: PathBuf,
+    /// How long its guest may take to switch itself off when it is asked to.
+    pub(crate) patience: Duration,
+}
+
+/// How a QEMU that was just started gets its machine.
+#[derive(Clone, Debug)]
+pub(crate) enum Start {
+    /// By booting it.
+    Boot,
+    /// From memory, which this request of the API gives it.
+    Memory { path: String, body: serde_json::Value },
+}
+
+enum Event {
+    Attached,
+    Refused(anyhow::Error),
+    Order(Order),
+    Ended(std::io::Result<ExitStatus>),
+    Restored(anyhow::Result<()>),
+    Signal { again: bool },
+    Interrupt,
+}
+
+/// A QEMU that runs.
+struct Qemu {
+    /// Names the process as long as it is held, whatever becomes of its number.
+    process: OwnedFd,
+}
+
+impl Qemu {
+    fn start(words: &[String], directory: &Path, events: &Sender<Event>) -> anyhow::Result<Self> {
+        let (program, arguments) = words.split_first().context("no program")?;
+        let mut child = Command::new(program)
+            .args(arguments)
+            .current_dir(directory)
+            .spawn()
+            .with_context(|| format!("cannot start {program} in {}", directory.display()))?;
+        let process = match pid_of(&child).and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?)) {
+            Ok(process) => process,
+            Err(error) => {
+                // Nobody could end it later.
+                let _ = child.kill();
+                return Err(error.context("cannot look after QEMU"));
+            }
+        };
+        let events = events.clone();
+        std::thread::Builder::new().name("qemu".to_owned()).spawn(move || {
+            let _ = events.send(Event::Ended(child.wait()));
+        })?;
+        Ok(Self { process })
+    }
+
+    fn send(&self, signal: Signal) {
+        // One that has ended needs no signal: its end is on its way here.
+        let _ = pidfd_send_signal(&self.process, signal);
+    }
+}
+
+fn pid_of(child: &Child) -> anyhow::Result<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("it has no process id")
+}
+
+/// Runs a machine until its QEMU has ended for good.
+///
+/// # Errors
+/// Somebody else runs it, QEMU cannot be started or fails, or its memory cannot be given to it.
+pub(crate) fn run(machine: &Machine, start: Start) -> anyhow::Result<()> {
+    let (events, inbox) = mpsc::channel();
+    listen_to_daemon(machine, &events)?;
+    match inbox.recv().context("the threads of this program have died")? {
+        Event::Attached => {}
+        Event::Refused(error) => return Err(error),
+        _ => bail!("the daemon has not said that it listens"),
+    }
+    listen_to_signals(&events)?;
+    Loop { machine, events, inbox }.go(start)
+}
+
+struct Loop<'a> {
+    machine: &'a Machine,
+    events: Sender<Event>,
+    inbox: Receiver<Event>,
+}
+
+/// What becomes of a machine whose QEMU has ended.
+enum End {
+    Final(ExitStatus),
+    Anew,
+}
+
+impl Loop<'_> {
+    fn go(&self, mut start: Start) -> anyhow::Result<()> {
+        let mut incoming = !matches!(start, Start::Boot);
+        loop {
+            let words = if incoming { &self.machine.incoming } else { &self.machine.boot };
+            let qemu = Qemu::start(words, &self.machine.directory, &self.events)?;
+            let state = if incoming { Supervised::Waiting } else { Supervised::Running };
+            report(self.machine, state);
+            if let Start::Memory { path, body } = std::mem::replace(&mut start, Start::Boot) {
+                self.give_memory(path, body)?;
+            }
+            match self.attend(&qemu, state)? {
+                End::Anew => incoming = true,
+                End::Final(status) if status.success() => return Ok(()),
+                End::Final(status) => bail!("QEMU has ended: {status}"),
+            }
+        }
+    }
+
+    /// Asks the daemon for the machine's memory, in a thread: QEMU may end meanwhile.
+    fn give_memory(&self, path: String, body: serde_json::Value) -> anyhow::Result<()> {
+        let (store, events) = (self.machine.store.clone(), self.events.clone());
+        std::thread::Builder::new().name("memory".to_owned()).spawn(move || {
+            let given = online(&store).and_then(|client| {
+                Ok(client.send::<serde_json::Value>(Method::POST, &path, &body).map(drop)?)
+            });
+            let _ = events.send(Event::Restored(given));
+        })?;
+        Ok(())
+    }
+
+    /// Looks after a QEMU until it has ended.
+    fn attend(&self, qemu: &Qemu, state: Supervised) -> anyhow::Result<End> {
+        let mut state = state;
+        let mut anew = false;
+        let mut deadline: Option<(Instant, Signal)> = None;
+        loop {
+            let event = match deadline {
+                None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some((at, _)) => self.inbox.recv_timeout(at.saturating_duration_since(Instant::now())),
+            };
+            match event {
+                Ok(Event::Ended(status)) => {
+                    let status = status.context("cannot wait for QEMU")?;
+                    return Ok(if anew { End::Anew } else { End::Final(status) });
+                }
+                Ok(Event::Order(Order::Restart)) => {
+                    eprintln!("cdp-tool: machine {} goes back to a checkpoint", self.machine.name);
+                    report(self.machine, Supervised::Starting);
+                    anew = true;
+                    qemu.send(Signal::TERM);
+                    deadline = Some((Instant::now() + ENDING, Signal::KILL));
+                }
+                Ok(Event::Restored(Ok(())) | Event::Order(Order::Runs)) => state = Supervised::Running,
+                Ok(Event::Restored(Err(error))) => {
+                    qemu.send(Signal::KILL);
+                    return Err(error.context("the machine was not put back"));
+                }
+                Ok(Event::Attached) => report(self.machine, state),
+                Ok(Event::Signal { again: false }) => {
+                    eprintln!("cdp-tool: asking the guest to switch itself off (once more: at once)");
+                    switch_off(self.machine)?;
+                    deadline = Some((Instant::now() + self.machine.patience, Signal::TERM));
+                }
+                Ok(Event::Signal { again: true } | Event::Interrupt) => {
+                    qemu.send(Signal::TERM);
+                    deadline = Some((Instant::now() + ENDING, Signal::KILL));
+                }
+                Ok(Event::Order(Order::Attached) | Event::Refused(_)) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let signal = deadline.map_or(Signal::TERM, |(_, signal)| signal);
+                    qemu.send(signal);
+                    deadline = Some((Instant::now() + ENDING, Signal::KILL));
+                }
+                Err(RecvTimeoutError::Disconnected) => bail!("the threads of this program have died"),
+            }
+        }
+    }
+}
+
+/// Tells the daemon how QEMU does. If the daemon is away, it is told when it is back.
+fn report(machine: &Machine, state: Supervised) {
+    let told = online(&machine.store).and_then(|client| {
+        let path = format!("/v1/vms/{}/supervisor", machine.name);
+        Ok(client.send::<()>(Method::PUT, &path, &SupervisorReport { state })?)
+    });
+    if let Err(error) = told {
+        eprintln!("cdp-tool: the daemon does not know how QEMU does: {error:#}");
+    }
+}
+
+/// Hears the daemon's orders, and reconnects when it was away. The first event is `Attached` or `Refused`.
+fn listen_to_daemon(machine: &Machine, events: &Sender<Event>) -> anyhow::Result<()> {
+    let (store, name, events) = (machine.store.clone(), machine.name.clone(), events.clone());
+    let listen = move || {
+        let mut known = false;
+        loop {
+            let heard = online(&store).and_then(|client| hear(&client, &name, &mut known, &events));
+            match heard {
+                Ok(()) => {}
+                Err(error) if !known => {
+                    let _ = events.send(Event::Refused(error));
+                    return;
+                }
+                // It is away, or still thinks that the old connection is there.
+                Err(_) => {}
+            }
+            std::thread::sleep(AGAIN);
+        }
+    };
+    std::thread::Builder::new().name("orders".to_owned()).spawn(listen)?;
+    Ok(())
+}
+
+fn hear(client: &Client, name: &VmName, known: &mut bool, events: &Sender<Event>) -> anyhow::Result<()> {
+    let path = format!("/v1/vms/{name}/supervisor");
+    let mut step = |step: Step<Order>| {
+        let event = match step {
+            Step::Item(Order::Attached) => {
+                *known = true;
+                Event::Attached
+            }
+            Step::Item(order) => Event::Order(order),
+            Step::Progress(_) => return true,
+        };
+        events.send(event).is_ok()
+    };
+    match client.lines::<Order, ()>(Method::POST, &path, &mut step) {
+        // The daemon stops without a last word.
+        Err(error) if error.kind == ErrorKind::Unavailable && *known => Ok(()),
+        outcome => Ok(outcome.map(drop)?),
+    }
+}
+
+/// Asks the guest to switch itself off, in a thread: QMP may be in use.
+fn switch_off(machine: &Machine) -> anyhow::Result<()> {
+    let qmp = machine.qmp.clone();
+    std::thread::Builder::new().name("switch-off".to_owned()).spawn(move || {
+        let asked = runtime().and_then(|runtime| {
+            runtime.block_on(async {
+                let asking = async {
+                    let client = qmp_bridge::Client::connect(&qmp, qmp_bridge::Options::default()).await?;
+                    qmp_bridge::control::system_powerdown(&client).await
+                };
+                match tokio::time::timeout(ASKING, asking).await {
+                    Ok(asked) => asked.map_err(|error| anyhow!(error)),
+                    Err(_) => Err(anyhow!("QEMU's QMP socket is in use")),
+                }
+            })
+        });
+        if let Err(error) = asked {
+            eprintln!("cdp-tool: the guest could not be asked to switch itself off: {error:#}");
+        }
+    })?;
+    Ok(())
+}
+
+/// Turns signals into events. QEMU has the same terminal: it hears of an interruption from there itself.
+fn listen_to_signals(events: &Sender<Event>) -> anyhow::Result<()> {
+    let (events, runtime) = (events.clone(), runtime()?);
+    let (mut terminate, mut interrupt, mut hangup) = {
+        let _inside = runtime.enter();
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?)
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        runtime.block_on(async {
+            let mut again = false;
+            loop {
+                let event = tokio::select! {
+                    _ = terminate.recv() => Event::Signal { again: std::mem::replace(&mut again, true) },
+                    _ = interrupt.recv() => Event::Interrupt,
+                    _ = hangup.recv() => Event::Interrupt,
+                };
+                if events.send(event).is_err() {
+                    return;
+                }
+            }
+        });
+    })?;
+    Ok(())
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}

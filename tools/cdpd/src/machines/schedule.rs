@@ -1,0 +1,199 @@
+//! Checkpoints that nobody asks for, every so often, and the oldest of them deleted.
+//!
+//! Scheduled checkpoints are told from others by their labels alone: `auto-` and the time. One that is pinned, or given
+//! another label, is kept.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use cdp_store::{CheckpointInfo, CheckpointState, VmInfo};
+use cdp_types::{Label, VmName};
+use jiff::Timestamp;
+use jiff::fmt::strtime;
+use tokio::task::JoinSet;
+
+use super::Settings;
+use crate::api::{ApiError, ErrorKind, Schedule};
+use crate::http::App;
+
+/// What the labels of scheduled checkpoints begin with.
+const PREFIX: &str = "auto-";
+/// How often machines are looked at: how late a checkpoint may be.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// The shortest time between scheduled checkpoints, in seconds.
+const SHORTEST_S: u64 = 10;
+/// The longest: a year.
+const LONGEST_S: u64 = 366 * 24 * 3600;
+/// The most scheduled checkpoints that are kept of one machine.
+const MOST_KEPT: u64 = 10_000;
+
+impl Schedule {
+    /// # Errors
+    /// `Invalid`: it asks for too much or too little.
+    pub(crate) fn check(&self) -> Result<(), ApiError> {
+        let why = if !(SHORTEST_S..=LONGEST_S).contains(&self.every_s) {
+            format!("every {} seconds: from {SHORTEST_S} seconds to a year is possible", self.every_s)
+        } else if !(1..=MOST_KEPT).contains(&self.keep) {
+            format!("keep {}: 1 to {MOST_KEPT} are possible", self.keep)
+        } else {
+            return Ok(());
+        };
+        Err(ApiError::new(ErrorKind::Invalid, why))
+    }
+}
+
+/// Takes scheduled checkpoints until it is dropped.
+pub(crate) async fn keep_to_schedules(app: Arc<App>) {
+    let mut ticks = tokio::time::interval(LOOK_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut taking: JoinSet<VmName> = JoinSet::new();
+    let mut tried = std::collections::BTreeMap::new();
+    let mut busy = std::collections::BTreeSet::new();
+    loop {
+        ticks.tick().await;
+        while let Some(done) = taking.try_join_next() {
+            if let Ok(vm) = done {
+                busy.remove(&vm);
+            }
+        }
+        for (info, schedule) in scheduled(&app).await {
+            let last = tried.get(&info.name).copied();
+            if busy.contains(&info.name) || !is_due(&app, &info, &schedule, last) {
+                continue;
+            }
+            tried.insert(info.name.clone(), now_ns());
+            busy.insert(info.name.clone());
+            let (app, vm) = (Arc::clone(&app), info.name);
+            taking.spawn(async move {
+                take(&app, &vm, &schedule).await;
+                vm
+            });
+        }
+    }
+}
+
+/// The machines that have a schedule. Reading them takes the store's lock, so not on the runtime's thread.
+async fn scheduled(app: &Arc<App>) -> Vec<(VmInfo, Schedule)> {
+    let app = Arc::clone(app);
+    let read = move || {
+        let schedule = |info: VmInfo| Some((Settings::of(&info).ok()?.schedule?, info));
+        app.store.vms().into_iter().filter_map(schedule).map(|(schedule, info)| (info, schedule)).collect()
+    };
+    tokio::task::spawn_blocking(read).await.unwrap_or_default()
+}
+
+/// Whether it is time, by the last scheduled checkpoint and the last attempt at one.
+fn is_due(app: &App, info: &VmInfo, schedule: &Schedule, tried_ns: Option<u64>) -> bool {
+    let last = match tried_ns {
+        Some(tried) => Some(tried),
+        // After a start of the daemon: as if it had not been away.
+        None => complete(app, &info.name).iter().map(|one| one.created_ns).max(),
+    };
+    last.is_none_or(|last| now_ns().saturating_sub(last) >= schedule.every_s * 1_000_000_000)
+}
+
+async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) {
+    let taken = Arc::clone(&app.machines).take(&app.servers, vm, schedule.mode, label_of(now_ns())).await;
+    if let Err(error) = taken {
+        // It may be switched off, for weeks.
+        tracing::info!(%vm, "no scheduled checkpoint: {}", error.message);
+        return;
+    }
+    let (app, vm, keep) = (Arc::clone(app), vm.clone(), schedule.keep);
+    // The thread cannot fail but by a panic, which ends the process.
+    let _ = tokio::task::spawn_blocking(move || thin_out(&app, &vm, keep)).await;
+}
+
+/// Deletes the oldest scheduled checkpoints of a machine.
+fn thin_out(app: &App, vm: &VmName, keep: u64) {
+    for old in surplus(complete(app, vm), keep) {
+        match app.store.delete_checkpoint(old.id) {
+            Ok(()) => tracing::info!(%vm, checkpoint = %old.id, "scheduled checkpoint deleted"),
+            Err(error) => tracing::warn!(%vm, checkpoint = %old.id, "cannot be deleted: {error}"),
+        }
+    }
+}
+
+/// The complete scheduled checkpoints of a machine.
+fn complete(app: &App, vm: &VmName) -> Vec<CheckpointInfo> {
+    let all = app.store.checkpoints(vm).unwrap_or_default();
+    all.into_iter()
+        .filter(|one| matches!(one.state, CheckpointState::Committed(_)) && is_scheduled(one))
+        .collect()
+}
+
+fn is_scheduled(one: &CheckpointInfo) -> bool {
+    one.label.as_ref().is_some_and(|label| label.as_str().starts_with(PREFIX))
+}
+
+/// Those beyond the newest `keep`. A pinned one stays and does not count.
+fn surplus(mut all: Vec<CheckpointInfo>, keep: u64) -> Vec<CheckpointInfo> {
+    all.retain(|one| !one.pinned);
+    all.sort_by_key(|one| std::cmp::Reverse(one.created_ns));
+    all.split_off(all.len().min(usize::try_from(keep).unwrap_or(usize::MAX)))
+}
+
+/// `auto-20261122T104500Z`.
+fn label_of(time_ns: u64) -> Option<Label> {
+    let time = Timestamp::from_nanosecond(i128::from(time_ns)).ok()?;
+    let text = strtime::format("%Y%m%dT%H%M%SZ", time).ok()?;
+    format!("{PREFIX}{text}").parse().ok()
+}
+
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use cdp_store::CheckpointMode;
+    use cdp_types::{CheckpointId, VmId};
+
+    use super::*;
+
+    fn checkpoint(id: u64, pinned: bool) -> CheckpointInfo {
+        CheckpointInfo {
+            id: CheckpointId(id),
+            vm: VmId(1),
+            label: label_of(id * 1_000_000_000),
+            pinned,
+            mode: CheckpointMode::Hot,
+            parent: None,
+            created_ns: id * 1_000_000_000,
+            epoch: None,
+            restore: serde_json::Value::Null,
+            state: CheckpointState::Begun,
+            volumes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_newest_are_kept_and_pinned_ones_do_not_count() {
+        let all = (1..=6).map(|id| checkpoint(id, id == 2 || id == 6)).collect();
+        let gone: Vec<u64> = surplus(all, 2).iter().map(|one| one.id.0).collect();
+        assert_eq!(gone, [3, 1]);
+        assert!(surplus(vec![checkpoint(1, false)], 1).is_empty());
+    }
+
+    #[test]
+    fn labels_say_when_and_are_names() {
+        assert_eq!(label_of(1_793_357_100_000_000_000).unwrap().as_str(), "auto-20261030T104500Z");
+        assert!(is_scheduled(&checkpoint(7, false)));
+        let renamed =
+            CheckpointInfo { label: Some("before-upgrade".parse().unwrap()), ..checkpoint(7, false) };
+        assert!(!is_scheduled(&renamed));
+    }
+
+    #[test]
+    fn a_schedule_that_asks_too_much_is_refused() {
+        let schedule = |every_s, keep| Schedule { every_s, keep, mode: CheckpointMode::Hot };
+        assert!(schedule(300, 12).check().is_ok());
+        for (every_s, keep, part) in [(9, 1, "10 seconds"), (u64::MAX, 1, "a year"), (60, 0, "keep 0")] {
+            let why = schedule(every_s, keep).check().unwrap_err().message;
+            assert!(why.contains(part), "{why}");
+        }
+    }
+}
