@@ -6,7 +6,8 @@ use anyhow::Context;
 use cdp_store::CheckpointMode;
 use cdp_types::{Label, VmName, VolumeName};
 use cdpd::api::{
-    Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Schedule, Supervised, Vm, VmRevert, VmReverted,
+    Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Origin, Schedule, Supervised, Vm, VmRevert,
+    VmReverted,
 };
 use cdpd::client::Client;
 use hyper::Method;
@@ -110,12 +111,17 @@ fn show_vm(vm: &Vm, output: &mut Output) -> anyhow::Result<()> {
         ("state", state(vm)),
         ("checkpoints", vm.checkpoints.to_string()),
         ("goes on from", current(vm)),
+        ("starts with", or_none(vm.start_from.as_ref().map(memory_of))),
         ("schedule", or_none(vm.schedule.map(schedule))),
         ("QMP", or_none(vm.qmp.clone())),
         ("guest agent", or_none(vm.agent.clone())),
         ("run as", or_none(vm.launch.as_ref().map(|launch| quoted(&launch.command)))),
         ("registered", vm.created.clone()),
     ])
+}
+
+fn memory_of(origin: &Origin) -> String {
+    format!("the memory of {} at checkpoint {}", origin.vm, origin.checkpoint)
 }
 
 /// `1h 30m`.
