@@ -97,7 +97,12 @@ pub(super) fn clone(store: &Path, args: &VmCloneArgs, output: &mut Output) -> an
     let original: Vm = client.get(&format!("/v1/vms/{}", args.name))?;
     let sockets = Sockets::of(&args.running, &store, &args.new)?;
     let launch = match &args.running.command[..] {
-        [] => original.launch.clone(),
+        [] => {
+            if let Some(launch) = &original.launch {
+                check_owner(&args.name, launch)?;
+            }
+            original.launch.clone()
+        }
         words => {
             let plain = || vec![String::new(); original.volumes.len()];
             Some(launch_of(words, original.launch.map_or_else(plain, |launch| launch.disks))?)
@@ -155,7 +160,7 @@ fn launch_of(words: &[String], disks: Vec<String>) -> anyhow::Result<Launch> {
     let directory = std::env::current_dir().context("in which directory?")?;
     let directory =
         directory.into_os_string().into_string().ok().context("the directory's path is no text")?;
-    Ok(Launch { command: words.to_vec(), directory, disks })
+    Ok(Launch { command: words.to_vec(), directory, disks, owner: None })
 }
 
 /// The disks and the command line: as said now, else as said the last time.
@@ -171,13 +176,29 @@ fn wanted(args: &VmRunArgs, known: Option<&Vm>) -> anyhow::Result<(Vec<VolumeNam
         args.volumes.iter().map(|VmDisk { volume, properties }| (volume.clone(), properties.clone())).unzip()
     };
     let launch = match (&args.running.command[..], last) {
-        ([], Some(last)) => Launch { disks, ..last.clone() },
+        ([], Some(last)) => {
+            check_owner(&args.name, last)?;
+            Launch { disks, ..last.clone() }
+        }
         ([], None) => {
             bail!("how is '{0}' started? say it, as in: vm run {0} … -- qemu-system-x86_64 -m 2G", args.name)
         }
         (words, _) => launch_of(words, disks)?,
     };
     Ok((volumes, launch))
+}
+
+/// Refuses to run a command that another user has said, who may have less rights than this one.
+fn check_owner(name: &VmName, launch: &Launch) -> anyhow::Result<()> {
+    let own = rustix::process::geteuid().as_raw();
+    let by = match launch.owner {
+        Some(uid) if uid == own || uid == 0 => return Ok(()),
+        Some(uid) => format!("user {uid}"),
+        None => "somebody on the network".to_owned(),
+    };
+    bail!(
+        "the command line of '{name}' was given by {by}: look at it (vm show {name}), and say it again behind --"
+    )
 }
 
 /// A volume as a disk: served from now on, unless it is already, or nothing is to be changed.
@@ -235,5 +256,25 @@ fn start(client: &Client, args: &VmRunArgs, vm: &Vm) -> anyhow::Result<Start> {
         }
         Some(_) => Ok(Start::Memory { path: path("start"), body: Value::Null }),
         None => Ok(Start::Boot),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn another_users_command_is_not_run() {
+        let own = rustix::process::geteuid().as_raw();
+        let launch = |owner| Launch { command: vec![], directory: "/".to_owned(), disks: vec![], owner };
+        let name = "web1".parse().unwrap();
+        for owner in [own, 0] {
+            assert!(check_owner(&name, &launch(Some(owner))).is_ok());
+        }
+        let why = check_owner(&name, &launch(Some(own + 4711))).unwrap_err().to_string();
+        assert!(why.contains("vm show web1"), "{why}");
+        assert!(check_owner(&name, &launch(None)).unwrap_err().to_string().contains("network"));
     }
 }

@@ -78,6 +78,16 @@ pub struct Launch {
     pub directory: String,
     /// Properties of each disk's `-device`, in the disks' order: `bootindex=0,addr=0x10`, or nothing.
     pub disks: Vec<String>,
+    /// The user who has said so, by the daemon's own knowledge (`SO_PEERCRED`); none if it came over the network. Nobody
+    /// should run somebody else's command as himself without having looked at it.
+    #[serde(default)]
+    pub owner: Option<u32>,
+}
+
+impl Launch {
+    pub(crate) fn said_by(self, owner: Option<u32>) -> Self {
+        Self { owner, ..self }
+    }
 }
 
 /// How a supervised QEMU does.

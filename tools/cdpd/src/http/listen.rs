@@ -40,6 +40,16 @@ pub(crate) enum Peer {
     Remote(SocketAddr),
 }
 
+impl Peer {
+    /// Its user, if that is certain.
+    pub(crate) fn uid(self) -> Option<u32> {
+        match self {
+            Self::Local { uid, .. } => Some(uid),
+            Self::Remote(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

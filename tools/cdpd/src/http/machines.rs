@@ -3,18 +3,18 @@
 use std::str::FromStr;
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::{FromRequestParts, Path, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::Response;
+use axum::{Extension, Json};
 use cdp_store::{CheckpointMode, VmInfo, VmSpec};
 use cdp_types::{Instant, VmName, VolumeName};
 use serde::Deserialize;
 
 use super::extract::{Body, Params, invalid};
 use super::stream::orders;
-use super::{App, blocking};
+use super::{App, Peer, blocking};
 use crate::api::{
     ApiError, Checkpoint, CheckpointChange, ErrorKind, NewCheckpoint, NewVm, NewVmClone, Reverted, Schedule,
     SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
@@ -68,9 +68,10 @@ pub(super) async fn show(State(app): State<Arc<App>>, Machine(name): Machine) ->
 /// `POST /v1/vms`
 pub(super) async fn register(
     State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
     Body(new): Body<NewVm>,
 ) -> Result<(StatusCode, Json<Vm>), ApiError> {
-    check(&new)?;
+    let new = checked(new, peer)?;
     let vm = blocking(&app, move |app| {
         let settings = Settings { agent: new.agent, launch: new.launch, ..Settings::default() };
         let spec = VmSpec { volumes: new.volumes, qmp: Some(new.qmp), settings: settings.to_json() };
@@ -85,9 +86,10 @@ pub(super) async fn register(
 pub(super) async fn put(
     State(app): State<Arc<App>>,
     Machine(name): Machine,
+    Extension(peer): Extension<Peer>,
     Body(new): Body<NewVm>,
 ) -> Result<Json<Vm>, ApiError> {
-    check(&new)?;
+    let new = checked(new, peer)?;
     if new.name != name {
         return Err(invalid(format!("'{}' is to be put where '{name}' is", new.name)));
     }
@@ -113,29 +115,32 @@ pub(super) async fn put(
     vm.await.map(Json)
 }
 
-fn check(new: &NewVm) -> Result<(), ApiError> {
-    for path in [Some(&new.qmp), new.agent.as_ref()].into_iter().flatten() {
-        check_path(path)?;
-    }
+fn checked(new: NewVm, peer: Peer) -> Result<NewVm, ApiError> {
+    check_paths(&new.qmp, new.agent.as_ref())?;
     if new.volumes.is_empty() {
         return Err(invalid("a machine without disks has nothing that could be put back"));
     }
-    Ok(())
+    let launch = new.launch.map(|launch| launch.said_by(peer.uid()));
+    Ok(NewVm { launch, ..new })
 }
 
-fn check_path(path: &str) -> Result<(), ApiError> {
-    if path.starts_with('/') { Ok(()) } else { Err(invalid(format!("'{path}' is no absolute path"))) }
+fn check_paths(qmp: &String, agent: Option<&String>) -> Result<(), ApiError> {
+    match [Some(qmp), agent].into_iter().flatten().find(|path| !path.starts_with('/')) {
+        Some(path) => Err(invalid(format!("'{path}' is no absolute path"))),
+        None => Ok(()),
+    }
 }
 
 /// `POST /v1/vms/{name}/clone`
 pub(super) async fn clone(
     State(app): State<Arc<App>>,
     Machine(name): Machine,
+    Extension(peer): Extension<Peer>,
     Body(new): Body<NewVmClone>,
 ) -> Result<(StatusCode, Json<Vm>), ApiError> {
-    for path in [Some(&new.qmp), new.agent.as_ref()].into_iter().flatten() {
-        check_path(path)?;
-    }
+    check_paths(&new.qmp, new.agent.as_ref())?;
+    let launch = new.launch.map(|launch| launch.said_by(peer.uid()));
+    let new = NewVmClone { launch, ..new };
     let vm = blocking(&app, move |app| view(app, copies::copy(&app.store, &name, new)?));
     Ok((StatusCode::CREATED, Json(vm.await?)))
 }
