@@ -2,19 +2,17 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{Channel, Guest};
+use super::{Channel, Guest, Places, connect};
 use crate::cdpd::Tool;
 use crate::initramfs;
 use crate::kernel::Kernel;
-use crate::process::{Process, tied, wait_for};
+use crate::process::{Process, tied};
 use crate::programs::{qemu_version, system};
 use crate::qmp::Qmp;
 use crate::scene::Scene;
@@ -70,16 +68,6 @@ impl Default for GuestBuilder {
             supervised: false,
         }
     }
-}
-
-/// Paths that QEMU and the host meet at.
-struct Places {
-    console: PathBuf,
-    console_socket: PathBuf,
-    agent: PathBuf,
-    qmp: PathBuf,
-    log: PathBuf,
-    initramfs: PathBuf,
 }
 
 impl GuestBuilder {
@@ -194,8 +182,7 @@ impl GuestBuilder {
             Boot::Agent if self.incoming.is_none() => Some(Channel::new(connect(&places.agent)?)?),
             Boot::Agent | Boot::Disk | Boot::Shell => None,
         };
-        let Places { console, console_socket, .. } = places;
-        let mut guest = Guest { name, channel, qmp, qemu, console, console_socket, keyboard: None };
+        let mut guest = Guest { name, channel, qmp, qemu, places, keyboard: None };
         if guest.channel.is_some() {
             guest.wait_boot(1)?;
             if self.network {
@@ -300,9 +287,4 @@ fn named_socket(id: &str, path: &Path, more: &str) -> String {
 
 fn listening(path: &Path, more: &str) -> String {
     format!("unix:{},server=on,wait=off{more}", path.display())
-}
-
-fn connect(socket: &Path) -> Result<UnixStream> {
-    let what = format!("QEMU's socket {}", socket.display());
-    wait_for(&what, Duration::from_secs(30), || Ok(UnixStream::connect(socket).ok()))
 }

@@ -52,6 +52,13 @@ impl Channel {
         Ok(Self { port, next_id: 0, shared })
     }
 
+    /// Listens on the port of an agent that was put back with its machine: in the middle of whatever it did.
+    pub(super) fn resumed(mut port: UnixStream) -> Result<Self> {
+        // Ends what it had heard of a line.
+        port.write_all(b"\n")?;
+        Self::new(port)
+    }
+
     /// How often the guest's agent has started.
     pub(super) fn boots(&self) -> u64 {
         lock(&self.shared).boots

@@ -31,10 +31,20 @@ pub struct Guest {
     channel: Option<Channel>,
     qmp: Qmp,
     qemu: Process,
-    console: PathBuf,
-    console_socket: PathBuf,
+    places: Places,
     /// Kept once it is there: QEMU forgets what a connection that has gone had typed.
     keyboard: Option<UnixStream>,
+}
+
+/// Paths that QEMU and the host meet at.
+#[derive(Debug)]
+struct Places {
+    console: PathBuf,
+    console_socket: PathBuf,
+    agent: PathBuf,
+    qmp: PathBuf,
+    log: PathBuf,
+    initramfs: PathBuf,
 }
 
 /// Connects to the console. What it says is in its log already, but must be read, or QEMU would stop for it.
@@ -43,6 +53,12 @@ fn connect_keyboard(socket: &Path) -> Result<UnixStream> {
     let mut screen = keyboard.try_clone()?;
     std::thread::spawn(move || std::io::copy(&mut screen, &mut std::io::sink()));
     Ok(keyboard)
+}
+
+/// Connects to a socket of QEMU once it is there.
+fn connect(socket: &Path) -> Result<UnixStream> {
+    let what = format!("QEMU's socket {}", socket.display());
+    wait_for(&what, Duration::from_secs(30), || Ok(UnixStream::connect(socket).ok()))
 }
 
 impl Guest {
@@ -85,6 +101,17 @@ impl Guest {
     /// As [`Guest::run`].
     pub fn drop_caches(&mut self) -> Result<()> {
         self.run("sync && echo 3 >/proc/sys/vm/drop_caches").map(drop)
+    }
+
+    /// Speaks to the QEMU that has taken the place of the one before, and to the agent of the machine that was put into it.
+    ///
+    /// # Errors
+    /// There is none, or the agent does not answer.
+    pub fn reconnect(&mut self) -> Result<()> {
+        self.keyboard = None;
+        self.qmp = Qmp::connect(&self.places.qmp)?;
+        self.channel = Some(Channel::resumed(connect(&self.places.agent)?)?);
+        self.run("true").map(drop)
     }
 
     /// QEMU's control socket.
@@ -130,7 +157,7 @@ impl Guest {
     /// # Errors
     /// It has not, within `limit`, or QEMU has ended.
     pub fn wait_console(&mut self, text: &str, limit: Duration) -> Result<()> {
-        let console = self.console.clone();
+        let console = self.places.console.clone();
         wait_for(&format!("'{text}' on the console"), limit, || {
             self.qemu.must_run()?;
             let said = std::fs::read(&console).unwrap_or_default();
@@ -146,7 +173,7 @@ impl Guest {
     pub fn type_console(&mut self, text: &str) -> Result<()> {
         let keyboard = match &mut self.keyboard {
             Some(keyboard) => keyboard,
-            empty => empty.insert(connect_keyboard(&self.console_socket)?),
+            empty => empty.insert(connect_keyboard(&self.places.console_socket)?),
         };
         keyboard.write_all(text.as_bytes())?;
         Ok(())
@@ -155,7 +182,7 @@ impl Guest {
     /// What the console has said so far.
     #[must_use]
     pub fn console(&self) -> &Path {
-        &self.console
+        &self.places.console
     }
 
     fn channel(&mut self) -> Result<&mut Channel> {
@@ -163,7 +190,7 @@ impl Guest {
     }
 
     fn wait_boot(&mut self, boots: u64) -> Result<()> {
-        let console = self.console.clone();
+        let console = self.places.console.clone();
         wait_for(&format!("{} to boot", self.name), BOOT, || {
             self.qemu.must_run()?;
             Ok((self.channel()?.boots() >= boots).then_some(()))

@@ -67,15 +67,15 @@ fn tell(scene: &Scene, narrator: &mut Narrator) -> Result<()> {
     let tool = cdpd.tool();
     narrator.say("$ cdpd --store DIR &");
     narrator.tool(&tool, &["volume", "create", "web1", "--size", "1G"])?;
-    let socket = scene.path("web1.sock");
-    let path = socket.to_string_lossy().into_owned();
-    narrator.tool(&tool, &["volume", "serve", "web1", "--vhost-user", &path, "--queues", "2"])?;
 
     narrator.chapter("Boot a Linux guest whose disk that is (QEMU, without KVM: give it some seconds)");
-    let mut guest = Guest::builder().disk(&socket).queues(2).smp(2).boot(scene)?;
+    let run = ["vm", "run", "web1", "--volume", "web1"];
+    narrator.say(&format!("$ {} -- qemu-system-x86_64 -m 256 -smp 2 … &", Tool::shown(&run)));
+    let mut guest = Guest::builder().smp(2).run_by(scene, &tool, &run)?;
     narrator.guest(&mut guest, "mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && df -h /mnt")?;
 
     the_mistake(narrator, &tool, &mut guest)?;
+    the_whole_machine(narrator, &tool, &mut guest)?;
     the_killed_server(narrator, &mut cdpd, &mut guest)?;
     the_power_cord(narrator, &mut cdpd, guest)?;
 
@@ -118,6 +118,28 @@ fn the_mistake(narrator: &mut Narrator, tool: &Tool, guest: &mut Guest) -> Resul
         let expected = if at == "web1@head" { "balance: 0000\n" } else { "balance: 1000\n" };
         ensure!(ledger == expected, "{at} should say {expected}");
     }
+    Ok(())
+}
+
+/// The machine itself goes back: what it had in memory, what ran, what was on its disk.
+fn the_whole_machine(narrator: &mut Narrator, tool: &Tool, guest: &mut Guest) -> Result<()> {
+    narrator.chapter("Save the running machine, ruin it, and go back: memory, processes and disk");
+    narrator.guest(guest, "mkdir -p /mnt/site && echo welcome >/mnt/site/index && sync && ls /mnt")?;
+    narrator.say("guest# (a process that counts, in memory only)");
+    guest.run(
+        "(n=0; while :; do n=$((n+1)); echo $n >/tmp/count; sleep 0.1; done) </dev/null >/dev/null 2>&1 &",
+    )?;
+    guest.run("sleep 1")?;
+    narrator.tool(tool, &["checkpoint", "take", "web1", "--label", "good"])?;
+    let saved: u64 = narrator.guest(guest, "cat /tmp/count")?.trim().parse()?;
+    narrator.guest(guest, "sleep 3; rm -rf /mnt/* && sync && ls /mnt && cat /tmp/count")?;
+    narrator.tool(tool, &["vm", "revert", "web1", "--to", "good"])?;
+    guest.reconnect()?;
+    let count: u64 = narrator.guest(guest, "cat /tmp/count")?.trim().parse()?;
+    narrator.say("The process counts on from there. It never noticed.");
+    ensure!(count < saved + 25, "the count is {count}, and was {saved} right after the checkpoint");
+    let found = narrator.guest(guest, "cat /mnt/site/index && rm -r /mnt/site && sync")?;
+    ensure!(found == "welcome\n", "/mnt/site/index says {found}");
     Ok(())
 }
 
@@ -186,10 +208,11 @@ fn summary(scene: &Scene, narrator: &Narrator) {
     println!("  cdpd --store ~/store &");
     println!("  export CDP_STORE=~/store");
     println!("  cdp-tool volume create web1 --size 10G            # or --from disk.qcow2");
-    println!("  cdp-tool volume serve web1 --vhost-user /tmp/web1.sock");
-    println!("  cargo run --release -p xtask -- guest /tmp/web1.sock   # a shell in a guest");
+    println!(
+        "  cdp-tool vm run web1 --volume web1 -- qemu-system-x86_64 -accel kvm -m 2G -cdrom installer.iso"
+    );
     println!("  cdp-tool extract web1@-5m five-minutes-ago.img");
-    println!("\nHow to attach a QEMU or libvirt guest of yours is in README.md.");
+    println!("\nHow to attach a QEMU or libvirt guest that you start yourself is in README.md.");
     if std::env::var_os("KEEP").is_some() {
         println!("KEEP is set: the store is still in {}.", scene.dir().display());
     } else {
