@@ -99,14 +99,18 @@ fn a_copy_of_a_running_machine_runs_beside_it() {
         is_sound(&copy)?;
         copy.kill()?;
 
-        // One that is not started yet, and whose disk is written before: its memory does not fit any more.
+        // One that has not been started yet, and whose disk is written before: its memory does not fit any more.
         tool.run(&["vm", "clone", "web1", "web3", "--at", "1", "--no-run"])?;
         let shown = tool.json(&["vm", "show", "web3"])?;
         ensure!(shown["start_from"]["vm"] == "web1", "{shown}");
-        let mut other = builder().run_by(scene, &tool, &["vm", "run", "web3", "--boot"])?;
-        other.run("head -c 4096 /dev/urandom >/dev/vda && sync")?;
+        let socket = tool.serve(scene, "web3", 2)?;
+        let mut stranger = Guest::builder().disk(&socket).boot(scene)?;
+        stranger.run("head -c 4096 /dev/urandom >/dev/vda && sync")?;
+        stranger.kill()?;
+        let said = tool.refused(&["vm", "run", "web3"])?;
+        ensure!(said.contains("has been written since"), "{said}");
+        builder().run_by(scene, &tool, &["vm", "run", "web3", "--boot"])?.kill()?;
         ensure!(tool.json(&["vm", "show", "web3"])?["start_from"].is_null());
-        other.kill()?;
         guest.kill()?;
         cdpd.stop()
     });
