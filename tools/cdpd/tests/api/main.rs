@@ -4,6 +4,7 @@
 
 mod guest;
 mod history;
+mod machines;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};

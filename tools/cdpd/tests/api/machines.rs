@@ -1,0 +1,110 @@
+//! Machines: what is remembered of them, and who looks after them. Their checkpoints need a QEMU: see the crate `e2e`.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use cdpd::api::{ApiError, ErrorKind, Order, Schedule, Supervised, Vm};
+use cdpd::client::{Client, Step};
+use hyper::Method;
+use serde_json::{Value, json};
+
+use crate::{Bench, MIB};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+impl Bench {
+    fn put_vm(&self, name: &str, volumes: &[&str], launch: &Value) -> Result<Vm, ApiError> {
+        let body = json!({ "name": name, "volumes": volumes, "qmp": "/nowhere/q", "launch": launch });
+        self.client.send(Method::PUT, &format!("/v1/vms/{name}"), &body)
+    }
+
+    fn vm(&self, name: &str) -> Vm {
+        self.client.get(&format!("/v1/vms/{name}")).unwrap()
+    }
+}
+
+fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
+    let by = Instant::now() + LIMIT;
+    while !reached() {
+        assert!(Instant::now() < by, "waited in vain until {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_machine_is_put_and_put_again_and_its_settings_survive_a_restart() {
+    let mut bench = Bench::new();
+    bench.create("web1", MIB).unwrap();
+    bench.create("data", MIB).unwrap();
+    let launch = json!({ "command": ["qemu", "-m", "1G"], "directory": "/", "disks": [""], "owner": 4711 });
+    let vm = bench.put_vm("web1", &["web1"], &launch).unwrap();
+    let own = rustix::process::geteuid().as_raw();
+    assert_eq!(vm.launch.unwrap().owner, Some(own), "the daemon knows better who has said so");
+
+    let schedule: Value = json!({ "every_s": 300, "keep": 12 });
+    let path = "/v1/vms/web1/schedule";
+    bench.client.send::<Vm>(Method::PUT, path, &schedule).unwrap();
+    for (every_s, keep) in [(1, 12), (300, 0)] {
+        let refused =
+            bench.client.send::<Vm>(Method::PUT, path, &json!({ "every_s": every_s, "keep": keep }));
+        assert_eq!(refused.unwrap_err().kind, ErrorKind::Invalid);
+    }
+    // Other disks are fine as long as there are no checkpoints; the schedule stays.
+    bench.put_vm("web1", &["web1", "data"], &Value::Null).unwrap();
+    bench.restart();
+    let vm = bench.vm("web1");
+    assert_eq!(vm.volumes.len(), 2);
+    assert!(vm.launch.is_none());
+    assert!(matches!(vm.schedule, Some(Schedule { every_s: 300, keep: 12, .. })));
+    assert!(bench.client.delete::<Vm>(path).unwrap().schedule.is_none());
+
+    assert_eq!(bench.put_vm("web2", &["web1"], &Value::Null).unwrap_err().kind, ErrorKind::Busy);
+    assert_eq!(bench.put_vm("web2", &[], &Value::Null).unwrap_err().kind, ErrorKind::Invalid);
+    assert_eq!(bench.put_vm("web2", &["nosuch"], &Value::Null).unwrap_err().kind, ErrorKind::NotFound);
+}
+
+#[test]
+fn what_is_no_clone_is_not_started_from_memory() {
+    let bench = Bench::new();
+    bench.create("web1", MIB).unwrap();
+    bench.put_vm("web1", &["web1"], &Value::Null).unwrap();
+    let started = bench.client.send::<Value>(Method::POST, "/v1/vms/web1/start", &Value::Null).unwrap_err();
+    assert!(started.message.contains("no clone"), "{started:?}");
+    let clone = json!({ "at": "7", "name": "web2", "qmp": "/nowhere/q2" });
+    let refused = bench.client.send::<Vm>(Method::POST, "/v1/vms/web1/clone", &clone).unwrap_err();
+    assert!(refused.message.contains("no checkpoint '7'"), "{refused:?}");
+    assert_eq!(bench.show("web2").unwrap_err().kind, ErrorKind::NotFound, "nothing was made");
+}
+
+#[test]
+fn one_supervisor_at_a_time_is_heard_and_missed() {
+    let mut bench = Bench::new();
+    bench.create("web1", MIB).unwrap();
+    bench.put_vm("web1", &["web1"], &Value::Null).unwrap();
+    let path = "/v1/vms/web1/supervisor";
+    let report = json!({ "state": "running" });
+    let early = bench.client.send::<()>(Method::PUT, path, &report).unwrap_err();
+    assert_eq!(early.kind, ErrorKind::NotFound);
+
+    // Attached for as long as its connection lasts, which is until `go_on` says no.
+    let attach = |go_on: fn(Order) -> bool| {
+        let store = bench.store();
+        thread::spawn(move || {
+            let client = Client::find(&store).unwrap().unwrap();
+            client.lines::<Order, ()>(Method::POST, "/v1/vms/web1/supervisor", &mut |step| match step {
+                Step::Item(order) => go_on(order),
+                Step::Progress(_) => true,
+            })
+        })
+    };
+    attach(|_| false).join().unwrap().unwrap();
+    wait_until("its end is noticed", || bench.vm("web1").supervised.is_none());
+    let listening = attach(|_| true);
+    wait_until("it is attached", || bench.vm("web1").supervised == Some(Supervised::Starting));
+    bench.client.send::<()>(Method::PUT, path, &report).unwrap();
+    assert_eq!(bench.vm("web1").supervised, Some(Supervised::Running));
+    let second = attach(|_| true).join().unwrap().unwrap_err();
+    assert_eq!(second.kind, ErrorKind::Busy);
+    bench.stop();
+    assert!(listening.join().unwrap().is_err(), "a daemon that stops ends the connection");
+}
