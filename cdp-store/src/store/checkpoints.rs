@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::branches::Turn;
-use super::memory::{complete, memory_of, stale_memory};
+use super::memory::{complete, goes_on_from, is_named, memory_of, stale_memory};
 use super::vms::{MAX_JSON_BYTES, check_json, check_no_attempt, names, vm_row};
 use super::{EpochCut, Reverted, Store};
 use crate::catalogue::{
@@ -78,10 +78,14 @@ impl Store {
     pub fn begin_checkpoint(&self, vm: &VmName, spec: CheckpointSpec) -> Result<CheckpointInfo> {
         check_json("what is to be restored", &spec.restore)?;
         let mut ledger = self.ledger();
+        let row = vm_row(ledger.catalogue(), vm)?.clone();
+        check_no_attempt(ledger.catalogue(), &row)?;
+        check_label(ledger.catalogue(), row.id, spec.label.as_ref())?;
+        // 1. Crash after this: the machine's next image is a whole one, which is always right.
+        self.replace_worn_memory(&mut ledger, &row)?;
+        // 2. Crash after this: it was begun.
         let catalogue = ledger.catalogue();
         let vm = vm_row(catalogue, vm)?;
-        check_no_attempt(catalogue, vm)?;
-        check_label(catalogue, vm.id, spec.label.as_ref())?;
         let memory = vm.memory.map(|id| self.volume_by_id(id)).transpose()?;
         let checkpoint = CheckpointRow {
             id: catalogue.next_checkpoint(),
@@ -287,13 +291,19 @@ impl Store {
             let why = if row.pinned { "is pinned; unpin it first" } else { "is being taken; abort it first" };
             return Err(Error::new(ErrorKind::Busy, format!("checkpoint {id} {why}")));
         }
-        let memory = ledger.catalogue().vms.get(&row.vm).and_then(|vm| vm.memory);
+        let catalogue = ledger.catalogue();
+        let in_use = catalogue.vms.get(&row.vm).and_then(|vm| vm.memory);
+        let memory = row.saved().map(|saved| saved.memory.volume);
+        let unnamed = memory.filter(|m| Some(*m) != in_use && !is_named(catalogue, *m, Some(id)));
         let mut changes = vec![Change::DeleteCheckpoint { checkpoint: id }];
-        if let Some(memory) = memory {
+        if let Some(volume) = unnamed {
+            changes.push(Change::Destroy { volume });
+        } else if let Some(memory) = memory {
             let head = self.volume_by_id(memory)?.row().branch;
-            changes.extend(stale_memory(ledger.catalogue(), memory, Some(head), Some(id)));
+            changes.extend(stale_memory(catalogue, memory, Some(head), Some(id)));
         }
         self.commit(&mut ledger, &changes)?;
+        self.end_memory(&ledger, unnamed);
         drop(ledger);
         self.reclaim_now_or_later();
         Ok(())
@@ -340,13 +350,10 @@ impl Store {
         turns.extend(memory);
         let mut volumes = self.go_back(&turns, force, &|catalogue| {
             let (row, saved, _) = check(catalogue)?;
-            let mut changes = vec![Change::VmCurrent { vm: row.id, checkpoint: Some(to) }];
-            if moved {
-                changes.extend(stale_memory(catalogue, saved.memory.volume, None, None));
-            }
-            Ok(changes)
+            Ok(goes_on_from(catalogue, &row, Some(to), Some(saved.memory.volume), moved))
         })?;
         volumes.truncate(saved.members.len());
+        self.end_destroyed_memory(row.memory);
         self.reclaim_now_or_later();
         Ok(VmReverted { volumes, previous: row.current })
     }

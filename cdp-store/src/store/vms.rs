@@ -1,5 +1,6 @@
 //! Virtual machines that are registered with a store: which disks belong together, and how to reach QEMU.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 
 use cdp_types::{CheckpointId, VmId, VmName, VolumeId, VolumeName};
@@ -156,16 +157,12 @@ impl Store {
             let text = format!("machine '{name}' has {} checkpoints; say that they go too", complete.len());
             return Err(Error::new(ErrorKind::Busy, text));
         }
+        let saved = complete.iter().filter_map(|c| c.saved()).map(|saved| saved.memory.volume);
+        let memory: BTreeSet<VolumeId> = saved.chain(vm.memory).collect();
         let mut changes = vec![Change::RemoveVm { vm: vm.id }];
-        changes.extend(vm.memory.map(|volume| Change::Destroy { volume }));
+        changes.extend(memory.iter().map(|&volume| Change::Destroy { volume }));
         self.commit(&mut ledger, &changes)?;
-        if let Some(memory) = vm.memory.and_then(|id| self.volume_by_id(id).ok()) {
-            if let Some(row) = ledger.catalogue().volumes.get(&memory.id()) {
-                memory.update_row(row.clone());
-            }
-            memory.end_tenure(true);
-            memory.log().retire("its machine was removed");
-        }
+        self.end_memory(&ledger, memory);
         drop(ledger);
         self.reclaim_now_or_later();
         Ok(())

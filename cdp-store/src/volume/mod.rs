@@ -240,6 +240,16 @@ impl Volume {
         crate::log::live_chain(all.into_iter().map(|(_, s)| s).filter(|s| s.header.volume == self.id))
     }
 
+    /// Up to where its log is filled, in bytes: of all segments in use, the rest of the last one not counted.
+    pub(crate) fn logged_bytes(&self) -> u64 {
+        let chain = self.chain();
+        let (_, end) = self.log().acked_at();
+        let filled = |segment: &Arc<Segment>| {
+            if segment.header.incarnation == end.incarnation { end.offset } else { segment.header.capacity }
+        };
+        chain.iter().take_while(|segment| segment.header.incarnation <= end.incarnation).map(filled).sum()
+    }
+
     // -- Writing
 
     /// Gives a draft its place in the log; orders a segment where one is needed.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use cdp_store::{CheckpointMode, CheckpointSpec, CheckpointState, Epoch, EpochCut, ErrorKind, Store, VmSpec};
 use cdp_types::{
     BLOCK_SIZE, BlockDevice, CheckpointId, DeviceQueue, EpochId, Event, Instant, IoError, Origin, RequestId,
-    Seq, VmName, VolumeName, Wait,
+    Seq, VmName, VolumeId, VolumeName, Wait,
 };
 use rand::Rng;
 
@@ -17,7 +17,7 @@ use crate::reference::{logged, try_logged};
 const HELD: &str = "invariant 8 violated";
 
 /// Blocks of the machine's memory.
-const IMAGE_BLOCKS: u64 = 6;
+const IMAGE_BLOCKS: u64 = 3;
 /// Complete checkpoints; more, and the oldest goes.
 const MOST_CHECKPOINTS: usize = 4;
 
@@ -44,6 +44,10 @@ pub struct VmMemory {
     pub complete: BTreeMap<CheckpointId, Complete>,
     /// What its memory volume's head holds while no checkpoint is being taken.
     image: MemoryImage,
+    /// Which volume that is.
+    memory: Option<VolumeId>,
+    /// How often a worn one was replaced.
+    pub replaced: u32,
 }
 
 /// A change of the machine whose outcome nobody has heard of.
@@ -185,10 +189,27 @@ impl Machine {
             restore: serde_json::json!({ "pause-before-switchover": false }),
         };
         let begun = self.vm_change(VmChange::Begin, |store| store.begin_checkpoint(&vm_name(), spec));
+        if self.is_alive() {
+            self.note_replaced_memory();
+        }
         let image = self.vm.image.clone();
         if let (Some(info), Some(running)) = (begun, self.running.as_mut()) {
             running.attempt = Some(Attempt { id: info.id, epoch: None, cut: None, image });
         }
+    }
+
+    fn memory_id(&self) -> Option<VolumeId> {
+        self.store().vm(&vm_name()).ok()?.memory
+    }
+
+    /// Beginning a checkpoint may have replaced a worn memory volume: the new one holds nothing.
+    fn note_replaced_memory(&mut self) {
+        let memory = self.memory_id();
+        if self.vm.memory.is_some() && self.vm.memory != memory {
+            self.vm.image = MemoryImage::new();
+            self.vm.replaced += 1;
+        }
+        self.vm.memory = memory;
     }
 
     fn arm(&mut self, id: CheckpointId) {
@@ -228,6 +249,7 @@ impl Machine {
         let bytes = IMAGE_BLOCKS * BLOCK_SIZE;
         let opened = self.store().memory_volume(&vm_name(), bytes);
         let Some(volume) = self.expect(opened) else { return };
+        self.vm.memory = Some(volume.id());
         let Ok(mut queue) = volume.open_queue() else { return };
         let (block, stamp) = (self.rng.random_range(0..IMAGE_BLOCKS), self.number() << 16 | 1);
         match self.run_to_end(&mut *queue, cdp_types::RequestId(stamp), write_op(block, stamp, Origin(0))) {
@@ -333,6 +355,7 @@ impl Machine {
         let rewound = self.vm_change(VmChange::Rewind(to), |store| store.rewind_memory(&vm_name(), to));
         if rewound.is_some() {
             self.vm.image = to.map(|id| self.vm.complete[&id].image.clone()).unwrap_or_default();
+            self.vm.memory = self.memory_id();
             self.check_memory_head();
         }
     }
@@ -357,6 +380,7 @@ impl Machine {
                 self.note_revert(name, log, *seq);
             }
             self.vm.image = complete.image;
+            self.vm.memory = self.memory_id();
             self.check_memory_head();
         }
     }
@@ -378,6 +402,7 @@ impl Machine {
                     self.adopt_rewound(to);
                 }
             }
+            VmChange::Begin if registered => self.note_replaced_memory(),
             VmChange::Register(_)
             | VmChange::Remove
             | VmChange::Begin
@@ -394,6 +419,7 @@ impl Machine {
         if self.memory_head().is_none_or(|head| head == image) {
             self.vm.image = image;
         }
+        self.vm.memory = self.memory_id();
     }
 
     fn decide_machine_reverted(&mut self, id: CheckpointId) {
@@ -415,6 +441,7 @@ impl Machine {
                 self.note_revert(name, &log, *seq);
             }
             self.vm.image = complete.image;
+            self.vm.memory = self.memory_id();
             let current = self.store().vm(&vm_name()).unwrap().current;
             assert_eq!(current, Some(id), "{HELD}: the parent of the next checkpoint");
         }

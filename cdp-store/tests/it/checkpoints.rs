@@ -411,3 +411,50 @@ fn machines_are_kept_with_what_belongs_to_them() {
     let ids: Vec<u64> = store.vms().iter().map(|vm| vm.id.0).collect();
     assert_eq!(ids, [2, 3], "numbers are not given out again");
 }
+
+#[test]
+fn a_worn_memory_volume_is_replaced_and_goes_with_its_last_checkpoint() {
+    let (mut bench, vm) = bench(11);
+    let memory = |bench: &Bench| bench.machine.store().vm(&vm).unwrap().memory;
+    let (first, _) = take(&bench, &vm, 1);
+    let worn = memory(&bench).unwrap();
+    let mut last = first;
+    for stamp in 2.. {
+        assert!(stamp < 100, "it is never replaced");
+        last = take(&bench, &vm, stamp).0;
+        if memory(&bench) != Some(worn) {
+            // A whole image, of what was written since alone.
+            assert_eq!(memory_of(&bench, last), [stamp, 0]);
+            break;
+        }
+        bench.machine.store().delete_checkpoint(last).unwrap();
+    }
+    assert_eq!(memory_of(&bench, first), [1, 0], "{HELD}: a checkpoint in the old volume");
+    for how in [Crash::Kill, Crash::PowerCut] {
+        bench.restart(how);
+        assert_eq!(memory_of(&bench, first), [1, 0], "{HELD}: after a crash");
+    }
+    let fresh = memory(&bench).unwrap();
+    let segments_of = |bench: &Bench, id| {
+        bench.machine.store().segments().unwrap().into_iter().filter(|s| s.volume == id).count()
+    };
+
+    // Back to the old one: the machine goes on there, and the next checkpoint begins in a new one again.
+    bench.machine.store().rewind_memory(&vm, Some(first)).unwrap();
+    assert_eq!(memory(&bench), Some(worn));
+    assert_eq!(memory_head(&bench, &vm), [1, 0]);
+    bench.machine.store().revert_vm(&vm, last, false).unwrap();
+    assert_eq!((memory(&bench), memory_head(&bench, &vm)), (Some(fresh), memory_of(&bench, last)));
+
+    assert_ne!(segments_of(&bench, worn), 0);
+    bench.machine.store().delete_checkpoint(first).unwrap();
+    bench.restart(Crash::Kill);
+    assert_eq!(segments_of(&bench, worn), 0, "nothing names it, and it is still there");
+    assert_eq!(memory_of(&bench, last)[1], 0);
+    // The one in use stays, though nothing names it either.
+    bench.machine.store().delete_checkpoint(last).unwrap();
+    assert_eq!(memory(&bench), Some(fresh));
+    bench.machine.store().remove_vm(&vm, false).unwrap();
+    bench.restart(Crash::Kill);
+    assert_eq!(segments_of(&bench, fresh), 0);
+}

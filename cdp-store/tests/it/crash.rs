@@ -207,6 +207,14 @@ impl Machine {
     }
 }
 
+/// A crash test sees only what its workloads do.
+#[test]
+fn the_workloads_replace_worn_memory_volumes() {
+    let replaced: Vec<u32> = (0..12).map(|seed| workload(seed, None).vm.replaced).collect();
+    println!("replaced: {replaced:?}");
+    assert!(replaced.iter().sum::<u32>() > 3, "{replaced:?}");
+}
+
 #[test]
 fn a_crash_at_every_step_keeps_the_invariants() {
     for_each_seed(FAULTS, |seed| {
