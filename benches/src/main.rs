@@ -7,9 +7,11 @@
 //! - [`verify`] does not measure: it checks every byte, across abrupt disconnects and kills.
 //! - [`travel`] measures what reverts, clones and past instants cost, [`nbd`] our exports beside `qemu-nbd`'s.
 //! - [`recovery`] measures how long a killed daemon with a long log takes to its first read.
+//! - [`checkpoint`] measures what checkpoints of whole machines cost the guest.
 //!
 //! Nothing here links the programs under test, and nothing here passes or fails by the clock.
 
+mod checkpoint;
 mod client;
 mod compare;
 mod drive;
@@ -46,6 +48,8 @@ enum Command {
     Travel(travel::Args),
     /// Our NBD exports and qemu-nbd's of a raw file, in turn
     Nbd(nbd::Args),
+    /// What checkpoints cost a guest: how long it stands still, stalls, what is stored, how soon it is restored
+    Checkpoint(checkpoint::Args),
     /// Random requests with every byte checked, across abrupt disconnects and kills of the daemon
     Verify(verify::Args),
 }
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         Command::Recovery(args) => recovery::run(&args),
         Command::Travel(args) => travel::run(&args),
         Command::Nbd(args) => nbd::run(&args),
+        Command::Checkpoint(args) => checkpoint::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     match result {

@@ -142,6 +142,13 @@ impl Spread {
     }
 }
 
+/// The figure that so many percent are no higher than; 0 of none.
+pub(crate) fn percentile(figures: &[f64], percent: usize) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get((sorted.len() * percent).div_ceil(100).saturating_sub(1)).copied().unwrap_or_default()
+}
+
 /// One workload: all servers, and the first of them (ours, if it was measured) against each of the others.
 #[derive(Debug, Serialize)]
 pub(crate) struct WorkloadReport {
@@ -297,6 +304,13 @@ mod tests {
     fn medians_of_odd_and_even_numbers() {
         assert_eq!(Spread::of(vec![3.0, 1.0, 2.0]), Spread { median: 2.0, min: 1.0, max: 3.0 });
         assert_eq!(Spread::of(vec![4.0, 1.0, 2.0, 3.0]).median, 2.5);
+    }
+
+    #[test]
+    fn percentiles_are_figures_that_were_measured() {
+        let figures: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!([50, 99, 100].map(|percent| percentile(&figures, percent)), [100.0, 198.0, 200.0]);
+        assert_eq!(percentile(&figures[..1], 99), 200.0);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::drive::{self, Job};
 use crate::home::Home;
 use crate::machine::{Machine, need_space};
 use crate::nbd::{self, FirstByte};
-use crate::report::Spread;
+use crate::report::{Spread, percentile};
 use crate::server::{Ours, VOLUME};
 use crate::workload::{Access, Order};
 
@@ -135,7 +135,8 @@ fn measure(args: &Args, home: &Home, size_gib: u64, writes: u64) -> Result<Trave
     // Reads of blocks that were never written would cost nothing, in the past or in the present.
     let past_to_head = (writes >= written / BLOCK).then(|| reads(args, &ours, head)).transpose()?;
     ours.destroy()?;
-    let (revert_p99_ms, clone_p99_ms, first_byte_p99_ms) = (p99(&reverts), p99(&clones), p99(&first_bytes));
+    let [revert_p99_ms, clone_p99_ms, first_byte_p99_ms] =
+        [&reverts, &clones, &first_bytes].map(|figures| percentile(figures, 99));
     Ok(Travel {
         size_gib,
         writes,
@@ -185,12 +186,6 @@ fn reads(args: &Args, ours: &Ours, head: u64) -> Result<Spread> {
         ratios.push(past / present);
     }
     Ok(Spread::of(ratios))
-}
-
-fn p99(figures: &[f64]) -> f64 {
-    let mut sorted = figures.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get((sorted.len() * 99).div_ceil(100).saturating_sub(1)).copied().unwrap_or_default()
 }
 
 /// The daemon's HTTP API, by hand: a client library's start-up would be measured with it.

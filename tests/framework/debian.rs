@@ -1,6 +1,7 @@
 //! A real Debian, to be booted from a volume.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -23,8 +24,20 @@ pub const HOST_NAME: &str = "timetraveller";
 /// # Errors
 /// Not root, a program is missing, or Debian's mirror is out of reach.
 pub fn root_image() -> Result<PathBuf> {
+    image(RELEASE, "1G", &[])
+}
+
+/// The same with `PostgreSQL` as Debian packages it, which starts with the system.
+///
+/// # Errors
+/// As [`root_image`].
+pub fn postgresql_image() -> Result<PathBuf> {
+    image(&format!("{RELEASE}-postgresql"), "2G", &["postgresql"])
+}
+
+fn image(name: &str, size: &str, packages: &[&str]) -> Result<PathBuf> {
     let dir = cache()?.join("debian");
-    let image = dir.join(format!("{RELEASE}.ext4"));
+    let image = dir.join(format!("{name}.ext4"));
     if image.exists() {
         return Ok(image);
     }
@@ -38,9 +51,12 @@ pub fn root_image() -> Result<PathBuf> {
     let root = work.path().join("root");
     let made = work.path().join("root.ext4");
     bootstrap(&root)?;
+    if !packages.is_empty() {
+        install(&root, packages)?;
+    }
     configure(&root)?;
     let mut mke2fs = Command::new(system("mke2fs")?);
-    mke2fs.args(["-q", "-t", "ext4", "-L", "root", "-d"]).arg(&root).arg(&made).arg("1G");
+    mke2fs.args(["-q", "-t", "ext4", "-L", "root", "-d"]).arg(&root).arg(&made).arg(size);
     run_ok(&mut mke2fs, BOOTSTRAP)?;
     fs::rename(&made, &image)?;
     Ok(image)
@@ -55,6 +71,21 @@ fn bootstrap(root: &Path) -> Result<()> {
         let log = fs::read_to_string(root.join("debootstrap/debootstrap.log")).unwrap_or_default();
         anyhow::bail!("debootstrap: {}\n{}\n{log}", output.status, String::from_utf8_lossy(&output.stdout));
     }
+    Ok(())
+}
+
+/// Installs packages into a bootstrapped system, without starting what is in them: that would run on this machine.
+fn install(root: &Path, packages: &[&str]) -> Result<()> {
+    let policy = root.join("usr/sbin/policy-rc.d");
+    fs::write(&policy, "#!/bin/sh\nexit 101\n")?;
+    fs::set_permissions(&policy, fs::Permissions::from_mode(0o755))?;
+    // For the mirror's name.
+    fs::copy("/etc/resolv.conf", root.join("etc/resolv.conf"))?;
+    let mut apt = Command::new(system("chroot")?);
+    apt.arg(root).args(["env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C"]);
+    apt.args(["apt-get", "-q", "-y", "--no-install-recommends", "install"]).args(packages);
+    run_ok(&mut apt, BOOTSTRAP)?;
+    fs::remove_file(policy)?;
     Ok(())
 }
 

@@ -11,18 +11,22 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// How often a condition that nothing announces is looked at again.
 const POLL: Duration = Duration::from_millis(10);
+/// What counts of the time between two looks: a test that was itself stopped has not waited for anybody.
+const COUNTED: Duration = Duration::from_secs(5);
 
 /// Looks until `probe` has an answer.
 ///
 /// # Errors
 /// The probe's own, or that `what` did not happen within `limit`.
 pub fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + limit;
+    let (mut waited, mut looked) = (Duration::ZERO, Instant::now());
     loop {
         if let Some(answer) = probe()? {
             return Ok(answer);
         }
-        if Instant::now() >= deadline {
+        waited += looked.elapsed().min(COUNTED);
+        looked = Instant::now();
+        if waited >= limit {
             bail!("waited {limit:?} in vain for {what}");
         }
         std::thread::sleep(POLL);

@@ -17,6 +17,7 @@ const ANSWER: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Qmp {
     stream: BufReader<UnixStream>,
+    events: Vec<Value>,
 }
 
 impl Qmp {
@@ -28,7 +29,7 @@ impl Qmp {
         let what = format!("QEMU's socket {}", socket.display());
         let stream = wait_for(&what, ANSWER, || Ok(UnixStream::connect(socket).ok()))?;
         stream.set_read_timeout(Some(ANSWER))?;
-        let mut qmp = Self { stream: BufReader::new(stream) };
+        let mut qmp = Self { stream: BufReader::new(stream), events: Vec::new() };
         let greeting = qmp.read()?;
         greeting.get("QMP").with_context(|| format!("no QMP greeting: {greeting}"))?;
         qmp.execute("qmp_capabilities", json!({}))?;
@@ -52,7 +53,7 @@ impl Qmp {
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
             }
-            // Anything else is an event.
+            self.events.push(answer);
         }
     }
 
@@ -63,6 +64,16 @@ impl Qmp {
     pub fn status(&mut self) -> Result<String> {
         let answer = self.execute("query-status", json!({}))?;
         Ok(answer["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// The events since the last call, oldest first.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn take_events(&mut self) -> Result<Vec<Value>> {
+        // An answer comes behind all events before it.
+        self.status()?;
+        Ok(std::mem::take(&mut self.events))
     }
 
     fn read(&mut self) -> Result<Value> {

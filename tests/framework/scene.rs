@@ -45,9 +45,17 @@ impl Scene {
     /// The file system's.
     pub fn new() -> Result<Self> {
         let base = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+        Self::new_in(&base)
+    }
+
+    /// A new, empty directory in `base`.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn new_in(base: &Path) -> Result<Self> {
         let mut dir = tempfile::Builder::new()
             .prefix("hindsight-")
-            .tempdir_in(&base)
+            .tempdir_in(base)
             .with_context(|| format!("{}", base.display()))?;
         dir.disable_cleanup(std::env::var_os("KEEP").is_some());
         Ok(Self { dir, guests: Cell::new(0), allowed: RefCell::default() })

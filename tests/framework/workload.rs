@@ -76,6 +76,13 @@ pub fn block_content(block: u64) -> [u8; BLOCK] {
     std::array::from_fn(|at| word[at % word.len()])
 }
 
+/// Whether a page holds what `block_content` says, without making it: a guest does that all the time.
+#[must_use]
+pub fn holds_block(page: &[u8; BLOCK], block: u64) -> bool {
+    let word = mix(block).to_le_bytes();
+    page.chunks_exact(word.len()).all(|chunk| chunk == word)
+}
+
 /// One step of `splitmix64` (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
 #[must_use]
 pub fn mix(value: u64) -> u64 {
@@ -157,6 +164,14 @@ mod tests {
         fs::write(&path, &content).unwrap();
         let error = file.check(dir.path()).unwrap_err().to_string();
         assert!(error.contains(&format!("byte {last}")), "{error}");
+    }
+
+    #[test]
+    fn a_page_holds_its_block_and_no_other_and_one_wrong_byte_is_found() {
+        let mut page = block_content(7);
+        assert!(holds_block(&page, 7) && !holds_block(&page, 8));
+        page[BLOCK - 1] ^= 1;
+        assert!(!holds_block(&page, 7));
     }
 
     #[test]

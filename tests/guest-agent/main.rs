@@ -1,5 +1,6 @@
 //! Runs inside the guest: the host's commands (`serve`), and the workloads that need more than a shell.
 
+mod beat;
 mod memory;
 
 use std::collections::VecDeque;
@@ -20,8 +21,11 @@ guest-agent serve PORT                    run the commands that come in on a ser
 guest-agent write DIR SEED synced|lazy    write test files until DIR.stop exists
 guest-agent fill DIR SEED MIB             write test files of that many mebibytes
 guest-agent check DIR SEED                compare every test file in DIR with what it must contain
-guest-agent pages DISK PAGES BLOCKS       fill pages by direct reads of blocks, and check them, for ever
-guest-agent stamp DISK FIRST SLOTS        keep a counter in memory and in SLOTS blocks from FIRST on, for ever";
+guest-agent pages PAGES BLOCKS DISK...    fill pages by direct reads of blocks, and check them, for ever
+guest-agent stamp WRITERS FIRST SLOTS DISK...
+                                          keep counters in memory and in SLOTS blocks each from FIRST on, for ever
+guest-agent beat PORT FILL_MIB DIRTY_MIB [DISK]
+                                          fill memory, and say on a serial port every millisecond that we live";
 
 /// A writer keeps this many of its files, so that it can run for any time on any disk.
 const KEPT_FILES: usize = 150;
@@ -36,11 +40,17 @@ fn main() -> ExitCode {
         ["fill", dir, seed, mib] => {
             parse(seed).and_then(|seed| fill(Path::new(dir), seed, parse(mib)? << 20))
         }
-        ["pages", disk, pages, blocks] => {
-            parse(pages).and_then(|pages| memory::pages(Path::new(disk), pages, parse(blocks)?))
+        ["pages", pages, blocks, ref disks @ ..] => {
+            parse(pages).and_then(|pages| memory::pages(pages, parse(blocks)?, disks))
         }
-        ["stamp", disk, first, slots] => {
-            parse(first).and_then(|first| memory::stamp(Path::new(disk), first, parse(slots)?))
+        ["stamp", writers, first, slots, ref disks @ ..] => {
+            parse(writers).and_then(|writers| memory::stamp(writers, parse(first)?, parse(slots)?, disks))
+        }
+        ["beat", port, fill, dirty] => {
+            parse(fill).and_then(|fill| beat::run(port, fill, parse(dirty)?, None))
+        }
+        ["beat", port, fill, dirty, disk] => {
+            parse(fill).and_then(|fill| beat::run(port, fill, parse(dirty)?, Some(disk)))
         }
         ["check", dir, seed] => parse(seed).and_then(|seed| check(Path::new(dir), seed)),
         _ => Err(anyhow::anyhow!(USAGE)),

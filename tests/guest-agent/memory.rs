@@ -4,12 +4,13 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, PoisonError};
+use std::thread::ScopedJoinHandle;
+use std::time::Duration;
 
-use anyhow::{Context, Result};
-use e2e::workload::{BLOCK, block_content, mix};
+use anyhow::{Context, Result, bail};
+use e2e::workload::{BLOCK, holds_block, mix};
 use rustix::fs::OFlags;
 
 /// Threads that read at the same time.
@@ -19,31 +20,55 @@ const REPORT: Duration = Duration::from_millis(500);
 /// A buffer that the disk writes to directly.
 #[repr(align(4096))]
 #[derive(Clone)]
-struct Page([u8; BLOCK]);
+pub(crate) struct Page(pub(crate) [u8; BLOCK]);
 
-fn open(device: &Path) -> Result<File> {
+/// A device past the page cache.
+pub(crate) fn open(device: &str) -> Result<File> {
     let options =
         File::options().read(true).write(true).custom_flags(OFlags::DIRECT.bits() as i32).open(device);
-    options.with_context(|| device.display().to_string())
+    options.with_context(|| device.to_owned())
 }
 
-#[derive(Default)]
+fn open_all(disks: &[&str]) -> Result<Vec<File>> {
+    disks.iter().map(|disk| open(disk)).collect()
+}
+
+/// How often each thread has been around what is its own.
+struct Rounds(Mutex<Vec<u64>>);
+
+impl Rounds {
+    fn of(threads: u64) -> Self {
+        Self(Mutex::new(vec![0; threads as usize]))
+    }
+
+    fn one_more(&self, thread: u64) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)[thread as usize] += 1;
+    }
+
+    /// How often everything has been gone over: the slowest thread's.
+    fn least(&self) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().min().copied().unwrap_or(0)
+    }
+}
+
 struct Progress {
-    sweeps: AtomicU64,
+    sweeps: Rounds,
     refills: AtomicU64,
     mismatches: AtomicU64,
 }
 
-/// Fills that many pages by direct reads of the device's first `blocks` blocks, which hold what `block_content` says,
-/// checks all of them, refills them, and so on for ever.
-pub(crate) fn pages(device: &Path, pages: u64, blocks: u64) -> Result<()> {
-    let device = open(device)?;
-    let progress = Progress::default();
+/// Fills that many pages by direct reads of each disk's first `blocks` blocks, which hold what `block_content` says,
+/// checks all of them, refills them, and so on for ever. Readers take the disks in turn.
+pub(crate) fn pages(pages: u64, blocks: u64, disks: &[&str]) -> Result<()> {
+    let disks = open_all(disks)?;
+    let (refills, mismatches) = (AtomicU64::new(0), AtomicU64::new(0));
+    let progress = Progress { sweeps: Rounds::of(READERS), refills, mismatches };
     std::thread::scope(|scope| {
         let readers: Vec<_> = (0..READERS)
-            .map(|reader| {
-                let (device, progress) = (&device, &progress);
-                scope.spawn(move || read_for_ever(device, progress, reader, pages / READERS, blocks))
+            .zip(disks.iter().cycle())
+            .map(|(reader, disk)| {
+                let progress = &progress;
+                scope.spawn(move || read_for_ever(disk, progress, reader, pages / READERS, blocks))
             })
             .collect();
         while readers.iter().all(|reader| !reader.is_finished()) {
@@ -52,14 +77,19 @@ pub(crate) fn pages(device: &Path, pages: u64, blocks: u64) -> Result<()> {
             let Progress { sweeps, refills, mismatches } = &progress;
             say(&format!(
                 "pages: sweeps {} refills {} mismatches {}",
-                of(sweeps),
+                sweeps.least(),
                 of(refills),
                 of(mismatches)
             ))?;
         }
-        let ended = readers.into_iter().map(|reader| reader.join());
-        ended.filter_map(Result::ok).collect()
+        first_error(readers)
     })
+}
+
+/// Why the first thread that has ended did so: none of them should.
+fn first_error(threads: Vec<ScopedJoinHandle<'_, Result<()>>>) -> Result<()> {
+    let ended = threads.into_iter().find(ScopedJoinHandle::is_finished);
+    ended.and_then(|thread| thread.join().ok()).unwrap_or_else(|| bail!("a thread has panicked"))
 }
 
 fn read_for_ever(device: &File, progress: &Progress, reader: u64, count: u64, blocks: u64) -> Result<()> {
@@ -70,7 +100,7 @@ fn read_for_ever(device: &File, progress: &Progress, reader: u64, count: u64, bl
         for (page, &held) in pages.iter().zip(&held) {
             check(progress, page, held);
         }
-        progress.sweeps.fetch_add(1, Ordering::Relaxed);
+        progress.sweeps.one_more(reader);
         for _ in 0..count {
             random = mix(random);
             let (at, block) = ((random % count) as usize, random / count % blocks);
@@ -85,44 +115,77 @@ fn read_for_ever(device: &File, progress: &Progress, reader: u64, count: u64, bl
 
 /// Counts a page that does not hold the block that was read into it.
 fn check(progress: &Progress, page: &Page, held: Option<u64>) {
-    if held.is_some_and(|block| page.0 != block_content(block)) {
+    if held.is_some_and(|block| !holds_block(&page.0, block)) {
         progress.mismatches.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-/// Writes a counter into the blocks from `first` on, one after the other and around, and keeps it in memory: whoever
-/// restores one without the other is found out by the block to be written next, which must hold what was written there
-/// a round before, and by the last, which must hold what memory says.
-pub(crate) fn stamp(device: &Path, first: u64, slots: u64) -> Result<()> {
-    let device = open(device)?;
-    let mut page = Page([0; BLOCK]);
-    let (mut counter, mut mismatches) = (0u64, 0u64);
-    let mut said = Instant::now();
-    let place = |counter: u64| (first + counter % slots) * BLOCK as u64;
-    let expect = |page: &mut Page, counter: u64, value: u64| -> Result<u64> {
-        device.read_exact_at(&mut page.0, place(counter))?;
-        let mut stamp = [0; 8];
-        stamp.copy_from_slice(&page.0[..8]);
-        Ok(u64::from(u64::from_le_bytes(stamp) != value))
-    };
-    loop {
-        if counter > 0 {
-            mismatches += expect(&mut page, counter, counter)?;
+/// What the writers of stamps have done, all together.
+struct Stamped {
+    rounds: Rounds,
+    writes: AtomicU64,
+    mismatches: AtomicU64,
+}
+
+/// Has each of `writers` threads keep a counter in memory and in blocks of its own on every disk: `slots` of them each,
+/// from block `first` on.
+pub(crate) fn stamp(writers: u64, first: u64, slots: u64, disks: &[&str]) -> Result<()> {
+    let disks = open_all(disks)?;
+    let (writes, mismatches) = (AtomicU64::new(0), AtomicU64::new(0));
+    let stamped = Stamped { rounds: Rounds::of(writers), writes, mismatches };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..writers)
+            .map(|writer| {
+                let (disks, stamped) = (&disks, &stamped);
+                scope.spawn(move || stamp_for_ever(disks, stamped, writer, first + writer * slots, slots))
+            })
+            .collect();
+        while threads.iter().all(|thread| !thread.is_finished()) {
+            std::thread::sleep(REPORT);
+            say(&format!(
+                "stamp: rounds {} writes {} mismatches {}",
+                stamped.rounds.least(),
+                stamped.writes.load(Ordering::Relaxed),
+                stamped.mismatches.load(Ordering::Relaxed)
+            ))?;
         }
-        if counter >= slots {
-            mismatches += expect(&mut page, counter + 1, counter + 1 - slots)?;
+        first_error(threads)
+    })
+}
+
+/// Writes a counter into one slot after the other and around, the same on each disk in turn, and keeps it in memory:
+/// whoever restores one without the other is found out by the slot to be written next, which must hold what was written
+/// there a round before, and by the last, which must hold what memory says.
+fn stamp_for_ever(disks: &[File], stamped: &Stamped, writer: u64, first: u64, slots: u64) -> Result<()> {
+    let mut page = Page([0; BLOCK]);
+    let mut counter = 0u64;
+    loop {
+        for disk in disks {
+            let place = |counter: u64| (first + counter % slots) * BLOCK as u64;
+            let mut expect = |value: u64, place: u64| -> Result<()> {
+                disk.read_exact_at(&mut page.0, place)?;
+                let as_written = page.0[..8] == value.to_le_bytes();
+                stamped.mismatches.fetch_add(u64::from(!as_written), Ordering::Relaxed);
+                Ok(())
+            };
+            if counter > 0 {
+                expect(counter, place(counter))?;
+            }
+            if counter >= slots {
+                expect(counter + 1 - slots, place(counter + 1))?;
+            }
+            page.0[..8].copy_from_slice(&(counter + 1).to_le_bytes());
+            disk.write_all_at(&page.0, place(counter + 1))?;
+            stamped.writes.fetch_add(1, Ordering::Relaxed);
         }
         counter += 1;
-        page.0[..8].copy_from_slice(&counter.to_le_bytes());
-        device.write_all_at(&page.0, place(counter))?;
-        if said.elapsed() > REPORT {
-            said = Instant::now();
-            say(&format!("stamp: at {counter} mismatches {mismatches}"))?;
+        if counter.is_multiple_of(slots) {
+            stamped.rounds.one_more(writer);
         }
     }
 }
 
-fn say(line: &str) -> Result<()> {
+pub(crate) fn say(line: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{line}")?;
     Ok(stdout.flush()?)

@@ -1,73 +1,33 @@
 //! Whole machines are saved while they work, and go on from there: memory and disks of one instant.
 
-use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
-use e2e::{Cdpd, Guest, GuestBuilder, Scene, Tool, run_scene};
-use serde_json::Value;
+use anyhow::{Result, anyhow, ensure};
+use e2e::{Cdpd, Guest, run_scene};
 
 use crate::load::Load;
-
-/// A machine with one disk that holds what the load needs, registered as `web1`.
-fn machine(scene: &Scene, tool: &Tool) -> Result<(GuestBuilder, Guest)> {
-    let data = scene.path("data.img");
-    Load::image(&data)?;
-    tool.run(&["volume", "create", "web1", "--from", &data.to_string_lossy(), "--format", "raw"])?;
-    let socket = tool.serve(scene, "web1", 2)?;
-    let qmp = scene.path("web1.qmp");
-    let builder = Guest::builder().disk(&socket).queues(2).smp(2).qmp(&qmp);
-    let mut guest = builder.clone().boot(scene)?;
-    register(tool, &qmp)?;
-    Load::start(&mut guest)?;
-    Load::wait_for_progress(&guest, 4)?;
-    Ok((builder, guest))
-}
-
-fn register(tool: &Tool, qmp: &Path) -> Result<()> {
-    tool.run(&["vm", "register", "web1", "--qmp", &qmp.to_string_lossy(), "--volume", "web1"]).map(drop)
-}
-
-fn take(tool: &Tool, mode: &str) -> Result<Value> {
-    let taken = tool.json(&["checkpoint", "take", "web1", "--mode", mode])?;
-    println!("{mode}: {}", taken["figures"]);
-    Ok(taken)
-}
-
-fn id_of(checkpoint: &Value) -> Result<String> {
-    checkpoint["id"].as_u64().map(|id| id.to_string()).with_context(|| format!("no id in {checkpoint}"))
-}
-
-/// Ends a guest's QEMU as a power cut would, and has the machine go on from a checkpoint in another.
-fn go_back(scene: &Scene, tool: &Tool, builder: &GuestBuilder, guest: Guest, to: &str) -> Result<Guest> {
-    guest.kill()?;
-    let twin = builder.clone().waiting().boot(scene)?;
-    tool.run(&["vm", "revert", "web1", "--to", to])?;
-    Load::wait_for_word(&twin)?;
-    Load::wait_for_progress(&twin, 6)?;
-    ensure!(Load::mismatches(&twin)? == (0, 0), "memory and disk are not of one instant");
-    Ok(twin)
-}
+use crate::machine::{Machine, Shape, id_of};
 
 /// Takes checkpoints of a working machine, goes back to one of them, and from there does it once more.
 fn save_and_go_back(mode: &str) {
     run_scene(|scene| {
         let mut cdpd = Cdpd::start(scene)?;
         let tool = cdpd.tool();
-        let (builder, guest) = machine(scene, &tool)?;
+        let machine = Machine::new(scene, &tool, Shape::SIMPLE, None)?;
+        let guest = machine.boot()?;
         let mut taken = Vec::new();
         for _ in 0..3 {
-            taken.push(take(&tool, mode)?);
-            Load::wait_for_progress(&guest, 2)?;
+            taken.push(machine.take(mode)?);
+            Load::wait_for_progress(&guest, 1)?;
         }
         ensure!(Load::mismatches(&guest)? == (0, 0), "the guest itself has noticed something");
-        let guest = go_back(scene, &tool, &builder, guest, &id_of(&taken[1])?)?;
+        let guest = machine.go_back(guest, &id_of(&taken[1])?)?;
 
         // A machine that was restored can be saved, and that be restored.
-        let again = take(&tool, mode)?;
+        let again = machine.take(mode)?;
         ensure!(again["parent"] == taken[1]["id"], "it has not gone on from {}: {again}", taken[1]);
-        let guest = go_back(scene, &tool, &builder, guest, &id_of(&again)?)?;
-        let listed = tool.json_lines(&["checkpoint", "list", "web1"])?;
+        let guest = machine.go_back(guest, &id_of(&again)?)?;
+        let listed = machine.checkpoints()?;
         let complete = listed.iter().filter(|one| one["state"] == "committed").count();
         ensure!(complete == 4 && listed.len() == 4, "{listed:?}");
         guest.kill()?;
@@ -95,8 +55,9 @@ fn a_daemon_that_is_killed_while_it_saves_leaves_a_machine_that_runs_and_can_be_
     run_scene(|scene| {
         let mut cdpd = Cdpd::start(scene)?;
         let tool = cdpd.tool();
-        let (builder, guest) = machine(scene, &tool)?;
-        take(&tool, "hot")?;
+        let machine = Machine::new(scene, &tool, Shape::SIMPLE, None)?;
+        let guest = machine.boot()?;
+        machine.take("hot")?;
         for (mode, delay_ms) in [("hot", 60), ("live", 120), ("pause", 90), ("hot", 250)] {
             std::thread::scope(|threads| -> Result<()> {
                 let saving = threads.spawn(|| tool.json(&["checkpoint", "take", "web1", "--mode", mode]));
@@ -113,11 +74,11 @@ fn a_daemon_that_is_killed_while_it_saves_leaves_a_machine_that_runs_and_can_be_
             cdpd.start_again()?;
             Load::wait_for_progress(&guest, 1)?;
             ensure!(Load::mismatches(&guest)? == (0, 0), "the guest has noticed something");
-            let listed = tool.json_lines(&["checkpoint", "list", "web1"])?;
+            let listed = machine.checkpoints()?;
             ensure!(listed.iter().all(|one| one["state"] != "begun"), "{listed:?}");
         }
-        let last = take(&tool, "hot")?;
-        go_back(scene, &tool, &builder, guest, &id_of(&last)?)?.kill()?;
+        let last = machine.take("hot")?;
+        machine.go_back(guest, &id_of(&last)?)?.kill()?;
         tool.run(&["verify"])?;
         cdpd.stop()
     });
@@ -132,7 +93,7 @@ fn what_cannot_be_saved_is_refused_in_words_and_leaves_nothing() {
         let qmp = scene.path("web1.qmp");
         let said = tool.refused(&["checkpoint", "take", "web1"])?;
         ensure!(said.contains("web1"), "{said}");
-        register(&tool, &qmp)?;
+        tool.run(&["vm", "register", "web1", "--qmp", &qmp.to_string_lossy(), "--volume", "web1"])?;
         let said = tool.refused(&["checkpoint", "take", "web1"])?;
         ensure!(said.contains("web1.qmp"), "no QEMU is there: {said}");
         let said = tool.refused(&["volume", "destroy", "web1", "--yes", "--force"])?;
@@ -142,7 +103,7 @@ fn what_cannot_be_saved_is_refused_in_words_and_leaves_nothing() {
         let said = tool.refused(&["vm", "revert", "web1", "--to", "7"])?;
         ensure!(said.contains("no checkpoint '7'"), "{said}");
         guest.run("head -c 1024k /dev/urandom >/dev/vda && sync")?;
-        let taken = take(&tool, "hot")?;
+        let taken = tool.json(&["checkpoint", "take", "web1"])?;
         let said = tool.refused(&["vm", "revert", "web1", "--to", &id_of(&taken)?, "--disks-only"])?;
         ensure!(said.contains("-incoming defer"), "its guest runs: {said}");
         guest.kill()?;

@@ -74,11 +74,11 @@ fn receive_slowly(socket: &Path, saved: &Path) -> Result<JoinHandle<std::io::Res
 /// Saves a guest under load, and says how many mismatches its restored twin finds, in pages and in stamps.
 fn save_and_restore(scene: &Scene, mode: &str) -> Result<(u64, u64)> {
     let (data, copy, saved) = (scene.path("data.img"), scene.path("copy.img"), scene.path("saved.state"));
-    Load::image(&data)?;
+    Load::SIMPLE.image(&data)?;
     let mut disk = CutDisk::serve(scene, "disk", &data, mode)?;
     let mut guest = builder(&disk).boot(scene)?;
-    Load::start(&mut guest)?;
-    Load::wait_for_progress(&guest, 8)?;
+    Load::SIMPLE.start(&mut guest)?;
+    Load::wait_for_progress(&guest, 2)?;
 
     println!("{}", disk.command(&format!("arm {}", copy.display()))?);
     let capability = json!({ "capability": "background-snapshot", "state": true });
@@ -96,7 +96,7 @@ fn save_and_restore(scene: &Scene, mode: &str) -> Result<(u64, u64)> {
     println!("{mode}: saved in {} ms, downtime {} ms", migration["total-time"], migration["downtime"]);
     println!("{}", disk.command("close")?);
     receiver.join().map_err(|_| anyhow!("the receiver has panicked"))??;
-    Load::wait_for_progress(&guest, 8)?;
+    Load::wait_for_progress(&guest, 2)?;
     ensure!(Load::mismatches(&guest)? == (0, 0), "the guest itself has not noticed anything");
     guest.kill()?;
     drop(disk);
@@ -104,7 +104,7 @@ fn save_and_restore(scene: &Scene, mode: &str) -> Result<(u64, u64)> {
     let disk = CutDisk::serve(scene, "twin", &copy, "unguarded")?;
     let twin = builder(&disk).restored_from(&saved).boot(scene)?;
     Load::wait_for_word(&twin)?;
-    Load::wait_for_progress(&twin, 8)?;
+    Load::wait_for_progress(&twin, 2)?;
     let found = Load::mismatches(&twin)?;
     println!("{mode}: the restored guest finds {} pages and {} stamps that do not match", found.0, found.1);
     twin.kill()?;

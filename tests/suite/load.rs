@@ -10,46 +10,61 @@ use e2e::Guest;
 use e2e::process::wait_for;
 use e2e::workload::block_content;
 
-/// Blocks of known content, which are read into page buffers.
+/// Blocks of known content on each disk, which are read into page buffers.
 const BLOCKS: u64 = 8192;
-/// Blocks behind them, into which a counter is written that memory has as well.
-const STAMPS: u64 = 64;
+/// Blocks behind them for each writer, into which a counter is written that memory has as well.
+const SLOTS: u64 = 32;
 /// Page buffers.
 const PAGES: u64 = 8192;
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// `guest-agent pages` and `guest-agent stamp` on the first disk, heard on the console.
-pub(crate) struct Load;
+/// `guest-agent pages` and `guest-agent stamp` on all disks of a guest, heard on the console.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Load {
+    /// Disks of the guest; each holds the same.
+    pub(crate) disks: usize,
+    /// Threads that stamp, each all disks.
+    pub(crate) writers: u64,
+}
 
 impl Load {
-    /// Writes what the disk must hold to a raw image.
-    pub(crate) fn image(path: &Path) -> Result<()> {
+    /// One disk, one writer.
+    pub(crate) const SIMPLE: Self = Self { disks: 1, writers: 1 };
+
+    /// Writes what a disk must hold to a raw image.
+    pub(crate) fn image(self, path: &Path) -> Result<()> {
         let mut image = BufWriter::new(File::create(path)?);
         (0..BLOCKS).try_for_each(|block| image.write_all(&block_content(block)))?;
-        image.into_inner()?.set_len((BLOCKS + STAMPS) * 4096).map_err(Into::into)
+        image.into_inner()?.set_len((BLOCKS + self.writers * SLOTS) * 4096).map_err(Into::into)
     }
 
     /// Starts both programs.
-    pub(crate) fn start(guest: &mut Guest) -> Result<()> {
-        guest.run(&format!("guest-agent pages /dev/vda {PAGES} {BLOCKS} </dev/null >/dev/ttyS0 2>&1 &"))?;
-        guest.run(&format!("guest-agent stamp /dev/vda {BLOCKS} {STAMPS} </dev/null >/dev/ttyS0 2>&1 &"))?;
+    pub(crate) fn start(self, guest: &mut Guest) -> Result<()> {
+        let disks: Vec<String> =
+            ('a'..='z').take(self.disks).map(|letter| format!("/dev/vd{letter}")).collect();
+        let (disks, writers) = (disks.join(" "), self.writers);
+        for program in
+            [format!("pages {PAGES} {BLOCKS} {disks}"), format!("stamp {writers} {BLOCKS} {SLOTS} {disks}")]
+        {
+            guest.run(&format!("guest-agent {program} </dev/null >/dev/ttyS0 2>&1 &"))?;
+        }
         Ok(())
     }
 
     /// Waits until a restored guest has said anything.
     pub(crate) fn wait_for_word(guest: &Guest) -> Result<()> {
         wait_for("a word of the restored guest", LIMIT, || {
-            Ok(said(guest, "pages:", "sweeps").zip(said(guest, "stamp:", "at")).map(drop))
+            Ok(said(guest, "pages:", "sweeps").zip(said(guest, "stamp:", "rounds")).map(drop))
         })
     }
 
-    /// Waits until all pages have been checked that many times more, and all stamps written.
+    /// Waits until all pages have been checked that many times more, by the slowest reader, and all slots written.
     pub(crate) fn wait_for_progress(guest: &Guest, sweeps: u64) -> Result<()> {
-        let (before, stamp) =
-            (said(guest, "pages:", "sweeps").unwrap_or(0), said(guest, "stamp:", "at").unwrap_or(0));
+        let (before, rounds) =
+            (said(guest, "pages:", "sweeps").unwrap_or(0), said(guest, "stamp:", "rounds").unwrap_or(0));
         wait_for("sweeps over all pages", LIMIT, || {
             let swept = said(guest, "pages:", "sweeps").unwrap_or(0) >= before + sweeps;
-            let stamped = said(guest, "stamp:", "at").unwrap_or(0) > stamp + STAMPS;
+            let stamped = said(guest, "stamp:", "rounds").unwrap_or(0) > rounds;
             Ok((swept && stamped).then_some(()))
         })
     }

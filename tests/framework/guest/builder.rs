@@ -50,6 +50,7 @@ pub struct GuestBuilder {
     boot: Boot,
     incoming: Option<String>,
     more_qmp: Option<PathBuf>,
+    more_serial: Option<PathBuf>,
     /// `cdp-tool` starts it.
     supervised: bool,
 }
@@ -65,6 +66,7 @@ impl Default for GuestBuilder {
             boot: Boot::Agent,
             incoming: None,
             more_qmp: None,
+            more_serial: None,
             supervised: false,
         }
     }
@@ -135,6 +137,14 @@ impl GuestBuilder {
         self
     }
 
+    /// Gives it one more serial port, `/dev/ttyS2`, which is this socket here. What it says while nobody is connected is
+    /// lost.
+    #[must_use]
+    pub fn serial(mut self, socket: &Path) -> Self {
+        self.more_serial = Some(socket.to_owned());
+        self
+    }
+
     /// Starts QEMU and waits until the guest answers; one that boots from its disk or is restored is not waited for.
     ///
     /// # Errors
@@ -172,6 +182,9 @@ impl GuestBuilder {
         command.arg("-chardev").arg(named_socket("console", &places.console_socket, &log));
         command.arg("-chardev").arg(named_socket("agent", &places.agent, ""));
         command.args(["-serial", "chardev:console", "-serial", "chardev:agent"]);
+        if let Some(socket) = &self.more_serial {
+            command.arg("-chardev").arg(named_socket("more", socket, "")).args(["-serial", "chardev:more"]);
+        }
         if let Some((tool, words)) = runner {
             command = handed_over(scene, tool, words, &command)?;
         }

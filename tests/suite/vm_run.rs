@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::process::wait_for;
 use e2e::{Cdpd, Guest, GuestBuilder, Scene, Tool, run_scene};
 use serde_json::Value;
 
 use crate::load::Load;
+use crate::machine::id_of;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -18,18 +19,14 @@ fn builder() -> GuestBuilder {
 /// A machine under load, run by the tool.
 fn machine(scene: &Scene, tool: &Tool) -> Result<Guest> {
     let data = scene.path("data.img");
-    Load::image(&data)?;
+    Load::SIMPLE.image(&data)?;
     tool.run(&["volume", "create", "web1", "--from", &data.to_string_lossy(), "--format", "raw"])?;
     let mut guest = builder().run_by(scene, tool, &["vm", "run", "web1", "--volume", "web1,addr=0x10"])?;
     let place = guest.run("readlink /sys/block/vda")?;
     ensure!(place.contains(":10.0/"), "the disk's properties have not arrived: {place}");
-    Load::start(&mut guest)?;
+    Load::SIMPLE.start(&mut guest)?;
     Load::wait_for_progress(&guest, 4)?;
     Ok(guest)
-}
-
-fn id_of(checkpoint: &Value) -> Result<String> {
-    checkpoint["id"].as_u64().map(|id| id.to_string()).with_context(|| format!("no id in {checkpoint}"))
 }
 
 fn supervised(tool: &Tool, vm: &str) -> Result<Value> {
