@@ -75,6 +75,12 @@ impl Ledger {
         Ok(())
     }
 
+    /// Whether a record could not be written, so that only the next opening can say whether it counts.
+    #[must_use]
+    pub fn is_undecided(&self) -> bool {
+        self.log.poisoned().is_some()
+    }
+
     /// Writes rows and the position that they bring the database to. What fails here is made up for by the next
     /// opening, so it is no reason to fail a change that is durable already.
     pub fn write_rows(&mut self, mut rows: WriteBatch) {

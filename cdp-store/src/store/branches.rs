@@ -152,7 +152,7 @@ impl Store {
             .collect();
         let mut changes: Vec<Change> = rows.iter().map(|&branch| Change::Revert { branch }).collect();
         changes.extend(further);
-        self.commit(&mut ledger, &changes)?;
+        self.commit_over(&mut ledger, &changes, turns.iter().map(|turn| &turn.volume))?;
         let mut reverted = Vec::with_capacity(rows.len());
         for ((Turn { volume, to: at }, branch), &undo) in turns.iter().zip(&rows).zip(undo) {
             let at = *at;

@@ -112,6 +112,23 @@ impl Store {
         ledger.commit(&self.inner.shared.log, changes)
     }
 
+    /// Commits what takes something away from volumes: their head, or their life. If it cannot be written, only the next
+    /// opening can say whether it has happened, so nothing more is acknowledged that it might take away.
+    fn commit_over<'a>(
+        &self,
+        ledger: &mut Ledger,
+        changes: &[Change],
+        volumes: impl IntoIterator<Item = &'a Arc<Volume>>,
+    ) -> Result<()> {
+        let committed = self.commit(ledger, changes);
+        if committed.as_ref().is_err_and(|error| error.kind() == ErrorKind::Io) && ledger.is_undecided() {
+            for volume in volumes {
+                volume.stop_writes("whether it was reverted or destroyed could not be written down");
+            }
+        }
+        committed
+    }
+
     fn all_volumes(&self) -> Vec<Arc<Volume>> {
         let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
         volumes.values().cloned().collect()

@@ -38,7 +38,10 @@ impl Store {
     pub(super) fn remove(&self, volume: Arc<Volume>) -> Result<()> {
         let mut ledger = self.ledger();
         check_not_a_member(ledger.catalogue(), volume.id(), &volume.row().name)?;
-        self.change_volume(&mut ledger, &volume, Change::Destroy { volume: volume.id() })?;
+        self.commit_over(&mut ledger, &[Change::Destroy { volume: volume.id() }], [&volume])?;
+        if let Some(row) = ledger.catalogue().volumes.get(&volume.id()) {
+            volume.update_row(row.clone());
+        }
         drop(ledger);
         // What clones share of it was made durable when they were made.
         volume.end_tenure(true);

@@ -203,6 +203,12 @@ impl Volume {
         self.wake_waiters(None);
     }
 
+    /// Refuses every further write and flush until the store is opened again.
+    pub(crate) fn stop_writes(&self, why: &str) {
+        self.log().poison(why.to_owned());
+        self.wake_waiters(None);
+    }
+
     pub(crate) fn log(&self) -> MutexGuard<'_, LogState> {
         lock(&self.log)
     }

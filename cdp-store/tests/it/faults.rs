@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use cdp_store::storage::sim::OpKind;
-use cdp_types::{BlockDevice, DeviceQueue, Event, IoErrorKind, Op, Origin, RequestId, Wait};
+use cdp_store::{Error, ErrorKind, Store};
+use cdp_types::{
+    BlockDevice, DeviceQueue, Event, Instant, IoErrorKind, Op, Origin, RequestId, Seq, VolumeName, Wait,
+};
 
 use crate::bench::{Bench, write_op};
 use crate::machine::Crash;
@@ -288,4 +291,35 @@ fn a_queue_that_goes_away_holds_up_neither_the_others_nor_the_index() {
     stays.poll(Wait::For(Duration::from_millis(1)), &mut events).unwrap();
     bench.machine.store().flush_index().unwrap();
     assert_eq!(volume.indexed(), volume.head().seq, "the index waits for completions that nobody will fetch");
+}
+
+/// What is to become of a volume: back to an instant, or away.
+type Fate = fn(&Store, &VolumeName, Seq) -> Result<(), Error>;
+
+/// The record of a revert or a destruction may count although writing it has failed: the next opening finds out. What a
+/// guest was told meanwhile would then be lost.
+#[test]
+fn a_volume_whose_fate_is_not_known_acknowledges_nothing() {
+    let fates: [Fate; 2] = [
+        |store, name, to| store.revert(&[(name.clone(), Instant::Seq(to))], false).map(drop),
+        |store, name, _| store.destroy_volume(name, true),
+    ];
+    for (fate, kind) in fates.into_iter().flat_map(|fate| [(fate, OpKind::Write), (fate, OpKind::Sync)]) {
+        let mut bench = Bench::new(7);
+        let name = bench.name(0);
+        bench.write(0, 0, 1).unwrap();
+        let to = bench.machine.store().volume_info(&name).unwrap().head.seq;
+        bench.write(0, 0, 2).unwrap();
+        bench.flush(0).unwrap();
+        bench.machine.disk.fail_nth(kind, 0, libc::EIO);
+        assert_eq!(fate(bench.machine.store(), &name, to).unwrap_err().kind(), ErrorKind::Io);
+        assert!(
+            bench.write(0, 1, 3).is_err(),
+            "invariant 1 violated: {kind:?}: acknowledged, and perhaps lost"
+        );
+        assert_eq!(bench.block(0, 0).unwrap(), 2, "it can still be read");
+        assert!(bench.write(1, 1, 3).is_ok(), "another volume has nothing to do with it");
+        bench.restart(Crash::Kill);
+        assert_eq!(bench.block(1, 1).unwrap(), 3);
+    }
 }
