@@ -51,6 +51,7 @@ pub struct GuestBuilder {
     incoming: Option<String>,
     more_qmp: Option<PathBuf>,
     more_serial: Option<PathBuf>,
+    huge_pages: bool,
 }
 
 impl Default for GuestBuilder {
@@ -65,6 +66,7 @@ impl Default for GuestBuilder {
             incoming: None,
             more_qmp: None,
             more_serial: None,
+            huge_pages: false,
         }
     }
 }
@@ -152,6 +154,13 @@ impl GuestBuilder {
         self
     }
 
+    /// Has its memory in huge pages, of which the administrator must have set enough aside (`vm.nr_hugepages`).
+    #[must_use]
+    pub fn huge_pages(mut self) -> Self {
+        self.huge_pages = true;
+        self
+    }
+
     /// Starts QEMU and waits until the guest answers; one that boots from its disk or is restored is not waited for.
     ///
     /// # Errors
@@ -231,7 +240,9 @@ impl GuestBuilder {
         command.args(["-machine", "q35,memory-backend=mem", "-smp", &self.smp.to_string()]);
         // A vhost-user server maps the guest's memory, so it must be a file that can be shared.
         let size = format!("{}M", self.memory_mb);
-        command.args(["-m", &size, "-object", &format!("memory-backend-memfd,id=mem,size={size},share=on")]);
+        let huge = if self.huge_pages { ",hugetlb=on" } else { "" };
+        let memory = format!("memory-backend-memfd,id=mem,size={size},share=on{huge}");
+        command.args(["-m", &size, "-object", &memory]);
         command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&places.initramfs);
         let mode = self.boot.mode();
         command.args(["-append", &format!("console=ttyS0 loglevel=5 hindsight.mode={mode}")]);
