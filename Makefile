@@ -98,6 +98,8 @@ bench: build ## Benchmarks, against qemu-storage-daemon in the same run; reports
 		--json $(BENCH_REPORTS)/travel.json
 	$(CARGO_TARGET_DIR)/release/bench-blk recovery --dir $(BENCH_DIR) --writes $(BENCH_WRITES) \
 		--json $(BENCH_REPORTS)/recovery.json
+	$(CARGO_TARGET_DIR)/release/bench-blk checkpoint --dir $(BENCH_DIR) --ledger \
+		--json $(BENCH_REPORTS)/checkpoint.json
 
 .PHONY: audit
 audit: deps ## Licences, bans and sources of all dependencies; advisories if their database can be had

@@ -45,11 +45,10 @@ const STATES: [State; 14] = [
 ];
 
 /// States of going back: the line, and how much later somebody dies.
-const RESTORING: [(&str, Moment, Duration); 4] = [
+const RESTORING: [(&str, Moment, Duration); 3] = [
     ("about to restore", Moment(Daemon, "migrate-incoming"), Duration::ZERO),
     ("restoring", Moment(Daemon, "migrate-incoming"), Duration::from_millis(60)),
     ("memory given", Moment(Daemon, "query-migrate"), Duration::ZERO),
-    ("restored, standing still", Moment(Daemon, "\"execute\":\"cont\""), Duration::ZERO),
 ];
 
 /// A machine whose daemon speaks with QEMU through a tap.

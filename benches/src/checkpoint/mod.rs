@@ -53,6 +53,9 @@ pub(crate) struct Args {
     /// Measure only a guest that does nothing but beat
     #[arg(long)]
     no_disk: bool,
+    /// Have the guests' memory in huge pages, of which `vm.nr_hugepages` must have set enough aside
+    #[arg(long)]
+    huge_pages: bool,
     /// Take ten checkpoints too, between each of which 5 % of the memory changes; 70 % of it is filled
     #[arg(long)]
     ledger: bool,
@@ -72,8 +75,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(args.times > 0, "nothing to do");
     let most = args.memory_gib.iter().max().copied().unwrap_or(0);
     need_space(&args.dir, (u64::from(most) << 30) * args.filled.max(70) / 100 * 2 + ROOM_BYTES)?;
-    let mut report =
-        Report { machine: Machine::look(&args.dir)?, filled_percent: args.filled, machines: Vec::new() };
+    let mut report = Report {
+        machine: Machine::look(&args.dir)?,
+        filled_percent: args.filled,
+        huge_pages: args.huge_pages,
+        machines: Vec::new(),
+    };
     for &memory_gib in &args.memory_gib {
         let scene = Scene::new_in(&args.dir)?;
         let measured = measure(args, &scene, memory_gib).inspect_err(|_| eprint!("{}", scene.tails()))?;
@@ -88,7 +95,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn measure(args: &Args, scene: &Scene, memory_gib: u32) -> Result<MachineReport> {
-    let mut subject = Subject::new(scene, memory_gib, args.cpus)?;
+    let mut subject = Subject::new(scene, memory_gib, args.cpus, args.huge_pages)?;
     let mut report = MachineReport { memory_gib, ..MachineReport::default() };
     let mut guest = subject.boot()?;
     // What a boot leaves to be done in the background.

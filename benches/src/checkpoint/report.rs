@@ -13,6 +13,7 @@ use crate::report::percentile;
 pub(super) struct Report {
     pub(super) machine: Machine,
     pub(super) filled_percent: u64,
+    pub(super) huge_pages: bool,
     pub(super) machines: Vec<MachineReport>,
 }
 
@@ -155,9 +156,10 @@ impl Report {
             &self.machine;
         let mut out = format!(
             "{processor}, {processors} processors, {:.0} GiB; Linux {kernel}; {file_system}; load before: {load_before}. {} % of \
-             the guests' memory was filled. Milliseconds: median / 99th percentile / most.\n\n{HEAD}\n",
+             the guests' memory was filled; it lay in {} pages. Milliseconds: median / 99th percentile / most.\n\n{HEAD}\n",
             gib(*memory_bytes),
-            self.filled_percent
+            self.filled_percent,
+            if self.huge_pages { "huge" } else { "ordinary" }
         );
         for machine in &self.machines {
             for series in &machine.series {

@@ -61,14 +61,16 @@ pub(crate) struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
-    pub(crate) fn new(scene: &'a Scene, memory_gib: u32, cpus: u32) -> Result<Self> {
+    pub(crate) fn new(scene: &'a Scene, memory_gib: u32, cpus: u32, huge_pages: bool) -> Result<Self> {
         let cdpd = Cdpd::start(scene)?;
         let tool = cdpd.tool();
         let disk = tool.create_and_serve(scene, NAME, "1G", cpus)?;
         let (qmp, port) = (scene.path("bench.qmp"), scene.path("beats"));
         tool.run(&["vm", "register", NAME, "--qmp", &text(&qmp), "--volume", NAME])?;
         let builder = Guest::builder().disk(&disk).queues(cpus).smp(cpus).memory_mb(memory_gib << 10);
-        Ok(Self { scene, cdpd, tool, builder: builder.qmp(&qmp).serial(&port), port })
+        let builder = builder.qmp(&qmp).serial(&port);
+        let builder = if huge_pages { builder.huge_pages() } else { builder };
+        Ok(Self { scene, cdpd, tool, builder, port })
     }
 
     pub(crate) fn boot(&self) -> Result<Guest> {

@@ -51,6 +51,7 @@ pub struct GuestBuilder {
     incoming: Option<String>,
     more_qmp: Option<PathBuf>,
     more_serial: Option<PathBuf>,
+    huge_pages: bool,
     /// `cdp-tool` starts it.
     supervised: bool,
 }
@@ -67,6 +68,7 @@ impl Default for GuestBuilder {
             incoming: None,
             more_qmp: None,
             more_serial: None,
+            huge_pages: false,
             supervised: false,
         }
     }
@@ -142,6 +144,13 @@ impl GuestBuilder {
     #[must_use]
     pub fn serial(mut self, socket: &Path) -> Self {
         self.more_serial = Some(socket.to_owned());
+        self
+    }
+
+    /// Has its memory in huge pages, of which the administrator must have set enough aside (`vm.nr_hugepages`).
+    #[must_use]
+    pub fn huge_pages(mut self) -> Self {
+        self.huge_pages = true;
         self
     }
 
@@ -241,7 +250,8 @@ impl GuestBuilder {
         command.args(["-machine", "q35", "-smp", &self.smp.to_string(), "-m", &size]);
         if !self.supervised {
             // A vhost-user server maps the guest's memory, so it must be a file that can be shared.
-            command.args(["-object", &format!("memory-backend-memfd,id=mem,size={size},share=on")]);
+            let huge = if self.huge_pages { ",hugetlb=on" } else { "" };
+            command.args(["-object", &format!("memory-backend-memfd,id=mem,size={size},share=on{huge}")]);
             command.args(["-machine", "memory-backend=mem"]);
         }
         command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&places.initramfs);
