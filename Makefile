@@ -88,18 +88,9 @@ BENCH_WRITES ?= 10000000
 BENCH_REPORTS := $(CARGO_TARGET_DIR)/bench
 
 .PHONY: bench
-bench: build ## Benchmarks, against qemu-storage-daemon in the same run; reports in $CARGO_TARGET_DIR/bench
+bench: build ## Benchmarks beside other servers, for hours; QUICK=1 for ten minutes. Reports in $CARGO_TARGET_DIR/bench
 	$(call section,benchmarks)
-	@mkdir -p $(BENCH_REPORTS)
-	$(CARGO_TARGET_DIR)/release/bench-blk compare --dir $(BENCH_DIR) \
-		--json $(BENCH_REPORTS)/compare.json --markdown $(BENCH_REPORTS)/compare.md
-	$(CARGO_TARGET_DIR)/release/bench-blk nbd --dir $(BENCH_DIR) --json $(BENCH_REPORTS)/nbd.json
-	$(CARGO_TARGET_DIR)/release/bench-blk travel --dir $(BENCH_DIR) --writes 10,$(BENCH_WRITES) \
-		--json $(BENCH_REPORTS)/travel.json
-	$(CARGO_TARGET_DIR)/release/bench-blk recovery --dir $(BENCH_DIR) --writes $(BENCH_WRITES) \
-		--json $(BENCH_REPORTS)/recovery.json
-	$(CARGO_TARGET_DIR)/release/bench-blk checkpoint --dir $(BENCH_DIR) --ledger \
-		--json $(BENCH_REPORTS)/checkpoint.json
+	$(XTASK) bench --dir $(BENCH_DIR) --reports $(BENCH_REPORTS) --writes $(BENCH_WRITES) $(if $(QUICK),--quick)
 
 .PHONY: audit
 audit: deps ## Licences, bans and sources of all dependencies; advisories if their database can be had

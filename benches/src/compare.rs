@@ -16,6 +16,7 @@ use crate::drive::{self, Job};
 use crate::home::Home;
 use crate::machine::{Machine, free_bytes, gib, need_space};
 use crate::meter::{self, MemoryWatch};
+use crate::plot;
 use crate::report::{Phase, Report, Settings, TargetReport, WorkloadReport};
 use crate::server::{Ours, StorageDaemon, make_raw_file};
 use crate::workload::{self, Access, Layout, Order, Workload};
@@ -31,15 +32,15 @@ pub(crate) struct Args {
     /// Where stores and files are made: a directory on the file system to measure
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     dir: PathBuf,
-    /// The working set, in GiB
-    #[arg(long, value_name = "GIB", default_value_t = 4)]
-    size_gib: u64,
-    /// Rounds: each measures every server once
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    rounds: usize,
-    /// How long each phase is measured, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 4)]
-    seconds: u64,
+    /// The working set, in GiB [default: 4, or 2 in a quick run]
+    #[arg(long, value_name = "GIB")]
+    size_gib: Option<u64>,
+    /// Rounds: each measures every server once [default: 5, or 3 in a quick run]
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// How long each phase is measured, in seconds [default: 4, or 2 in a quick run]
+    #[arg(long, value_name = "SECONDS")]
+    seconds: Option<u64>,
     /// What each phase does before that, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 500)]
     warmup_ms: u64,
@@ -49,6 +50,9 @@ pub(crate) struct Args {
     /// Only the workload of this name, or those whose name contains it; may be repeated
     #[arg(long = "workload", value_name = "TEXT")]
     workloads: Vec<String>,
+    /// A selection that takes some ten minutes: fewer workloads and rounds, a smaller working set
+    #[arg(long)]
+    quick: bool,
     /// Only the server of this name, or those whose name contains it; may be repeated
     #[arg(long = "server", value_name = "TEXT")]
     servers: Vec<String>,
@@ -58,11 +62,21 @@ pub(crate) struct Args {
     /// Write the tables to this file too
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
+    /// Draw the ratios into this file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+}
+
+impl Args {
+    fn size_bytes(&self) -> u64 {
+        self.size_gib.unwrap_or(if self.quick { 2 } else { 4 }) << 30
+    }
 }
 
 /// Names of the servers.
 const OURS: &str = "hindsight";
 const QSD: &str = "qemu-storage-daemon";
+const OVERLAY: &str = "qemu-storage-daemon, qcow2 overlay";
 const RAW: &str = "raw io_uring";
 
 /// Measures and prints.
@@ -71,17 +85,20 @@ const RAW: &str = "raw io_uring";
 /// A program is missing, there is too little space, or a request fails.
 pub(crate) fn run(args: &Args) -> Result<()> {
     fs::create_dir_all(&args.dir)?;
-    let size_bytes = args.size_gib << 30;
+    let size_bytes = args.size_bytes();
     need_space(&args.dir, 3 * size_bytes + (4 << 30))?;
-    let workloads: Vec<Workload> = chosen(&workload::ALL, &args.workloads, |workload| workload.name);
+    let mut workloads: Vec<Workload> = chosen(&workload::ALL, &args.workloads, |workload| workload.name);
+    if args.quick && args.workloads.is_empty() {
+        workloads.retain(|workload| workload::QUICK.contains(&workload.name));
+    }
     ensure!(!workloads.is_empty(), "no workload has such a name");
-    let names: Vec<&'static str> = chosen(&[OURS, QSD, RAW], &args.servers, |name| name);
+    let names: Vec<&'static str> = chosen(&[OURS, QSD, OVERLAY, RAW], &args.servers, |name| name);
     ensure!(!names.is_empty(), "no server has such a name");
     let home = Home::new(&args.dir)?;
     let settings = Settings {
         size_bytes,
-        rounds: args.rounds,
-        seconds: args.seconds,
+        rounds: args.rounds.unwrap_or(if args.quick { 3 } else { 5 }),
+        seconds: args.seconds.unwrap_or(if args.quick { 2 } else { 4 }),
         warmup_ms: args.warmup_ms,
         store_budget_bytes: budget(args)?,
     };
@@ -98,6 +115,9 @@ fn save(report: &Report, args: &Args) -> Result<()> {
     }
     if let Some(path) = &args.json {
         fs::write(path, serde_json::to_vec_pretty(report)?).with_context(|| path.display().to_string())?;
+    }
+    if let Some(path) = &args.svg {
+        plot::ratios(vec![serde_json::to_value(report)?], path)?;
     }
     Ok(())
 }
@@ -130,7 +150,7 @@ fn budget(args: &Args) -> Result<u64> {
     match args.budget_gib {
         Some(gib) => Ok(gib << 30),
         // The raw file and what the store is filled with come on top.
-        None => Ok((free_bytes(&args.dir)? - (args.size_gib << 30)) / 2),
+        None => Ok((free_bytes(&args.dir)? - args.size_bytes()) / 2),
     }
 }
 
@@ -246,15 +266,40 @@ impl<'a> Bench<'a> {
             Some(store) => meter::settle(store.ours.pid()?)?,
             None => true,
         };
-        let (place, pid) = self.target(name)?;
+        let overlay = match name {
+            OVERLAY => Some(StorageDaemon::start_overlay(self.home, &self.raw_file())?),
+            _ => None,
+        };
+        let phase = self.drive(workload, name, overlay.as_ref(), round, settled);
+        overlay.map_or(Ok(()), |daemon| daemon.discard_overlay(self.home))?;
+        phase
+    }
+
+    fn drive(
+        &self,
+        workload: &Workload,
+        name: &str,
+        overlay: Option<&StorageDaemon>,
+        round: usize,
+        settled: bool,
+    ) -> Result<Phase> {
+        let (place, pid) = match overlay {
+            Some(daemon) => (daemon.place(), daemon.pid()),
+            None => self.target(name)?,
+        };
         let shape = Shape { queues: workload.queues, depth: workload.depth, request_bytes: workload.bytes };
         let mut client = Client::connect(&place, shape)?;
         let job = self.job(workload, round);
-        let mut before = Ok(0.0);
-        let outcome = drive::run(&mut client, &job, || before = meter::cpu_seconds(pid))
+        let mut before = Ok((0.0, 0.0));
+        let cpu = || anyhow::Ok((meter::cpu_seconds(pid)?, meter::index_cpu_seconds(pid)?));
+        let outcome = drive::run(&mut client, &job, || before = cpu())
             .with_context(|| format!("{}, {name}", workload.name))?;
-        let cpu_seconds = meter::cpu_seconds(pid)? - before?;
-        Ok(Phase::new(&outcome, workload, cpu_seconds, settled))
+        let (before, after) = (before?, cpu()?);
+        let mut phase = Phase::new(&outcome, workload, after.0 - before.0, settled);
+        if name == OURS {
+            phase.index_cpu_share = Some((after.1 - before.1) / phase.cpu_seconds);
+        }
+        Ok(phase)
     }
 
     fn job(&self, workload: &Workload, round: usize) -> Job {

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use hdrhistogram::Histogram;
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
+use rand_distr::{Distribution, Zipf};
 
 use crate::client::{Client, Lane};
 use crate::workload::{Access, Order};
@@ -17,6 +18,10 @@ pub(crate) const SLICE: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Latencies are kept with this many digits.
 const DIGITS: u8 = 3;
+/// Which part of mixed requests are reads.
+const READS_OF_MIXED: f64 = 0.7;
+/// How steeply the wish for blocks falls ([`Order::Zipf`]).
+const ZIPF_EXPONENT: f64 = 0.99;
 
 /// What to do with a disk.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +70,7 @@ pub(crate) fn run(client: &mut Client, job: &Job, measuring: impl FnOnce()) -> R
             .zip(lanes)
             .map(|(index, lane)| {
                 let places = Places::new(job, index, queues);
-                scope.spawn(move || Loop::new(lane, job, places, start, queues)?.run())
+                scope.spawn(move || Loop::new(lane, job, places?, start, queues)?.run())
             })
             .collect();
         thread::sleep(job.warmup.saturating_sub(start.elapsed()));
@@ -98,24 +103,35 @@ struct Places {
     first: u64,
     count: u64,
     next: u64,
+    zipf: Option<Zipf<f64>>,
     random: SmallRng,
 }
 
 impl Places {
-    fn new(job: &Job, index: u64, queues: u64) -> Self {
+    /// Places for one of several queues; it fails only on an empty working set.
+    fn new(job: &Job, index: u64, queues: u64) -> Result<Self> {
         let bytes = job.bytes as u64;
         let all = job.range_bytes / bytes;
         let (first, count) = match job.order {
-            Order::Random => (0, all),
+            Order::Random | Order::Zipf => (0, all),
             Order::Sequential => (all / queues * index, all / queues),
         };
+        let zipf = match job.order {
+            Order::Zipf => Some(Zipf::new(all as f64, ZIPF_EXPONENT).context("an empty working set")?),
+            Order::Random | Order::Sequential => None,
+        };
         let random = SmallRng::seed_from_u64(job.seed.wrapping_add(index));
-        Self { order: job.order, bytes, first, count, next: 0, random }
+        Ok(Self { order: job.order, bytes, first, count, next: 0, zipf, random })
     }
 
     fn next(&mut self) -> u64 {
         let request = match self.order {
             Order::Random => self.random.random_range(0..self.count),
+            // Ranks count from 1. The multiplier, a large prime, strews them over the disk: neighbours in rank are none there.
+            Order::Zipf => {
+                let rank = self.zipf.map_or(1.0, |zipf| zipf.sample(&mut self.random)) as u64;
+                rank.wrapping_mul(0x9E37_79B9_7F4A_7C55) % self.count
+            }
             Order::Sequential => {
                 self.next += 1;
                 (self.next - 1) % self.count
@@ -213,9 +229,15 @@ impl<'a> Loop<'a> {
         self.left -= 1;
         self.slots[slot] = (now, false);
         let offset = self.places.next();
-        match self.job.access {
-            Access::Read => self.lane.read(slot, offset, self.job.bytes),
-            Access::Write | Access::WriteFlush => self.lane.write(slot, offset, self.job.bytes),
+        let reads = match self.job.access {
+            Access::Read => true,
+            Access::Mixed => self.places.random.random_bool(READS_OF_MIXED),
+            Access::Write | Access::WriteFlush => false,
+        };
+        if reads {
+            self.lane.read(slot, offset, self.job.bytes);
+        } else {
+            self.lane.write(slot, offset, self.job.bytes);
         }
     }
 
@@ -259,7 +281,7 @@ mod tests {
     #[test]
     fn queues_share_sequential_work_and_roam_in_random_work() {
         let places = |order, index| {
-            let mut places = Places::new(&job(Access::Read, order), index, 4);
+            let mut places = Places::new(&job(Access::Read, order), index, 4).unwrap();
             (0..64).map(|_| places.next()).collect::<BTreeSet<_>>()
         };
         let sequential: BTreeSet<u64> = (0..4).flat_map(|index| places(Order::Sequential, index)).collect();
@@ -270,12 +292,26 @@ mod tests {
     }
 
     #[test]
+    fn a_few_blocks_get_most_zipf_requests_and_lie_anywhere() {
+        let mut places = Places::new(&job(Access::Read, Order::Zipf), 0, 1).unwrap();
+        let mut counts = std::collections::BTreeMap::<u64, u32>::new();
+        (0..10_000).for_each(|_| *counts.entry(places.next()).or_default() += 1);
+        assert!(counts.keys().all(|offset| *offset < BYTES && offset % 4096 == 0));
+        let mut most: Vec<(u32, u64)> = counts.into_iter().map(|(offset, count)| (count, offset)).collect();
+        most.sort_unstable_by(|a, b| b.cmp(a));
+        // Of 256 blocks, the first gets one in six, and the first eight nearly half.
+        assert!((1300..2000).contains(&most[0].0), "{most:?}");
+        assert!((3500..5000).contains(&most[..8].iter().map(|(count, _)| count).sum::<u32>()), "{most:?}");
+        assert!(most[1].1.abs_diff(most[0].1) > 4096, "{most:?}");
+    }
+
+    #[test]
     fn a_job_ends_with_its_bytes_and_counts_every_operation() {
         let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
         file.as_file().set_len(BYTES).unwrap();
         let place = Place::File(file.path().to_owned());
         let shape = Shape { queues: 2, depth: 8, request_bytes: 4096 };
-        for access in [Access::Write, Access::WriteFlush, Access::Read] {
+        for access in [Access::Write, Access::WriteFlush, Access::Read, Access::Mixed] {
             let mut client = Client::connect(&place, shape).unwrap();
             let mut called = 0;
             let outcome = run(&mut client, &job(access, Order::Sequential), || called += 1).unwrap();

@@ -3,9 +3,11 @@
 //! - [`client`] is the guest's side, without a guest: `blkio`'s vhost-user driver, one loop for all servers.
 //! - [`drive`] keeps a number of requests in flight for a while, and counts.
 //! - [`server`] starts and kills what is measured: our `cdpd`, `qemu-storage-daemon`, or nothing but a file.
-//! - [`compare`] measures them in turn; [`report`] makes medians, ratios, JSON and Markdown of it.
+//! - [`compare`] measures them in turn; [`report`] makes medians, ratios, JSON and Markdown of it,
+//!   [`plot`] a drawing.
 //! - [`verify`] does not measure: it checks every byte, across abrupt disconnects and kills.
 //! - [`travel`] measures what reverts, clones and past instants cost, [`nbd`] our exports beside `qemu-nbd`'s.
+//! - [`disturbance`] measures what marks and clones cost whoever writes meanwhile.
 //! - [`recovery`] measures how long a killed daemon with a long log takes to its first read.
 //! - [`checkpoint`] measures what checkpoints of whole machines cost the guest.
 //!
@@ -14,11 +16,13 @@
 mod checkpoint;
 mod client;
 mod compare;
+mod disturbance;
 mod drive;
 mod home;
 mod machine;
 mod meter;
 mod nbd;
+mod plot;
 mod recovery;
 mod report;
 mod server;
@@ -42,8 +46,12 @@ struct Args {
 enum Command {
     /// Our server, qemu-storage-daemon on a raw file, and raw io_uring on that file, in turn on one file system
     Compare(compare::Args),
+    /// Draws reports of `compare`
+    Draw(plot::Args),
     /// How long cdpd takes from its start to its first read, after a kill in the middle of writing
     Recovery(recovery::Args),
+    /// Random writes in the second before and after a mark and a clone
+    Disturbance(disturbance::Args),
     /// How long reverts, clones and the first byte of a past instant take
     Travel(travel::Args),
     /// Our NBD exports and qemu-nbd's of a raw file, in turn
@@ -57,7 +65,9 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Compare(args) => compare::run(&args),
+        Command::Draw(args) => plot::run(&args),
         Command::Recovery(args) => recovery::run(&args),
+        Command::Disturbance(args) => disturbance::run(&args),
         Command::Travel(args) => travel::run(&args),
         Command::Nbd(args) => nbd::run(&args),
         Command::Checkpoint(args) => checkpoint::run(&args),

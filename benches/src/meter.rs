@@ -10,8 +10,11 @@ use anyhow::{Context, Result};
 
 /// How often memory is looked at.
 const WATCH: Duration = Duration::from_millis(20);
-/// A server is quiet when it has done nothing for so long.
-const QUIET: Duration = Duration::from_millis(600);
+/// A server is quiet when it has done nothing for so long: longer than our daemon waits after guests' last writes before
+/// it fills segments ahead, or that would fall into the next server's time.
+const QUIET: Duration = Duration::from_millis(2600);
+/// How often it is looked at meanwhile.
+const LOOK: Duration = Duration::from_millis(200);
 /// How long a server may take to become quiet.
 const SETTLE: Duration = Duration::from_secs(60);
 
@@ -20,12 +23,35 @@ const SETTLE: Duration = Duration::from_secs(60);
 /// # Errors
 /// It has ended.
 pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
-    let text = read(pid, "stat")?;
+    cpu_of_stat(&read(pid, "stat")?).map(|(_, seconds)| seconds)
+}
+
+/// CPU seconds that those threads of our daemon have used which keep the time index: its own for that, and RocksDB's.
+///
+/// # Errors
+/// It has ended.
+pub(crate) fn index_cpu_seconds(pid: u32) -> Result<f64> {
+    let mut sum = 0.0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread that ends meanwhile is none of those.
+        let Ok(text) = fs::read_to_string(task?.path().join("stat")) else { continue };
+        let (name, seconds) = cpu_of_stat(&text)?;
+        if name == "cdp-index" || name.starts_with("rocksdb:") {
+            sum += seconds;
+        }
+    }
+    Ok(sum)
+}
+
+/// Name and CPU seconds in a line of `stat`.
+fn cpu_of_stat(text: &str) -> Result<(&str, f64)> {
     // The name in parentheses may contain anything; utime and stime are the 12th and 13th field after it.
-    let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let (start, fields) = text.rsplit_once(')').context("a stat line without a name")?;
+    let name = start.split_once('(').map_or("", |(_, name)| name);
+    let fields = fields.split_whitespace();
     let ticks: Vec<u64> = fields.skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
-    let [user, system] = ticks[..] else { anyhow::bail!("/proc/{pid}/stat has another format") };
-    Ok((user + system) as f64 / rustix::param::clock_ticks_per_second() as f64)
+    let [user, system] = ticks[..] else { anyhow::bail!("/proc has another format: {text}") };
+    Ok((name, (user + system) as f64 / rustix::param::clock_ticks_per_second() as f64))
 }
 
 /// Bytes that a process has sent to the disk.
@@ -61,13 +87,18 @@ fn number(text: &str, key: &str) -> Option<u64> {
 /// It has ended.
 pub(crate) fn settle(pid: u32) -> Result<bool> {
     let deadline = Instant::now() + SETTLE;
+    let mut busy_at = Instant::now();
+    let mut before = (written_bytes(pid)?, cpu_seconds(pid)?);
     while Instant::now() < deadline {
-        let before = (written_bytes(pid)?, cpu_seconds(pid)?);
-        thread::sleep(QUIET);
-        let after = (written_bytes(pid)?, cpu_seconds(pid)?);
-        if after.0 == before.0 && after.1 - before.1 < 0.03 {
+        if busy_at.elapsed() >= QUIET {
             return Ok(true);
         }
+        thread::sleep(LOOK);
+        let now = (written_bytes(pid)?, cpu_seconds(pid)?);
+        if now.0 != before.0 || now.1 - before.1 > 0.015 {
+            busy_at = Instant::now();
+        }
+        before = now;
     }
     Ok(false)
 }
@@ -135,6 +166,10 @@ mod tests {
 
     #[test]
     fn what_proc_says_is_read() {
+        let line = "7 (a) b) S 1 7 7 0 -1 4194560 1 0 0 0 100 50 0 0 20 0";
+        let ticks = rustix::param::clock_ticks_per_second() as f64;
+        assert_eq!(cpu_of_stat(line).unwrap(), ("a) b", 150.0 / ticks));
+        assert!(cpu_of_stat("7 (a) S 1").is_err());
         assert_eq!(number("VmRSS:\t  12 kB\nRssAnon:\t  3456 kB\n", "RssAnon:"), Some(3456));
         assert_eq!(number("VmRSS:\t  12 kB\n", "RssAnon:"), None);
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::drive::{Outcome, SLICE};
 use crate::machine::{Machine, gib};
@@ -44,6 +44,9 @@ pub(crate) struct Phase {
     /// CPU time of the server. For raw `io_uring`, of the client, which does the server's work.
     pub(crate) cpu_seconds: f64,
     pub(crate) cpu_us_per_operation: f64,
+    /// Which part of it our daemon spent on the time index, RocksDB's threads included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) index_cpu_share: Option<f64>,
     /// Whether our daemon had become quiet before.
     pub(crate) settled: bool,
     /// Operations in each tenth of a second, warm-up included.
@@ -76,6 +79,7 @@ impl Phase {
             p999_us: us(0.999),
             cpu_seconds,
             cpu_us_per_operation: cpu_seconds * 1e6 / outcome.operations as f64,
+            index_cpu_share: None,
             settled,
             slices: outcome.slices.clone(),
             around_the_pool: workload
@@ -123,7 +127,7 @@ impl TargetReport {
 }
 
 /// A median and the extremes.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Spread {
     pub(crate) median: f64,
     pub(crate) min: f64,
@@ -278,6 +282,23 @@ impl Report {
                 format_args!(
                     "\nOur daemon's anonymous memory, at most: {:.0} MiB.",
                     most as f64 / f64::from(1 << 20)
+                ),
+            );
+        }
+        let written = self.workloads.iter().filter(|report| report.workload.writes());
+        let shares: Vec<f64> = written
+            .flat_map(|report| report.targets[0].phases.iter().filter_map(|phase| phase.index_cpu_share))
+            .collect();
+        if !shares.is_empty() {
+            let Spread { median, min, max } = Spread::of(shares);
+            put(
+                &mut out,
+                format_args!(
+                    "\nOf our daemon's CPU time in phases that write, {:.0} % ({:.0}–{:.0}) went into the time index, RocksDB's \
+                     threads included.",
+                    median * 100.0,
+                    min * 100.0,
+                    max * 100.0
                 ),
             );
         }

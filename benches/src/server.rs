@@ -187,7 +187,7 @@ impl Ours {
     }
 }
 
-/// QEMU's server on a raw file, without the page cache.
+/// QEMU's server, without the page cache.
 #[derive(Debug)]
 pub(crate) struct StorageDaemon {
     socket: PathBuf,
@@ -200,21 +200,56 @@ impl StorageDaemon {
     /// # Errors
     /// It is not installed, or does not start.
     pub(crate) fn start(dir: &Path, file: &Path) -> Result<Self> {
-        let socket = dir.join("qsd.sock");
         let node =
-            format!("driver=file,node-name=file,filename={},cache.direct=on,aio=io_uring", file.display());
+            format!("driver=file,node-name=disk,filename={},cache.direct=on,aio=io_uring", file.display());
+        Self::serve(dir, "qsd", &node)
+    }
+
+    /// Serves a new, empty qcow2 file over a raw one, which others may be writing; both are in `dir`, as are its socket
+    /// and log.
+    ///
+    /// # Errors
+    /// QEMU's programs are not installed, or do not do it.
+    pub(crate) fn start_overlay(dir: &Path, file: &Path) -> Result<Self> {
+        let overlay = dir.join("overlay.qcow2");
+        let mut create = Command::new(system("qemu-img")?);
+        create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(file).arg(&overlay);
+        run_ok(&mut create, Duration::from_secs(20))?;
+        let direct = "cache.direct=on";
+        let node = format!(
+            "driver=qcow2,node-name=disk,{direct},file.driver=file,file.filename={},file.aio=io_uring,file.{direct},\
+             backing.driver=file,backing.filename={},backing.aio=io_uring,backing.{direct},backing.locking=off",
+            overlay.display(),
+            file.display()
+        );
+        Self::serve(dir, "qcow2", &node)
+    }
+
+    fn serve(dir: &Path, name: &str, node: &str) -> Result<Self> {
+        let socket = dir.join(format!("{name}.sock"));
         let export = format!(
-            "type=vhost-user-blk,id=export,node-name=file,addr.type=unix,addr.path={},writable=on,num-queues={QUEUES}",
+            "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={QUEUES}",
             socket.display()
         );
         let mut command = tied(&system("qemu-storage-daemon")?);
-        command.args(["--blockdev", &node, "--export", &export]);
-        let mut process = Process::spawn("qemu-storage-daemon", command, &dir.join("qsd.log"))?;
+        command.args(["--blockdev", node, "--export", &export]);
+        let mut process = Process::spawn("qemu-storage-daemon", command, &dir.join(format!("{name}.log")))?;
         wait_for("qemu-storage-daemon's socket", READY, || {
             process.must_run()?;
             Ok(socket.exists().then_some(()))
         })?;
         Ok(Self { socket, process })
+    }
+
+    /// Ends it, and whatever it has made.
+    ///
+    /// # Errors
+    /// It had ended before, or something cannot be removed.
+    pub(crate) fn discard_overlay(self, dir: &Path) -> Result<()> {
+        let Self { socket, mut process } = self;
+        process.kill()?;
+        fs::remove_file(dir.join("overlay.qcow2"))?;
+        Ok(fs::remove_file(socket)?)
     }
 
     /// Where the file is served.

@@ -10,6 +10,8 @@ pub(crate) enum Access {
     Read,
     /// Writes.
     Write,
+    /// Seven reads to three writes, in random order.
+    Mixed,
     /// Writes, and then flushes before the next write: counted as one operation.
     WriteFlush,
 }
@@ -20,6 +22,9 @@ pub(crate) enum Access {
 pub(crate) enum Order {
     /// To any block of the working set, with the same probability.
     Random,
+    /// The same, but few blocks get most requests: the n-th most wanted one with a probability in proportion to
+    /// n^-0.99, wherever it lies.
+    Zipf,
     /// One after the other, each queue in its own part of the working set, again from its start after the end.
     Sequential,
 }
@@ -66,31 +71,89 @@ const fn random(name: &'static str, access: Access, depth: usize) -> Workload {
     }
 }
 
-const fn sequential(name: &'static str, access: Access) -> Workload {
-    Workload { order: Order::Sequential, bytes: 128 * KIB, ..random(name, access, 16) }
+const fn sequential(name: &'static str, access: Access, depth: usize) -> Workload {
+    Workload { order: Order::Sequential, ..random(name, access, depth) }
+}
+
+const fn zipf(name: &'static str, access: Access, depth: usize) -> Workload {
+    Workload { order: Order::Zipf, ..random(name, access, depth) }
+}
+
+const fn large(workload: Workload) -> Workload {
+    Workload { bytes: 128 * KIB, ..workload }
+}
+
+const fn scattered(workload: Workload) -> Workload {
+    Workload { layout: Layout::Scattered, ..workload }
+}
+
+const fn on_four_queues(workload: Workload) -> Workload {
+    Workload { queues: 4, ..workload }
 }
 
 /// Reads first: writes use up what a store was filled with.
-pub(crate) const ALL: [Workload; 14] = [
+pub(crate) const ALL: [Workload; 33] = [
     random("rand-read-4k-d1", Access::Read, 1),
     random("rand-read-4k-d32", Access::Read, 32),
     random("rand-read-4k-d128", Access::Read, 128),
-    Workload { queues: 4, ..random("rand-read-4k-d32x4", Access::Read, 32) },
-    sequential("seq-read-128k-d16", Access::Read),
-    Workload { layout: Layout::Scattered, ..random("rand-read-4k-d32-scattered", Access::Read, 32) },
-    Workload { layout: Layout::Scattered, ..sequential("seq-read-128k-d16-scattered", Access::Read) },
+    on_four_queues(random("rand-read-4k-d32x4", Access::Read, 32)),
+    zipf("zipf-read-4k-d32", Access::Read, 32),
+    large(random("rand-read-128k-d1", Access::Read, 1)),
+    large(random("rand-read-128k-d32", Access::Read, 32)),
+    large(random("rand-read-128k-d128", Access::Read, 128)),
+    sequential("seq-read-4k-d1", Access::Read, 1),
+    sequential("seq-read-4k-d32", Access::Read, 32),
+    sequential("seq-read-4k-d128", Access::Read, 128),
+    large(sequential("seq-read-128k-d1", Access::Read, 1)),
+    large(sequential("seq-read-128k-d32", Access::Read, 32)),
+    large(sequential("seq-read-128k-d128", Access::Read, 128)),
+    scattered(random("rand-read-4k-d32-scattered", Access::Read, 32)),
+    scattered(large(sequential("seq-read-128k-d32-scattered", Access::Read, 32))),
+    random("rand-mixed-4k-d32", Access::Mixed, 32),
     random("rand-write-4k-d1", Access::Write, 1),
     random("rand-write-4k-d32", Access::Write, 32),
     random("rand-write-4k-d128", Access::Write, 128),
-    Workload { queues: 4, ..random("rand-write-4k-d32x4", Access::Write, 32) },
+    on_four_queues(random("rand-write-4k-d32x4", Access::Write, 32)),
+    zipf("zipf-write-4k-d32", Access::Write, 32),
     random("write-flush-4k-d1", Access::WriteFlush, 1),
-    sequential("seq-write-128k-d16", Access::Write),
+    large(random("rand-write-128k-d1", Access::Write, 1)),
+    large(random("rand-write-128k-d32", Access::Write, 32)),
+    large(random("rand-write-128k-d128", Access::Write, 128)),
+    sequential("seq-write-4k-d1", Access::Write, 1),
+    sequential("seq-write-4k-d32", Access::Write, 32),
+    sequential("seq-write-4k-d128", Access::Write, 128),
+    large(sequential("seq-write-128k-d1", Access::Write, 1)),
+    large(sequential("seq-write-128k-d32", Access::Write, 32)),
+    large(sequential("seq-write-128k-d128", Access::Write, 128)),
     Workload { sustained: true, ..random("rand-write-4k-d32-sustained", Access::Write, 32) },
+];
+
+/// Those of a quick run.
+pub(crate) const QUICK: [&str; 9] = [
+    "rand-read-4k-d1",
+    "rand-read-4k-d32",
+    "seq-read-128k-d32",
+    "rand-mixed-4k-d32",
+    "rand-write-4k-d1",
+    "rand-write-4k-d32",
+    "rand-write-4k-d128",
+    "write-flush-4k-d1",
+    "seq-write-128k-d32",
 ];
 
 impl Workload {
     /// Whether it changes the disk.
     pub(crate) fn writes(&self) -> bool {
         self.access != Access::Read
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quick_runs_are_a_part_of_the_full_ones() {
+        assert!(QUICK.iter().all(|name| ALL.iter().any(|workload| workload.name == *name)));
     }
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use cdp_types::{BlockRange, BranchId, Ordinal, Seq};
+use foldhash::fast::RandomState;
 
 use crate::format::{BatchHeader, BatchPlace, RecordKind};
 use crate::index::{
@@ -14,10 +15,12 @@ use crate::index::{
 use crate::leaves::{Leaf, LeafBudget, LeafCache, SharedLeaves, States, lock_leaves};
 
 /// A stretch of a log that the index does not have yet: every change, by node, oldest first.
+///
+/// Every block that a guest writes is looked up here, so the hash is a quick one; guests choose the keys, so it has a seed.
 #[derive(Debug, Default)]
 pub struct Chunk {
     /// All versions of every node that changed.
-    pub nodes: HashMap<NodeKey, Vec<Change>>,
+    pub nodes: HashMap<NodeKey, Vec<Change>, RandomState>,
     /// When each batch came.
     pub times: Vec<(BranchId, TimeEntry)>,
     /// The last batch in it.

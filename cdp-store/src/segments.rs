@@ -2,8 +2,9 @@
 //!
 //! A file is a *slot*. Slots are zero-filled ahead of their use, because appending to blocks that were written before
 //! costs the file system nothing but the data (`docs/architecture.md`, "Segments"). A young log gets small slots: a
-//! thousand little volumes must not take a thousand full ones. While logs take full-sized slots faster than they
-//! can be filled, they get empty files that grow: filling would only take the disk away from the guests.
+//! thousand little volumes must not take a thousand full ones. When logs take full-sized slots faster than they can be
+//! filled, they get files whose blocks are only set aside: filling would take the disk away from the guests. The pool
+//! grows with what is asked of it: what it lacked once, it has the next time.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use cdp_types::{Generation, VolumeId};
+use foldhash::fast::RandomState;
 
 use crate::error::{Error, Result};
 use crate::format::{SegmentHeader, header_stride};
@@ -28,8 +30,14 @@ pub const GENERATION_LIMIT: Generation =
 const FIRST_CAPACITY: u64 = 4 << 20;
 /// How much is zero-filled by one step, in bytes.
 const PREFILL_STEP: u64 = 1 << 20;
-/// What is zero-filled at once for a log when no full-sized slot is ready, in bytes.
-const FILLED_CAPACITY: u64 = 64 << 20;
+/// What is zero-filled or set aside at once for a log when no full-sized slot is ready, in bytes. Of what was set aside the
+/// log may leave a part unused.
+const ORDERED_CAPACITY: u64 = 64 << 20;
+
+/// How many times its usual size the pool may grow to.
+const MOST_GROWTH: usize = 4;
+/// A pool that has grown leaves so many full-sized slots' worth of space free.
+const LEFT_BY_GROWTH: u64 = 32;
 
 /// A segment that holds a log's batches.
 #[derive(Debug)]
@@ -57,8 +65,8 @@ pub struct Blank {
 pub struct Wish {
     /// How much it should hold, in bytes.
     pub capacity: u64,
-    /// Whether it should lie on blocks that were written before, rather a smaller one then: a file that grows takes one
-    /// write at a time, and each sync of it costs more.
+    /// Whether it should lie on blocks that were written before, rather a smaller one then: each sync of other blocks
+    /// costs more.
     pub filled: bool,
     /// Whether the log's present segment grows as it is written.
     pub growing: bool,
@@ -87,6 +95,8 @@ struct Pool {
     growing: HashMap<VolumeId, Vec<Growing>>,
     /// Full-sized slots that were supplied since the pool last had nothing to do.
     supplied: u32,
+    /// How many times its usual size the pool should have; 0 and 1 are the same.
+    growth: usize,
 }
 
 /// What one step of the pool's background work did.
@@ -112,7 +122,7 @@ pub struct Segments {
     full_capacity: u64,
     pool_target: usize,
     reserve_bytes: u64,
-    by_incarnation: RwLock<HashMap<u64, (u64, Arc<Segment>)>>,
+    by_incarnation: RwLock<HashMap<u64, (u64, Arc<Segment>), RandomState>>,
     pool: Mutex<Pool>,
     next_incarnation: AtomicU64,
     /// What is written ahead, one step long; every capacity is a multiple of it.
@@ -341,8 +351,8 @@ impl Segments {
         }
     }
 
-    /// A blank as a log wishes for: if it is full-sized, from the pool; or else a new file that is zero-filled here, or,
-    /// if that takes too long for the log, one that grows.
+    /// A blank as a log wishes for: if it is full-sized, from the pool; or else a new file that is zero-filled here, or
+    /// whose blocks are set aside.
     fn supply(&self, volume: VolumeId, wish: Wish) -> Result<Blank> {
         let Wish { mut capacity, filled, growing } = wish;
         let full_sized = capacity == self.full_capacity;
@@ -356,14 +366,17 @@ impl Segments {
             if let Some(blank) = pool.ready.pop() {
                 return Ok(blank);
             }
-            if filled {
-                capacity = capacity.min(FILLED_CAPACITY);
-            }
+            pool.growth = (2 * pool.growth.max(1)).min(MOST_GROWTH);
+            capacity = capacity.min(ORDERED_CAPACITY);
         }
         self.check_space(capacity)?;
         let mut blank = self.create(capacity)?;
+        let fills = filled || !full_sized;
+        if !fills {
+            self.reserve(&blank)?;
+        }
         let mut done = 0;
-        while (filled || !full_sized) && done < capacity {
+        while fills && done < capacity {
             match self.fill(&blank, done) {
                 Ok(filled) => done = filled,
                 Err(error) if error.kind() == crate::ErrorKind::NoSpace => return Err(error),
@@ -380,6 +393,24 @@ impl Segments {
             self.promise(volume, &blank);
         }
         Ok(blank)
+    }
+
+    /// Has the file system set a blank's blocks aside. Where it cannot, the file grows as it is written, which lets the
+    /// disk have one write at a time.
+    fn reserve(&self, blank: &Blank) -> Result<()> {
+        match blank.file.reserve(blank.capacity) {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
+            {
+                self.discard_slot(blank.slot)?;
+                Err(Error::io(format!("setting space aside for {}", blank.file.name()), error))
+            }
+            Err(error) => {
+                tracing::debug!("{} grows as it is written: {error}", blank.file.name());
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Notes that a log's blank will grow as it is written: nobody else gets that space.
@@ -460,21 +491,21 @@ impl Segments {
     }
 
     fn prefill(&self) -> Result<PoolStep> {
-        let filling = {
+        let (filling, usual) = {
             let mut pool = self.pool();
             if std::mem::take(&mut pool.supplied) > 0 {
                 return Ok(PoolStep::Busy);
             }
-            if pool.filling.is_none() && pool.ready.len() >= self.pool_target {
+            if pool.filling.is_none() && pool.ready.len() >= self.pool_target * pool.growth.max(1) {
                 return Ok(PoolStep::Idle);
             }
-            pool.filling.take()
+            (pool.filling.take(), pool.ready.len() < self.pool_target)
         };
         let (blank, done) = match filling {
             Some(filling) => filling,
             None => {
-                // Zero-filling ahead must never be what fills the disk: it leaves as much again as it takes.
-                self.check_space(2 * self.full_capacity)?;
+                // Zero-filling ahead must never be what fills the disk: it leaves as much again as it takes, or more.
+                self.check_space(if usual { 2 } else { LEFT_BY_GROWTH } * self.full_capacity)?;
                 (self.create(self.full_capacity)?, 0)
             }
         };
@@ -486,5 +517,40 @@ impl Segments {
             pool.filling = Some((blank, done));
         }
         Ok(PoolStep::Filled)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::storage::sim::SimDisk;
+
+    const FULL: u64 = 1 << 20;
+
+    fn step_until_idle(segments: &Segments) -> usize {
+        let mut supplied = 0;
+        for _ in 0..1000 {
+            match segments.step().unwrap() {
+                PoolStep::Idle => return supplied,
+                PoolStep::Supplied(..) => supplied += 1,
+                PoolStep::Filled | PoolStep::Busy | PoolStep::Full(_) => {}
+            }
+        }
+        panic!("the pool never comes to rest");
+    }
+
+    #[test]
+    fn a_pool_that_was_used_up_is_larger_the_next_time() {
+        let storage = SimDisk::new(1).open();
+        storage.create_directory(DIRECTORY).unwrap();
+        let segments = Segments::new(Arc::new(storage), FULL, 2, 0);
+        step_until_idle(&segments);
+        assert_eq!(segments.ready(), 2);
+        let wish = Wish { capacity: FULL, filled: true, growing: false };
+        for (wanted, ready) in [(1, 2), (2, 2), (3, 4), (4, 4), (5, 8), (9, 8)] {
+            (0..wanted).for_each(|volume| segments.order(VolumeId(volume), wish));
+            assert_eq!((step_until_idle(&segments) as u64, segments.ready()), (wanted, ready));
+        }
     }
 }

@@ -112,7 +112,7 @@ struct InFlight {
 struct Open {
     segment: Arc<Segment>,
     offset: u64,
-    /// Its file grows as it is written, which makes each sync dearer.
+    /// Not all of its blocks were written before, which makes each sync dearer.
     grows: bool,
 }
 
@@ -389,7 +389,7 @@ impl LogState {
         let header_len =
             BatchHeader::encoded_len(draft.records.len(), draft.crcs.len(), draft.body.len(), unit);
         let total = (header_len + draft.payload_len()).next_multiple_of(unit as usize);
-        // A file that grows holds no more than what was written: to leave it costs nothing.
+        // To leave a file whose blocks are only set aside, or that grows, costs the rest of it at most, which is not much.
         let better = self.flushed && self.blank.as_ref().is_some_and(|blank| blank.filled);
         let stays = |open: &Open| {
             open.offset + total as u64 <= open.segment.header.capacity && !(open.grows && better)

@@ -51,6 +51,13 @@ struct Copy {
     skip: usize,
 }
 
+impl Part {
+    /// Where it lies, for people.
+    fn at(&self) -> String {
+        format!("{}, byte {}", self.segment.file.name(), self.offset)
+    }
+}
+
 impl Reader {
     /// A reader for lanes whose I/O keeps to `alignment`.
     #[must_use]
@@ -142,9 +149,9 @@ impl Reader {
     ) {
         let token = (token & !READ_TOKEN) as usize;
         let Some(part) = self.parts.try_remove(token) else { return };
-        let at = format!("{}, byte {}", part.segment.file.name(), part.offset);
         if let Err(error) = result {
-            self.fail(part.request, IoError::new(IoErrorKind::Device, format!("reading {at}: {error}")));
+            let why = format!("reading {}: {error}", part.at());
+            self.fail(part.request, IoError::new(IoErrorKind::Device, why));
         } else if self.is_whole(&part) {
             if let Some(copy) = &part.copy {
                 copy_across(&part.landing, copy, &mut self.scratch);
@@ -158,6 +165,7 @@ impl Reader {
             lane.read(READ_TOKEN | token as Token, &file, offset, target);
             return;
         } else {
+            let at = part.at();
             tracing::error!("{at}: a block does not match its checksum; its reader gets an error");
             self.fail(part.request, IoError::new(IoErrorKind::Corrupt, format!("checksum mismatch at {at}")));
         }

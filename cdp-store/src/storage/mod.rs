@@ -79,6 +79,16 @@ pub trait File: Send + Sync + fmt::Debug {
     /// Whatever was written since the last sync may be lost: never retry, treat the file as poisoned.
     fn sync(&self) -> io::Result<()>;
 
+    /// Has the file system set aside the blocks of the file's first `len` bytes, as far as it has none yet. They read as
+    /// zeroes, and what is written there later neither lacks space nor makes the file longer.
+    ///
+    /// # Durability
+    /// None before [`File::sync`].
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] where that cannot be done; what the operating system says.
+    fn reserve(&self, len: u64) -> io::Result<()>;
+
     /// For the other half of the same implementation.
     fn as_any(&self) -> &dyn std::any::Any;
 }

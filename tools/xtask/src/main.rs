@@ -1,5 +1,6 @@
 //! This project's own chores; `make` calls them.
 
+mod bench;
 mod demo;
 mod guest;
 mod mutants;
@@ -20,6 +21,8 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Chore {
+    /// Measures what `make build` has built beside other servers, and writes tables and drawings
+    Bench(bench::Args),
     /// A guided tour: a guest, its disk, its past, and what happens when everything is killed
     Demo,
     /// A shell in a guest whose disk is the volume that a running cdpd serves on this socket
@@ -55,6 +58,7 @@ fn workspace_root() -> Result<PathBuf> {
 
 fn main() -> ExitCode {
     let result = match Args::parse().chore {
+        Chore::Bench(args) => bench::run(&args),
         Chore::Demo => demo::run(),
         Chore::Guest { socket, queues, installed } => guest::run(&socket, queues, installed),
         Chore::Mutants { only } => mutants::run(only.as_deref()),

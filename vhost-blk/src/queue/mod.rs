@@ -272,7 +272,7 @@ impl Queue {
             Ok(false) => {}
             Err(fault) => self.break_off(fault),
         }
-        self.spin.going_to_sleep();
+        self.spin.going_to_sleep(self.writes > 0);
         self.context.counters.sleeps.add(1);
         if self.wiring.kick.is_some() { Wait::Forever } else { Wait::For(UNKICKED) }
     }

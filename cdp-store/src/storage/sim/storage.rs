@@ -184,6 +184,11 @@ impl File for SimFile {
         world.execute_sync(self.id.inode, &self.id.name, order)
     }
 
+    /// Its files grow.
+    fn reserve(&self, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }

@@ -84,6 +84,10 @@ impl File for StoreFile {
         self.file.sync_data()
     }
 
+    fn reserve(&self, len: u64) -> io::Result<()> {
+        Ok(rustix::fs::fallocate(&self.file, rustix::fs::FallocateFlags::empty(), 0, len)?)
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }

@@ -48,6 +48,22 @@ fn it_is_a_storage_without_direct_io_alignment() {
 }
 
 #[test]
+fn what_is_set_aside_reads_as_zeroes_and_keeps_what_was_written() {
+    let (_dir, storage) = store();
+    let file = storage.create("f").unwrap();
+    let written = AlignedBuf::zeroed(4096);
+    file.write_at(0, &written).unwrap();
+    match file.reserve(1 << 20) {
+        Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}"),
+        Ok(()) => assert_eq!(file.len().unwrap(), 1 << 20),
+    }
+    let mut read = AlignedBuf::zeroed(8192);
+    read.fill(7);
+    file.read_at(0, &mut read).unwrap();
+    assert!(read.iter().all(|byte| *byte == 0));
+}
+
+#[test]
 fn alignment_is_that_of_the_file_system() {
     let (_directory, storage) = store();
     let alignment = storage.alignment();

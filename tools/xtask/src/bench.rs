@@ -1,0 +1,87 @@
+//! `make bench`: all benchmarks, one after the other, into one directory.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use e2e::programs::built;
+
+/// The latency and the processor time of a server alone, without a disk, are seen on a file system in memory.
+const MEMORY: &str = "/dev/shm";
+const IN_MEMORY: [&str; 4] = ["rand-read-4k-d1", "rand-read-4k-d32", "rand-write-4k-d1", "rand-write-4k-d32"];
+
+/// Which measurements, and where.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// A selection that takes some ten minutes, rather than hours
+    #[arg(long)]
+    quick: bool,
+    /// A directory on the file system to measure
+    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
+    dir: PathBuf,
+    /// Where tables (Markdown), figures (JSON) and drawings (SVG) go
+    #[arg(long, value_name = "DIR")]
+    reports: PathBuf,
+    /// The writes that recovery is measured after, and that the longest history has
+    #[arg(long, value_name = "N", default_value_t = 10_000_000)]
+    writes: u64,
+}
+
+/// Runs them; each leaves its report behind even if a later one fails.
+///
+/// # Errors
+/// Something is not built, or a benchmark fails.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    fs::create_dir_all(&args.reports).with_context(|| args.reports.display().to_string())?;
+    args.compare("compare", &args.dir, &[])?;
+    args.compare("compare-memory", Path::new(MEMORY), &IN_MEMORY)?;
+    if args.quick {
+        return Ok(());
+    }
+    args.other("nbd", &[])?;
+    args.other("disturbance", &[])?;
+    args.other("checkpoint", &["--ledger"])?;
+    let writes = args.writes.to_string();
+    args.other("travel", &["--writes", &format!("10,{writes}")])?;
+    args.other("recovery", &["--writes", &writes])
+}
+
+impl Args {
+    fn compare(&self, name: &str, dir: &Path, workloads: &[&str]) -> Result<()> {
+        let mut command = self.bench("compare", dir)?;
+        for (option, extension) in [("--json", "json"), ("--markdown", "md"), ("--svg", "svg")] {
+            command.arg(option).arg(self.report(name, extension));
+        }
+        if self.quick || dir == Path::new(MEMORY) {
+            command.arg("--quick");
+        }
+        for workload in workloads {
+            command.args(["--workload", workload]);
+        }
+        must_succeed(command)
+    }
+
+    fn other(&self, name: &str, options: &[&str]) -> Result<()> {
+        let mut command = self.bench(name, &self.dir)?;
+        command.arg("--json").arg(self.report(name, "json")).args(options);
+        must_succeed(command)
+    }
+
+    fn bench(&self, mode: &str, dir: &Path) -> Result<Command> {
+        let mut command = Command::new(built("bench-blk")?);
+        command.arg(mode).arg("--dir").arg(dir);
+        Ok(command)
+    }
+
+    fn report(&self, name: &str, extension: &str) -> PathBuf {
+        self.reports.join(name).with_extension(extension)
+    }
+}
+
+fn must_succeed(mut command: Command) -> Result<()> {
+    println!("\n$ {command:?}");
+    let status = command.status().with_context(|| format!("{command:?}"))?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(())
+}
