@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use e2e::process::wait_for;
 use e2e::{Cdpd, Guest, GuestBuilder, Scene, Tool, run_scene};
 use serde_json::Value;
 
@@ -113,8 +114,10 @@ fn a_daemon_that_is_killed_while_it_saves_leaves_a_machine_that_runs_and_can_be_
             cdpd.start_again()?;
             Load::wait_for_progress(&guest, 1)?;
             ensure!(Load::mismatches(&guest)? == (0, 0), "the guest has noticed something");
-            let listed = tool.json_lines(&["checkpoint", "list", "web1"])?;
-            ensure!(listed.iter().all(|one| one["state"] != "begun"), "{listed:?}");
+            wait_for("the checkpoint to be undone", Duration::from_secs(60), || {
+                let listed = tool.json_lines(&["checkpoint", "list", "web1"])?;
+                Ok(listed.iter().all(|one| one["state"] != "begun").then_some(()))
+            })?;
         }
         let last = take(&tool, "hot")?;
         go_back(scene, &tool, &builder, guest, &id_of(&last)?)?.kill()?;

@@ -7,6 +7,7 @@ mod debian;
 mod disaster;
 mod discard;
 mod disks;
+mod doctor;
 mod hot_memory;
 mod images;
 mod killed_daemon;

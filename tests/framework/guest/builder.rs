@@ -50,6 +50,8 @@ pub struct GuestBuilder {
     boot: Boot,
     incoming: Option<String>,
     more_qmp: Option<PathBuf>,
+    third_port: Option<PathBuf>,
+    more: Vec<String>,
 }
 
 impl Default for GuestBuilder {
@@ -63,6 +65,8 @@ impl Default for GuestBuilder {
             boot: Boot::Agent,
             incoming: None,
             more_qmp: None,
+            third_port: None,
+            more: Vec::new(),
         }
     }
 }
@@ -142,6 +146,20 @@ impl GuestBuilder {
         self
     }
 
+    /// Gives the guest a third serial port, `/dev/ttyS2`, at a socket.
+    #[must_use]
+    pub fn third_port(mut self, socket: &Path) -> Self {
+        self.third_port = Some(socket.to_owned());
+        self
+    }
+
+    /// Gives QEMU more arguments.
+    #[must_use]
+    pub fn more(mut self, arguments: &[&str]) -> Self {
+        self.more.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self
+    }
+
     /// Starts QEMU and waits until the guest answers; one that boots from its disk or is restored is not waited for.
     ///
     /// # Errors
@@ -165,6 +183,11 @@ impl GuestBuilder {
         command.arg("-chardev").arg(named_socket("console", &places.console_socket, &log));
         command.arg("-chardev").arg(named_socket("agent", &places.agent, ""));
         command.args(["-serial", "chardev:console", "-serial", "chardev:agent"]);
+        if let Some(socket) = &self.third_port {
+            command.arg("-chardev").arg(named_socket("third", socket, ""));
+            command.args(["-serial", "chardev:third"]);
+        }
+        command.args(&self.more);
 
         let qemu = Process::spawn(&name, command, &places.log)?;
         let qmp = Qmp::connect(&places.qmp).with_context(|| crate::process::tail(&places.log, 20))?;

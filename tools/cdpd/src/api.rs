@@ -19,6 +19,7 @@
 //! | `/v1/clone` | POST [`CloneRequest`]: a list of [`Volume`], in the request's order |
 //! | `/v1/vms` | GET: a list of [`Vm`]; POST [`NewVm`]: [`Vm`] |
 //! | `/v1/vms/{name}` | GET: [`Vm`]; DELETE `?delete_checkpoints=true` |
+//! | `/v1/vms/{name}/doctor` | GET: [`Diagnosis`] |
 //! | `/v1/vms/{name}/revert` | POST [`VmRevert`]: [`VmReverted`] |
 //! | `/v1/vms/{name}/taking` | DELETE: gives up the checkpoint that is being taken |
 //! | `/v1/vms/{name}/checkpoints` | GET: a list of [`Checkpoint`], oldest first; POST [`NewCheckpoint`]: [`Checkpoint`], once it is complete |
@@ -46,7 +47,10 @@ pub use history::{
     At, Branch, CloneRequest, Inherited, Mark, NewClone, NewMark, RevertRequest, RevertTarget, Reverted,
 };
 
-pub use machines::{Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Vm, VmRevert, VmReverted};
+pub use ckpt::doctor::{Check, Verdict};
+pub use machines::{
+    Checkpoint, CheckpointChange, Diagnosis, ModeVerdict, NewCheckpoint, NewVm, Vm, VmRevert, VmReverted,
+};
 
 /// What a client can do about a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -86,7 +86,13 @@ fn revert(client: &Client, args: &VmRevertArgs, output: &mut Output) -> anyhow::
         reverted.volumes.iter().map(|one| format!("{}@seq:{}", one.volume, one.undo.seq)).collect();
     let what = if args.disks_only { "its disks are as they were" } else { "it goes on from there" };
     output.line(format!("{name} is back at checkpoint {}: {what}", reverted.to))?;
-    output.line(format!("the disks before: {}", undo.join(" ")))
+    output.line(format!("the disks before: {}", undo.join(" ")))?;
+    match &reverted.still_frozen {
+        Some(why) => output.line(format!(
+            "its file systems were stilled for the checkpoint and may still be: {why}; thaw them through its agent"
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Does what is said of checkpoints.
@@ -100,7 +106,10 @@ pub(super) fn checkpoint(
         Ok(client.send(Method::PATCH, &at(vm, which), &change)?)
     };
     match command {
-        CheckpointCommand::Take { vm, mode, label } => take(client, vm, *mode, label.clone(), output),
+        CheckpointCommand::Take { vm, mode, label, quiesce } => {
+            let new = NewCheckpoint { mode: Some(mode_of(*mode)), label: label.clone(), quiesce: *quiesce };
+            take(client, vm, &new, output)
+        }
         CheckpointCommand::Cancel { vm } => {
             client.delete::<()>(&format!("/v1/vms/{vm}/taking"))?;
             Ok(())
@@ -130,20 +139,16 @@ pub(super) fn checkpoint(
     }
 }
 
-fn take(
-    client: &Client,
-    vm: &VmName,
-    mode: Mode,
-    label: Option<Label>,
-    output: &mut Output,
-) -> anyhow::Result<()> {
-    let mode = match mode {
+fn mode_of(mode: Mode) -> CheckpointMode {
+    match mode {
         Mode::Hot => CheckpointMode::Hot,
         Mode::Live => CheckpointMode::Live,
         Mode::Pause => CheckpointMode::Pause,
-    };
-    let new = NewCheckpoint { mode: Some(mode), label };
-    let taken: Checkpoint = client.send(Method::POST, &format!("/v1/vms/{vm}/checkpoints"), &new)?;
+    }
+}
+
+fn take(client: &Client, vm: &VmName, new: &NewCheckpoint, output: &mut Output) -> anyhow::Result<()> {
+    let taken: Checkpoint = client.send(Method::POST, &format!("/v1/vms/{vm}/checkpoints"), new)?;
     if output.is_json() {
         return output.item(&taken);
     }
@@ -155,7 +160,24 @@ fn take(
         figure("duration_ms") as f64 / 1e3,
         figure("stored_bytes") as f64 / f64::from(1 << 20),
         figure("memory_bytes") as f64 / f64::from(1 << 20),
-    ))
+    ))?;
+    aside(&taken, output)
+}
+
+/// What else was done for a checkpoint, and whether that went well.
+fn aside(taken: &Checkpoint, output: &mut Output) -> anyhow::Result<()> {
+    if let Some(still) = taken.figures.get("quiesced") {
+        let (systems, us) = (still["filesystems"].as_u64(), still["frozen_us"].as_u64());
+        let ms = us.unwrap_or(0) as f64 / 1e3;
+        output.line(format!("quiesced: {} file systems, for {ms:.1} ms", systems.unwrap_or(0)))?;
+        if let Some(error) = still["thaw_error"].as_str() {
+            output.line(format!("its file systems may still be frozen: {error}"))?;
+        }
+    }
+    match taken.figures.get("callback").and_then(|callback| callback["error"].as_str()) {
+        Some(error) => output.line(format!("the callback has failed: {error}")),
+        None => Ok(()),
+    }
 }
 
 fn table(list: &[Checkpoint], output: &mut Output) -> anyhow::Result<()> {

@@ -7,14 +7,15 @@ use axum::Json;
 use axum::extract::{FromRequestParts, Path, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
-use cdp_store::{CheckpointMode, VmSpec};
+use cdp_store::VmSpec;
 use cdp_types::VmName;
 use serde::Deserialize;
 
 use super::extract::{Body, Params, invalid};
 use super::{App, blocking};
 use crate::api::{
-    ApiError, Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Reverted, Vm, VmRevert, VmReverted,
+    ApiError, Checkpoint, CheckpointChange, Diagnosis, NewCheckpoint, NewVm, Reverted, Vm, VmRevert,
+    VmReverted,
 };
 use crate::machines::Settings;
 
@@ -86,6 +87,14 @@ pub(super) async fn register(
     Ok((StatusCode::CREATED, Json(vm.await?)))
 }
 
+/// `GET /v1/vms/{name}/doctor`
+pub(super) async fn doctor(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+) -> Result<Json<Diagnosis>, ApiError> {
+    app.machines.doctor(&app.servers, &name).await.map(Json)
+}
+
 /// Whether a machine's checkpoints go with it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -125,9 +134,7 @@ pub(super) async fn take(
     Machine(name): Machine,
     Body(new): Body<NewCheckpoint>,
 ) -> Result<(StatusCode, Json<Checkpoint>), ApiError> {
-    let mode = new.mode.unwrap_or(CheckpointMode::Hot);
-    let machines = Arc::clone(&app.machines);
-    let taken = machines.take(&app.servers, &name, mode, new.label).await?;
+    let taken = Arc::clone(&app.machines).take(&app.servers, &name, new).await?;
     Ok((StatusCode::CREATED, Json(taken.into())))
 }
 
@@ -197,7 +204,11 @@ pub(super) async fn revert(
         let id = found.id;
         volumes = blocking(&app, move |app| app.servers.revert_vm(&name, id)).await?;
     }
-    let pages = if request.memory { Some(app.machines.restore(&info, found.id).await?) } else { None };
+    let (mut pages, mut still_frozen) = (None, None);
+    if request.memory {
+        pages = Some(app.machines.restore(&info, found.id).await?);
+        still_frozen = app.machines.thaw(&info, found.id).await;
+    }
     let volumes = volumes.into_iter().map(Reverted::from).collect();
-    Ok(Json(VmReverted { to: found.id, volumes, pages }))
+    Ok(Json(VmReverted { to: found.id, volumes, pages, still_frozen }))
 }

@@ -132,6 +132,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{name}/import", post(content::import))
         .route("/v1/vms", get(machines::list).post(machines::register))
         .route("/v1/vms/{name}", get(machines::show).delete(machines::remove))
+        .route("/v1/vms/{name}/doctor", get(machines::doctor))
         .route("/v1/vms/{name}/revert", post(machines::revert))
         .route("/v1/vms/{name}/taking", delete(machines::cancel))
         .route("/v1/vms/{name}/checkpoints", get(machines::checkpoints).post(machines::take))
