@@ -1,6 +1,7 @@
 //! Runs inside the guest: the host's commands (`serve`), and the workloads that need more than a shell.
 
 mod memory;
+mod stillness;
 
 use std::collections::VecDeque;
 use std::env;
@@ -21,7 +22,8 @@ guest-agent write DIR SEED synced|lazy    write test files until DIR.stop exists
 guest-agent fill DIR SEED MIB             write test files of that many mebibytes
 guest-agent check DIR SEED                compare every test file in DIR with what it must contain
 guest-agent pages DISK PAGES BLOCKS       fill pages by direct reads of blocks, and check them, for ever
-guest-agent stamp DISK FIRST SLOTS        keep a counter in memory and in SLOTS blocks from FIRST on, for ever";
+guest-agent stamp DISK FIRST SLOTS        keep a counter in memory and in SLOTS blocks from FIRST on, for ever
+guest-agent still PORT DIR                freeze and thaw the file system at DIR as qemu-ga is asked to";
 
 /// A writer keeps this many of its files, so that it can run for any time on any disk.
 const KEPT_FILES: usize = 150;
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         ["stamp", disk, first, slots] => {
             parse(first).and_then(|first| memory::stamp(Path::new(disk), first, parse(slots)?))
         }
+        ["still", port, mounted] => stillness::answer(Path::new(port), mounted),
         ["check", dir, seed] => parse(seed).and_then(|seed| check(Path::new(dir), seed)),
         _ => Err(anyhow::anyhow!(USAGE)),
     };

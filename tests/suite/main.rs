@@ -17,6 +17,7 @@ mod nbd;
 mod nbd_guests;
 mod past;
 mod power_cord;
+mod quiesced;
 mod rebuild;
 mod refusals;
 mod testbed;
