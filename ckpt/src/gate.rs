@@ -19,13 +19,30 @@ use tokio::sync::mpsc::UnboundedSender;
 /// What a guard tells of trouble, in words.
 pub type OnTrouble = Box<dyn FnOnce(String) + Send>;
 
+/// Why guest memory cannot be guarded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unguarded {
+    /// What is in the way.
+    pub why: String,
+    /// What cures it.
+    pub cure: String,
+    /// The process whose memory it is, as far as that is known.
+    pub pid: Option<i32>,
+}
+
+impl fmt::Display for Unguarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.why, self.cure)
+    }
+}
+
 /// The guest-memory guard of one disk, as its server has it.
 pub trait DiskGuard: Send + Sync {
-    /// Finds out whether memory can be guarded, before the guest is stopped. May take a while.
+    /// Finds out whether memory can be guarded, before the guest is stopped: whose it is. May take a while.
     ///
     /// # Errors
     /// What is in the way, and what cures it.
-    fn prepare(&self) -> Result<(), String>;
+    fn prepare(&self) -> Result<i32, Unguarded>;
 
     /// Opens a window, which is closed when what this returns is dropped. Quick.
     ///
@@ -40,7 +57,24 @@ pub enum GateEvent {
     /// It was cut.
     Cut(EpochCut),
     /// It cannot be cut any more, or what was cut counts for nothing.
-    Void(String),
+    Void {
+        /// Why.
+        why: String,
+        /// Nothing is wrong: another try may come through.
+        passing: bool,
+    },
+}
+
+impl GateEvent {
+    /// Something that the guest or an operator did in the wrong moment.
+    fn passing(why: impl Into<String>) -> Self {
+        Self::Void { why: why.into(), passing: true }
+    }
+
+    /// Something that has failed.
+    fn failed(why: impl Into<String>) -> Self {
+        Self::Void { why: why.into(), passing: false }
+    }
 }
 
 /// A disk, by its socket: which of its rings run.
@@ -151,8 +185,8 @@ impl Gate {
     fn stands_still(&self, state: &mut State, number: u64) {
         match state.armed.get(&number) {
             Some(armed) if armed.cut && armed.went_on => {
-                let why = "the disks were stopped twice while the machine was saved; try again".to_owned();
-                let _ = armed.tell.send(GateEvent::Void(why));
+                let why = "the disks were stopped twice while the machine was saved";
+                let _ = armed.tell.send(GateEvent::passing(why));
             }
             _ => self.cut(state, number),
         }
@@ -163,12 +197,12 @@ impl Gate {
         let Some(armed) = state.armed.get_mut(&number).filter(|armed| !armed.cut) else { return };
         armed.cut = true;
         let event = match self.store.cut_epoch(&armed.epoch) {
-            Err(error) => GateEvent::Void(error.to_string()),
+            Err(error) => GateEvent::failed(error.to_string()),
             Ok(cut) => match open_windows(armed) {
                 Ok(()) => GateEvent::Cut(cut),
                 Err(why) => {
                     armed.windows.clear();
-                    GateEvent::Void(why)
+                    GateEvent::failed(why)
                 }
             },
         };
@@ -186,7 +220,7 @@ impl Gate {
 fn open_windows(armed: &mut Armed) -> Result<(), String> {
     for guard in &armed.guards {
         let tell = armed.tell.clone();
-        let on_trouble: OnTrouble = Box::new(move |why| drop(tell.send(GateEvent::Void(why))));
+        let on_trouble: OnTrouble = Box::new(move |why| drop(tell.send(GateEvent::failed(why))));
         armed.windows.push(guard.open(on_trouble)?);
     }
     Ok(())
@@ -228,8 +262,7 @@ impl VmControl for Gate {
             armed.ran = true;
             armed.went_on |= armed.cut;
             if armed.cut && armed.guards.is_empty() {
-                let why = "the machine went on before it was saved".to_owned();
-                let _ = armed.tell.send(GateEvent::Void(why));
+                let _ = armed.tell.send(GateEvent::passing("the machine went on before it was saved"));
             }
         });
     }
@@ -238,15 +271,14 @@ impl VmControl for Gate {
         let mut state = self.state();
         let Some(disk) = state.disks.get_mut(socket) else { return };
         disk.rings.remove(&ring);
-        match why {
-            RingStop::Asked => {}
-            RingStop::Reset | RingStop::Failed => {
-                Self::each_armed(&mut state, socket, |armed| {
-                    let why = "a disk was reset, or could not be used".to_owned();
-                    let _ = armed.tell.send(GateEvent::Void(why));
-                });
-                return;
-            }
+        let void: Option<fn() -> GateEvent> = match why {
+            RingStop::Asked => None,
+            RingStop::Reset => Some(|| GateEvent::passing("a disk was reset")),
+            RingStop::Failed => Some(|| GateEvent::failed("a disk could not be used")),
+        };
+        if let Some(void) = void {
+            Self::each_armed(&mut state, socket, |armed| drop(armed.tell.send(void())));
+            return;
         }
         if !last {
             return;
@@ -266,7 +298,7 @@ impl VmControl for Gate {
         let mut state = self.state();
         state.disks.remove(socket);
         Self::each_armed(&mut state, socket, |armed| {
-            let _ = armed.tell.send(GateEvent::Void("the connection to a disk was lost".to_owned()));
+            let _ = armed.tell.send(GateEvent::failed("the connection to a disk was lost"));
         });
     }
 }

@@ -17,13 +17,14 @@
 //! - **No allocation for a page**, on its way in or out.
 //!
 //! Above these, [`take`] runs a checkpoint from QEMU's first byte to the record that commits it, [`gate`] cuts the disks'
-//! epoch in the middle of it, and [`restore`] puts a machine back.
+//! epoch in the middle of it, and [`restore`] puts a machine back. [`doctor`] says beforehand what is in the way.
 //!
 //! Deliberately absent: which machines there are, and vhost-user. The guard of guest memory comes in as a trait.
 
 #![forbid(unsafe_code)]
 
 mod coverage;
+pub mod doctor;
 mod error;
 pub mod gate;
 pub mod memory;

@@ -20,6 +20,6 @@ mod tap;
 mod transcript;
 
 pub use agent::{AgentConduct, GuestAgent};
-pub use server::{Fake, Say};
+pub use server::{Fake, Say, Voice};
 pub use tap::tap;
 pub use transcript::{Fault, Step, Transcript};

@@ -185,6 +185,21 @@ impl Tool {
         Ok(stderr)
     }
 
+    /// Runs a command that has a finding, good or bad: its exit status, 0 or 1, and what it prints.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn finding(&self, args: &[&str]) -> Result<(i32, String)> {
+        let output = self.output(args)?;
+        match output.status.code() {
+            Some(code @ (0 | 1)) => Ok((code, String::from_utf8_lossy(&output.stdout).into_owned())),
+            _ => {
+                let stderr = String::from_utf8_lossy(&output.stderr);
+                bail!("{}: {}\n{stderr}", Self::shown(args), output.status)
+            }
+        }
+    }
+
     /// Runs a command with `--json` and returns what it prints.
     ///
     /// # Errors

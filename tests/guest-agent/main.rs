@@ -2,6 +2,7 @@
 
 mod beat;
 mod memory;
+mod stillness;
 
 use std::collections::VecDeque;
 use std::env;
@@ -25,7 +26,8 @@ guest-agent pages PAGES BLOCKS DISK...    fill pages by direct reads of blocks, 
 guest-agent stamp WRITERS FIRST SLOTS DISK...
                                           keep counters in memory and in SLOTS blocks each from FIRST on, for ever
 guest-agent beat PORT FILL_MIB DIRTY_MIB [DISK]
-                                          fill memory, and say on a serial port every millisecond that we live";
+                                          fill memory, and say on a serial port every millisecond that we live
+guest-agent still PORT DIR                freeze and thaw the file system at DIR as qemu-ga is asked to";
 
 /// A writer keeps this many of its files, so that it can run for any time on any disk.
 const KEPT_FILES: usize = 150;
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         ["beat", port, fill, dirty, disk] => {
             parse(fill).and_then(|fill| beat::run(port, fill, parse(dirty)?, Some(disk)))
         }
+        ["still", port, mounted] => stillness::answer(Path::new(port), mounted),
         ["check", dir, seed] => parse(seed).and_then(|seed| check(Path::new(dir), seed)),
         _ => Err(anyhow::anyhow!(USAGE)),
     };

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
+use e2e::process::wait_for;
 use e2e::{Cdpd, Guest, run_scene};
 
 use crate::load::Load;
@@ -74,8 +75,10 @@ fn a_daemon_that_is_killed_while_it_saves_leaves_a_machine_that_runs_and_can_be_
             cdpd.start_again()?;
             Load::wait_for_progress(&guest, 1)?;
             ensure!(Load::mismatches(&guest)? == (0, 0), "the guest has noticed something");
-            let listed = machine.checkpoints()?;
-            ensure!(listed.iter().all(|one| one["state"] != "begun"), "{listed:?}");
+            wait_for("the checkpoint to be undone", Duration::from_secs(60), || {
+                let listed = machine.checkpoints()?;
+                Ok(listed.iter().all(|one| one["state"] != "begun").then_some(()))
+            })?;
         }
         let last = machine.take("hot")?;
         machine.go_back(guest, &id_of(&last)?)?.kill()?;

@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cdp_store::{CheckpointMode, CheckpointSpec, Store, StoreOptions, VmSpec, VolumeSpec};
 use cdp_types::{RingStop, VmControl};
-use ckpt::gate::{Arming, DiskGuard, Gate, GateEvent, OnTrouble, Ticket};
+use ckpt::gate::{Arming, DiskGuard, Gate, GateEvent, OnTrouble, Ticket, Unguarded};
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 /// Counts the windows that are open.
 #[derive(Default)]
-struct Windows(Arc<AtomicUsize>);
+pub struct Windows(pub Arc<AtomicUsize>);
 
 struct Open(Arc<AtomicUsize>);
 
@@ -23,8 +23,8 @@ impl Drop for Open {
 }
 
 impl DiskGuard for Windows {
-    fn prepare(&self) -> Result<(), String> {
-        Ok(())
+    fn prepare(&self) -> Result<i32, Unguarded> {
+        Ok(std::process::id() as i32)
     }
 
     fn open(&self, _on_trouble: OnTrouble) -> Result<Box<dyn Send>, String> {
@@ -82,7 +82,7 @@ impl Bed {
     }
 
     fn was_voided(&mut self) -> bool {
-        matches!(self.events.try_recv(), Ok(GateEvent::Void(_)))
+        matches!(self.events.try_recv(), Ok(GateEvent::Void { .. }))
     }
 }
 

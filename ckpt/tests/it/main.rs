@@ -10,3 +10,4 @@ mod model;
 mod qemu;
 mod qmp;
 mod stream;
+mod take;

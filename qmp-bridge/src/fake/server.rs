@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::transcript::{Fault, Step, Transcript};
@@ -37,9 +38,26 @@ pub struct Fake {
     task: JoinHandle<Result<(), String>>,
 }
 
+/// Has a fake QEMU say something unasked.
+#[derive(Clone, Debug)]
+pub struct Voice {
+    say: mpsc::UnboundedSender<Say>,
+}
+
+impl Voice {
+    /// Says it once what was asked before is answered. As with QEMU, a client that has not negotiated yet hears nothing
+    /// of it, nor does one that comes later.
+    pub fn say(&self, say: Say) {
+        // A fake that has gone says nothing.
+        let _ = self.say.send(say);
+    }
+}
+
 struct Conversation {
     reader: BufReader<OwnedReadHalf>,
     writer: OwnedWriteHalf,
+    /// What of the next line has come.
+    partial: Vec<u8>,
 }
 
 impl Fake {
@@ -68,18 +86,30 @@ impl Fake {
     ///
     /// # Errors
     /// If it cannot listen there.
-    pub fn answering<F>(path: &Path, version: (u32, u32, u32), mut answer: F) -> io::Result<Self>
+    pub fn answering<F>(path: &Path, version: (u32, u32, u32), answer: F) -> io::Result<Self>
+    where
+        F: FnMut(&str, &Value) -> Vec<Say> + Send + 'static,
+    {
+        Self::speaking(path, version, answer).map(|(fake, _)| fake)
+    }
+
+    /// As [`answering`](Self::answering), and says what it is told to at any time.
+    ///
+    /// # Errors
+    /// If it cannot listen there.
+    pub fn speaking<F>(path: &Path, version: (u32, u32, u32), mut answer: F) -> io::Result<(Self, Voice)>
     where
         F: FnMut(&str, &Value) -> Vec<Say> + Send + 'static,
     {
         let listener = UnixListener::bind(path)?;
+        let (say, mut unasked) = mpsc::unbounded_channel();
         let task = tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.map_err(|error| error.to_string())?;
-                Conversation::new(stream).answer(version, &mut answer).await;
+                Conversation::new(stream).answer(version, &mut answer, &mut unasked).await;
             }
         });
-        Ok(Self { task })
+        Ok((Self { task }, Voice { say }))
     }
 
     /// Waits until all transcripts have been played to their ends.
@@ -104,16 +134,18 @@ impl Drop for Fake {
 impl Conversation {
     fn new(stream: UnixStream) -> Self {
         let (reader, writer) = stream.into_split();
-        Self { reader: BufReader::new(reader), writer }
+        Self { reader: BufReader::new(reader), writer, partial: Vec::new() }
     }
 
-    /// None once the client has hung up.
+    /// None once the client has hung up. Cancel-safe.
     async fn hear(&mut self) -> Option<Value> {
-        let mut line = String::new();
-        match self.reader.read_line(&mut line).await {
-            Ok(1..) => Some(serde_json::from_str(&line).unwrap_or(Value::String(line))),
-            _ => None,
+        let ended = self.reader.read_until(b'\n', &mut self.partial).await.is_err();
+        let line = std::mem::take(&mut self.partial);
+        if ended || line.is_empty() {
+            return None;
         }
+        let text = || Value::String(String::from_utf8_lossy(&line).into_owned());
+        Some(serde_json::from_slice(&line).unwrap_or_else(|_| text()))
     }
 
     /// The client may be gone; then hearing nothing of it is the end.
@@ -166,39 +198,59 @@ impl Conversation {
         }
     }
 
-    async fn answer<F>(mut self, (major, minor, micro): (u32, u32, u32), answer: &mut F)
-    where
+    async fn answer<F>(
+        mut self,
+        (major, minor, micro): (u32, u32, u32),
+        answer: &mut F,
+        unasked: &mut mpsc::UnboundedReceiver<Say>,
+    ) where
         F: FnMut(&str, &Value) -> Vec<Say>,
     {
         let version =
             json!({ "qemu": { "major": major, "minor": minor, "micro": micro }, "package": "fake" });
         self.say(&json!({ "QMP": { "version": version, "capabilities": ["oob"] } })).await;
-        while let Some(heard) = self.hear().await {
+        let mut negotiated = false;
+        loop {
+            let heard = tokio::select! {
+                heard = self.hear() => heard,
+                Some(say) = unasked.recv(), if negotiated => {
+                    if self.carry_out(say, &Value::Null).await { continue } else { return }
+                }
+            };
+            let Some(heard) = heard else { return };
             let name = heard["execute"].as_str().or(heard["exec-oob"].as_str()).unwrap_or_default();
             let said = match name {
-                "qmp_capabilities" => vec![Say::Return(json!({}))],
+                "qmp_capabilities" => {
+                    while unasked.try_recv().is_ok() {}
+                    negotiated = true;
+                    vec![Say::Return(json!({}))]
+                }
                 _ => answer(name, &heard["arguments"]),
             };
             for say in said {
-                match say {
-                    Say::Return(value) => self.say(&json!({ "return": value, "id": heard["id"] })).await,
-                    Say::Refuse(class, desc) => {
-                        let error = json!({ "class": class, "desc": desc });
-                        self.say(&json!({ "error": error, "id": heard["id"] })).await;
-                    }
-                    Say::Event(name, data) => {
-                        let timestamp = json!({ "seconds": 1, "microseconds": 2 });
-                        self.say(&json!({ "event": name, "data": data, "timestamp": timestamp })).await;
-                    }
-                    Say::Wait(time) => tokio::time::sleep(time).await,
-                    Say::Fault(fault) => {
-                        if !self.fault(&fault).await {
-                            return;
-                        }
-                    }
+                if !self.carry_out(say, &heard["id"]).await {
+                    return;
                 }
             }
         }
+    }
+
+    /// Whether the conversation goes on.
+    async fn carry_out(&mut self, say: Say, id: &Value) -> bool {
+        match say {
+            Say::Return(value) => self.say(&json!({ "return": value, "id": id })).await,
+            Say::Refuse(class, desc) => {
+                let error = json!({ "class": class, "desc": desc });
+                self.say(&json!({ "error": error, "id": id })).await;
+            }
+            Say::Event(name, data) => {
+                let timestamp = json!({ "seconds": 1, "microseconds": 2 });
+                self.say(&json!({ "event": name, "data": data, "timestamp": timestamp })).await;
+            }
+            Say::Wait(time) => tokio::time::sleep(time).await,
+            Say::Fault(fault) => return self.fault(&fault).await,
+        }
+        true
     }
 }
 

@@ -51,6 +51,7 @@ pub struct GuestBuilder {
     incoming: Option<String>,
     more_qmp: Option<PathBuf>,
     more_serial: Option<PathBuf>,
+    more: Vec<String>,
     huge_pages: bool,
     /// `cdp-tool` starts it.
     supervised: bool,
@@ -68,6 +69,7 @@ impl Default for GuestBuilder {
             incoming: None,
             more_qmp: None,
             more_serial: None,
+            more: Vec::new(),
             huge_pages: false,
             supervised: false,
         }
@@ -154,6 +156,13 @@ impl GuestBuilder {
         self
     }
 
+    /// Gives QEMU more arguments.
+    #[must_use]
+    pub fn more(mut self, arguments: &[&str]) -> Self {
+        self.more.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self
+    }
+
     /// Starts QEMU and waits until the guest answers; one that boots from its disk or is restored is not waited for.
     ///
     /// # Errors
@@ -194,6 +203,7 @@ impl GuestBuilder {
         if let Some(socket) = &self.more_serial {
             command.arg("-chardev").arg(named_socket("more", socket, "")).args(["-serial", "chardev:more"]);
         }
+        command.args(&self.more);
         if let Some((tool, words)) = runner {
             command = handed_over(scene, tool, words, &command)?;
         }

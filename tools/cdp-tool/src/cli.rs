@@ -7,9 +7,11 @@ use cdpd::size::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+mod doctor;
 mod history;
 mod machines;
 
+pub(crate) use doctor::DoctorCommand;
 pub(crate) use history::{BranchCommand, CloneArgs, MarkArgs, RevertArgs};
 pub(crate) use machines::{
     CheckpointCommand, Mode, Running, VmCloneArgs, VmCommand, VmDisk, VmRevertArgs, VmRunArgs,
@@ -32,7 +34,8 @@ const INSTANTS: &str = "Instants:
 #[command(
     name = "cdp-tool",
     version,
-    after_help = "Exit status: 0 success, 1 a negative finding (verify found damage), 2 failure."
+    after_help = "Exit status: 0 success, 1 a negative finding (verify found damage, doctor an obstacle), 2 \
+                  failure."
 )]
 pub(crate) struct Cli {
     /// The store's directory
@@ -83,6 +86,9 @@ pub(crate) enum Command {
     /// Save running machines, memory and all, and list what was saved
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Find out what is in the way of something, and what cures it
+    #[command(subcommand)]
+    Doctor(DoctorCommand),
     /// Look into the store, its segments, and the records and the map of a volume
     #[command(subcommand)]
     Inspect(InspectCommand),

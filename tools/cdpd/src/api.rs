@@ -20,6 +20,7 @@
 //! | `/v1/vms` | GET: a list of [`Vm`]; POST [`NewVm`]: [`Vm`] |
 //! | `/v1/vms/{name}` | GET: [`Vm`]; PUT [`NewVm`]: [`Vm`], new or changed; DELETE `?delete_checkpoints=true` |
 //! | `/v1/vms/{name}/clone` | POST [`NewVmClone`]: the new [`Vm`], which has not been started |
+//! | `/v1/vms/{name}/doctor` | GET: [`Diagnosis`] |
 //! | `/v1/vms/{name}/start` | POST: gives a clone's memory to the QEMU that waits for it: [`VmStarted`] |
 //! | `/v1/vms/{name}/supervisor` | POST: lines with [`Order`]s, for as long as the supervisor looks after QEMU; PUT [`SupervisorReport`] |
 //! | `/v1/vms/{name}/schedule` | PUT [`Schedule`]: [`Vm`]; DELETE: [`Vm`] |
@@ -50,9 +51,10 @@ pub use history::{
     At, Branch, CloneRequest, Inherited, Mark, NewClone, NewMark, RevertRequest, RevertTarget, Reverted,
 };
 
+pub use ckpt::doctor::{Check, Verdict};
 pub use machines::{
-    Checkpoint, CheckpointChange, Launch, NewCheckpoint, NewVm, NewVmClone, Order, Origin, Schedule,
-    Supervised, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
+    Checkpoint, CheckpointChange, Diagnosis, Launch, ModeVerdict, NewCheckpoint, NewVm, NewVmClone, Order,
+    Origin, Schedule, Supervised, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
 };
 
 /// What a client can do about a refusal.

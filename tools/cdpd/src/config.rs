@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use cdp_store::StoreOptions;
 use serde::{Deserialize, Deserializer};
 
+use crate::callback::{Callback, CheckpointSection};
 use crate::logging::LogFormat;
 use crate::nbd::{Nbd, NbdAddress};
 use crate::size::ByteSize;
@@ -40,6 +41,8 @@ pub struct Config {
     pub vhost_user: VhostUser,
     /// How volumes and their instants are exported.
     pub nbd: Nbd,
+    /// Who is told of each cut of a machine's disks.
+    pub callback: Option<Callback>,
 }
 
 /// How volumes are served.
@@ -98,6 +101,7 @@ struct File {
     vhost_user: VhostUser,
     http: HttpSection,
     nbd: Nbd,
+    checkpoint: CheckpointSection,
     log: LogSection,
     limits: Limits,
 }
@@ -165,6 +169,7 @@ impl Config {
             limits: Limits::default(),
             vhost_user: VhostUser::default(),
             nbd: Nbd::default(),
+            callback: None,
         }
     }
 
@@ -185,6 +190,10 @@ impl Config {
         };
         let allow_remote = flags.http_allow_remote || file.http.allow_remote;
         let mut config = Self::new(store);
+        config.callback = file
+            .checkpoint
+            .callback()
+            .with_context(|| format!("in the configuration {}, section [checkpoint]", path.display()))?;
         config.apply(file);
         config.create &= !flags.no_create;
         config.http = flags.http.or(config.http);

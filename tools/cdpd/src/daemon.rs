@@ -38,6 +38,7 @@ pub struct Daemon {
     listeners: JoinSet<()>,
     retries: JoinHandle<()>,
     schedules: JoinHandle<()>,
+    recovery: JoinHandle<()>,
     config: Config,
 }
 
@@ -64,7 +65,8 @@ impl Daemon {
         let control = Arc::clone(&gate) as Arc<dyn VmControl>;
         let servers =
             Servers::new(store.clone(), config.store.join(socket::NAME), config.vhost_user, control);
-        let machines = Arc::new(Machines::new(store.clone(), gate, &config.store));
+        let callback = config.callback.clone().map(Arc::new);
+        let machines = Arc::new(Machines::new(store.clone(), gate, &config.store, callback));
         let daemon = DaemonStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -77,8 +79,10 @@ impl Daemon {
             Ok(())
         })
         .await?;
-        // With the disks served again: a machine that a dead daemon has stopped goes on.
-        app.machines.recover().await;
+        // With the disks served again: a machine that a dead daemon has stopped goes on. A QEMU that does not answer
+        // must not keep the others' API waiting.
+        let recovering = Arc::clone(&app.machines);
+        let recovery = tokio::spawn(async move { recovering.recover().await });
         let on = Listening {
             router: router(Arc::clone(&app)),
             connections: Arc::new(Semaphore::new(config.limits.connections.min(Semaphore::MAX_PERMITS))),
@@ -94,7 +98,7 @@ impl Daemon {
         let retries = tokio::spawn(retry(Arc::clone(&app)));
         let schedules = tokio::spawn(schedule::keep_to_schedules(Arc::clone(&app)));
         tracing::info!(store = %config.store.display(), version = env!("CARGO_PKG_VERSION"), "ready");
-        Ok(Self { app, stopping, listeners, retries, schedules, config })
+        Ok(Self { app, stopping, listeners, retries, schedules, recovery, config })
     }
 
     /// Ends once the store has shown that it is alive: that its locks can be had. For a watchdog.
@@ -110,10 +114,12 @@ impl Daemon {
     /// # Errors
     /// The store could not be closed cleanly; the next start recovers it, as after a kill.
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        // 1. Refuse new requests of the API, end long answers.
+        // 1. Refuse new requests of the API, end long answers, give up checkpoints.
         self.stopping.send_replace(true);
         self.retries.abort();
         self.schedules.abort();
+        self.recovery.abort();
+        self.app.machines.stop().await;
         // 2. Answer NBD clients' requests in flight, drain the guests' rings. Their machines wait for the next start.
         let app = Arc::clone(&self.app);
         let drained = on_thread(move || {

@@ -10,6 +10,7 @@
 
 pub mod api;
 mod args;
+mod callback;
 pub mod client;
 pub mod config;
 pub mod content;
@@ -25,6 +26,7 @@ pub mod size;
 pub mod socket;
 
 pub use args::Args;
+pub use callback::Callback;
 pub use config::Config;
 pub use daemon::Daemon;
 pub use nbd::{Nbd, NbdAddress};

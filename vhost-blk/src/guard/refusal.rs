@@ -37,31 +37,57 @@ pub enum GuardRefusal {
     NoThread(String),
 }
 
+impl GuardRefusal {
+    /// What cures it.
+    #[must_use]
+    pub fn cure(&self) -> &'static str {
+        match self {
+            Self::NoGuest => "start it, with its memory shared (share=on)",
+            Self::RingsRunning => "open the window when all rings have stopped",
+            Self::AlreadyOpen => "take one checkpoint at a time",
+            Self::NoFile => "use memory-backend-memfd or memory-backend-file, share=on",
+            Self::Private { .. } => "add share=on to its memory backend",
+            Self::NoOwner { .. } => "if QEMU runs in another PID namespace, run this server in the same one",
+            Self::NoAccess { .. } => {
+                "run this server as the same user and set /proc/sys/kernel/yama/ptrace_scope to 0, or give it \
+                 CAP_SYS_PTRACE"
+            }
+            Self::OwnerGone { .. } => "start the guest again",
+            Self::NoThread(_) => "raise the limit of threads",
+        }
+    }
+
+    /// The process that it is about, if it names one.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        match *self {
+            Self::Private { pid } | Self::NoAccess { pid } | Self::OwnerGone { pid } => Some(pid),
+            _ => None,
+        }
+    }
+
+    /// What is in the way, without its cure.
+    #[must_use]
+    pub fn what(&self) -> String {
+        match self {
+            Self::NoGuest => "no guest is connected".to_owned(),
+            Self::RingsRunning => "a ring runs".to_owned(),
+            Self::AlreadyOpen => "the window is open already".to_owned(),
+            Self::NoFile => "a part of guest memory is no regular file".to_owned(),
+            Self::Private { pid } => format!("process {pid} maps guest memory privately"),
+            Self::NoOwner { peer } => {
+                format!("no process maps guest memory where the front end (peer {peer}) says")
+            }
+            Self::NoAccess { pid } => format!("no ptrace access to process {pid}"),
+            Self::OwnerGone { pid } => format!("process {pid}, whose the guest's memory was, has ended"),
+            Self::NoThread(why) => format!("the operating system gives no thread: {why}"),
+        }
+    }
+}
+
 impl fmt::Display for GuardRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoGuest => f.write_str("no guest is connected: start it, with its memory shared (share=on)"),
-            Self::RingsRunning => f.write_str("a ring runs: the window opens only while all rings have stopped"),
-            Self::AlreadyOpen => f.write_str("the window is open already: one checkpoint at a time"),
-            Self::NoFile => f.write_str(
-                "a part of guest memory is no regular file: use memory-backend-memfd or memory-backend-file, share=on",
-            ),
-            Self::Private { pid } => {
-                write!(f, "process {pid} maps guest memory privately: add share=on to its memory backend")
-            }
-            Self::NoOwner { peer } => write!(
-                f,
-                "no process maps guest memory where the front end (peer {peer}) says: if QEMU runs in another PID \
-                 namespace, run this server in the same one"
-            ),
-            Self::NoAccess { pid } => write!(
-                f,
-                "no ptrace access to process {pid}: run this server as the same user and set \
-                 /proc/sys/kernel/yama/ptrace_scope to 0, or give it CAP_SYS_PTRACE"
-            ),
-            Self::OwnerGone { pid } => write!(f, "process {pid}, whose the guest's memory was, has ended"),
-            Self::NoThread(why) => write!(f, "the operating system gives no thread: {why}"),
-        }
+        write!(f, "{}: {}", self.what(), self.cure())
     }
 }
 

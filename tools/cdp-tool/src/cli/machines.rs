@@ -202,6 +202,9 @@ Modes: hot stops the guest for milliseconds and saves its memory while it runs o
         /// A name for it
         #[arg(long)]
         label: Option<Label>,
+        /// Have the guest's agent still its file systems for the cut, so that what is on the disks is clean
+        #[arg(long)]
+        quiesce: bool,
     },
     /// Take checkpoints of a machine every so often, and delete the oldest of these
     #[command(after_help = "Examples:

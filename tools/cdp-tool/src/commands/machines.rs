@@ -156,6 +156,11 @@ fn revert(client: &Client, store: &Path, args: &VmRevertArgs, output: &mut Outpu
         reverted.volumes.iter().map(|one| format!("{}@seq:{}", one.volume, one.undo.seq)).collect();
     let what = if args.disks_only { "its disks are as they were" } else { "it goes on from there" };
     output.line(format!("{name} is back at checkpoint {}: {what}", reverted.to))?;
+    if let Some(why) = &reverted.still_frozen {
+        output.line(format!(
+            "its file systems were stilled for the checkpoint and may still be: {why}; thaw them through its agent"
+        ))?;
+    }
     match saved {
         Some(saved) => output.line(format!("to undo that: cdp-tool vm revert {name} --to {}", saved.id)),
         None => output.line(format!("the disks before: {}", undo.join(" "))),
@@ -184,7 +189,11 @@ pub(super) fn checkpoint(
         Ok(client.send(Method::PATCH, &at(vm, which), &change)?)
     };
     match command {
-        CheckpointCommand::Take { vm, mode, label } => take(client, store, vm, *mode, label.clone(), output),
+        CheckpointCommand::Take { vm, mode, label, quiesce } => {
+            let mode = Some((*mode).into());
+            let new = NewCheckpoint { mode, label: label.clone(), quiesce: *quiesce };
+            take(client, store, vm, &new, output)
+        }
         CheckpointCommand::Schedule { vm, off: true, .. } => {
             show_vm(&client.delete(&format!("/v1/vms/{vm}/schedule"))?, output)
         }
@@ -226,12 +235,10 @@ fn take(
     client: &Client,
     store: &Path,
     vm: &VmName,
-    mode: Mode,
-    label: Option<Label>,
+    new: &NewCheckpoint,
     output: &mut Output,
 ) -> anyhow::Result<()> {
-    let new = NewCheckpoint { mode: Some(mode.into()), label };
-    let taken = taking::take(client, store, vm, &new)?;
+    let taken = taking::take(client, store, vm, new)?;
     if output.is_json() {
         return output.item(&taken);
     }
@@ -243,7 +250,24 @@ fn take(
         figure("duration_ms") as f64 / 1e3,
         figure("stored_bytes") as f64 / f64::from(1 << 20),
         figure("memory_bytes") as f64 / f64::from(1 << 20),
-    ))
+    ))?;
+    aside(&taken, output)
+}
+
+/// What else was done for a checkpoint, and whether that went well.
+fn aside(taken: &Checkpoint, output: &mut Output) -> anyhow::Result<()> {
+    if let Some(still) = taken.figures.get("quiesced") {
+        let (systems, us) = (still["filesystems"].as_u64(), still["frozen_us"].as_u64());
+        let ms = us.unwrap_or(0) as f64 / 1e3;
+        output.line(format!("quiesced: {} file systems, for {ms:.1} ms", systems.unwrap_or(0)))?;
+        if let Some(error) = still["thaw_error"].as_str() {
+            output.line(format!("its file systems may still be frozen: {error}"))?;
+        }
+    }
+    match taken.figures.get("callback").and_then(|callback| callback["error"].as_str()) {
+        Some(error) => output.line(format!("the callback has failed: {error}")),
+        None => Ok(()),
+    }
 }
 
 fn table(list: &[Checkpoint], output: &mut Output) -> anyhow::Result<()> {

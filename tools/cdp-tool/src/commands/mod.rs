@@ -1,5 +1,6 @@
 //! The commands.
 
+mod doctor;
 mod documents;
 mod extract;
 mod history;
@@ -19,7 +20,7 @@ use cdp_types::{Instant, VolumeAt};
 use jiff::Zoned;
 
 use crate::access::{Access, online, stopped};
-use crate::cli::{BranchCommand, Cli, Command, InspectCommand, VolumeCommand};
+use crate::cli::{BranchCommand, Cli, Command, DoctorCommand, InspectCommand, VolumeCommand};
 use crate::output::Output;
 
 /// How a command went that did not fail.
@@ -59,6 +60,7 @@ fn dispatch(command: Command, store: Option<&Path>, output: &mut Output) -> anyh
         }
         Command::Vm(command) => machines::vm(store()?, &command, output)?,
         Command::Checkpoint(command) => machines::checkpoint(&online(store()?)?, store()?, &command, output)?,
+        Command::Doctor(DoctorCommand::Vm { name }) => return doctor::vm(&online(store()?)?, &name, output),
         Command::Inspect(command) => {
             let access = Access::open(store()?)?;
             match command {

@@ -2,6 +2,7 @@
 
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, VmInfo};
 use cdp_types::{CheckpointId, EpochId, Instant, Label, Seq, VmName, VolumeName};
+use ckpt::doctor::{Check, MODES};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -141,6 +142,9 @@ pub struct VmStarted {
     pub from: CheckpointId,
     /// Pages of memory that were given to QEMU.
     pub pages: u64,
+    /// Why its file systems, which were stilled for the checkpoint, may still be so.
+    #[serde(default)]
+    pub still_frozen: Option<String>,
 }
 
 /// When checkpoints are taken without being asked for, and how many are kept of these.
@@ -267,6 +271,9 @@ pub struct NewCheckpoint {
     /// Its name.
     #[serde(default)]
     pub label: Option<Label>,
+    /// Have the guest's agent still its file systems for the cut.
+    #[serde(default)]
+    pub quiesce: bool,
 }
 
 /// What is to be changed of a checkpoint: what is not said stays.
@@ -302,4 +309,48 @@ pub struct VmReverted {
     pub volumes: Vec<Reverted>,
     /// Pages of memory that were given to QEMU, if they were.
     pub pages: Option<u64>,
+    /// Why its file systems, which were stilled for the checkpoint, may still be so.
+    #[serde(default)]
+    pub still_frozen: Option<String>,
+}
+
+/// Whether a machine can be checkpointed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Diagnosis {
+    /// The machine.
+    pub vm: VmName,
+    /// All that was looked at.
+    pub checks: Vec<Check>,
+    /// What follows from that, for each mode.
+    pub modes: Vec<ModeVerdict>,
+}
+
+/// Whether a machine can be checkpointed in a mode.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ModeVerdict {
+    /// The mode.
+    pub mode: CheckpointMode,
+    /// Whether nothing is known to be in the way.
+    pub possible: bool,
+    /// The subjects of the checks that are in the way.
+    pub hindered_by: Vec<String>,
+}
+
+impl Diagnosis {
+    /// Draws the conclusions.
+    #[must_use]
+    pub fn new(vm: VmName, checks: Vec<Check>) -> Self {
+        let modes = MODES.map(|mode| {
+            let in_the_way = checks.iter().filter(|check| check.hinders(mode));
+            let hindered_by: Vec<_> = in_the_way.map(|check| check.subject.clone()).collect();
+            ModeVerdict { mode, possible: hindered_by.is_empty(), hindered_by }
+        });
+        Self { vm, checks, modes: modes.into() }
+    }
+
+    /// Whether nothing is known to be in the way of a mode.
+    #[must_use]
+    pub fn allows(&self, mode: CheckpointMode) -> bool {
+        self.modes.iter().any(|verdict| verdict.mode == mode && verdict.possible)
+    }
 }

@@ -8,7 +8,7 @@ use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::Response;
 use axum::{Extension, Json};
-use cdp_store::{CheckpointMode, VmInfo, VmSpec};
+use cdp_store::{VmInfo, VmSpec};
 use cdp_types::{Instant, VmName, VolumeName};
 use serde::Deserialize;
 
@@ -16,8 +16,8 @@ use super::extract::{Body, Params, invalid};
 use super::stream::orders;
 use super::{App, Peer, blocking};
 use crate::api::{
-    ApiError, Checkpoint, CheckpointChange, ErrorKind, NewCheckpoint, NewVm, NewVmClone, Reverted, Schedule,
-    SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
+    ApiError, Checkpoint, CheckpointChange, Diagnosis, ErrorKind, NewCheckpoint, NewVm, NewVmClone, Reverted,
+    Schedule, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
 };
 use crate::machines::{Settings, copies};
 
@@ -158,8 +158,9 @@ pub(super) async fn start(
     .await?;
     app.machines.make_ready(&info, origin.checkpoint).await?;
     let pages = app.machines.restore(&info, origin.checkpoint).await?;
+    let still_frozen = app.machines.thaw(&info, origin.checkpoint).await;
     blocking(&app, move |app| copies::forget_origin(&app.store, &info)).await?;
-    Ok(Json(VmStarted { from: origin.checkpoint, pages }))
+    Ok(Json(VmStarted { from: origin.checkpoint, pages, still_frozen }))
 }
 
 /// `DELETE /v1/vms/{name}/start`: a clone is to boot.
@@ -223,6 +224,14 @@ pub(super) async fn report(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// `GET /v1/vms/{name}/doctor`
+pub(super) async fn doctor(
+    State(app): State<Arc<App>>,
+    Machine(name): Machine,
+) -> Result<Json<Diagnosis>, ApiError> {
+    app.machines.doctor(&app.servers, &name).await.map(Json)
+}
+
 /// Whether a machine's checkpoints go with it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -262,9 +271,7 @@ pub(super) async fn take(
     Machine(name): Machine,
     Body(new): Body<NewCheckpoint>,
 ) -> Result<(StatusCode, Json<Checkpoint>), ApiError> {
-    let mode = new.mode.unwrap_or(CheckpointMode::Hot);
-    let machines = Arc::clone(&app.machines);
-    let taken = machines.take(&app.servers, &name, mode, new.label).await?;
+    let taken = Arc::clone(&app.machines).take(&app.servers, &name, new).await?;
     Ok((StatusCode::CREATED, Json(taken.into())))
 }
 
@@ -328,13 +335,13 @@ pub(super) async fn revert(
         app.machines.make_ready(&info, id).await?;
     }
     let volumes = blocking(&app, move |app| app.servers.revert_vm(&name, id)).await?;
-    let pages = if request.disks_only {
-        None
-    } else {
-        Some(app.machines.restore(&info, id).await.map_err(|error| with_undo(error, &volumes))?)
-    };
+    let (mut pages, mut still_frozen) = (None, None);
+    if !request.disks_only {
+        pages = Some(app.machines.restore(&info, id).await.map_err(|error| with_undo(error, &volumes))?);
+        still_frozen = app.machines.thaw(&info, id).await;
+    }
     let volumes = volumes.into_iter().map(Reverted::from).collect();
-    Ok(Json(VmReverted { to: id, volumes, pages }))
+    Ok(Json(VmReverted { to: id, volumes, pages, still_frozen }))
 }
 
 /// What undoes the revert of disks whose memory could not be put back.

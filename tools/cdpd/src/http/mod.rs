@@ -133,6 +133,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/vms", get(machines::list).post(machines::register))
         .route("/v1/vms/{name}", get(machines::show).put(machines::put).delete(machines::remove))
         .route("/v1/vms/{name}/clone", post(machines::clone))
+        .route("/v1/vms/{name}/doctor", get(machines::doctor))
         .route("/v1/vms/{name}/start", post(machines::start).delete(machines::boot))
         .route("/v1/vms/{name}/schedule", put(machines::schedule).delete(machines::unschedule))
         .route("/v1/vms/{name}/supervisor", post(machines::supervise).put(machines::report))

@@ -1,6 +1,7 @@
 //! Machines: their checkpoints are taken and restored here, with the store on one side and QEMU on the other.
 
 pub(crate) mod copies;
+mod doctor;
 pub(crate) mod schedule;
 mod settings;
 mod supervisor;
@@ -10,15 +11,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cdp_store::{CheckpointInfo, CheckpointMode, Store, VmInfo};
-use cdp_types::{CheckpointId, Label, VmName};
-use ckpt::gate::{DiskGuard, Gate, OnTrouble};
-use ckpt::take::{Disk, Hold, Machine, Taking};
+use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, Store, VmInfo};
+use cdp_types::{CheckpointId, VmName};
+use ckpt::gate::{DiskGuard, Gate, OnTrouble, Unguarded};
+use ckpt::take::{Disk, Hold, Machine, Order, Taking};
 use qmp_bridge::{Client, Options};
 use tokio::sync::watch;
 use vhost_blk::Guard;
 
-use crate::api::{ApiError, ErrorKind, Supervised};
+use crate::api::{ApiError, ErrorKind, NewCheckpoint, Supervised};
+use crate::callback::Callback;
 use crate::serving::Servers;
 
 pub(crate) use settings::Settings;
@@ -26,10 +28,13 @@ pub(crate) use supervisor::{Place, Supervisors};
 
 /// How long QEMU of a checkpoint that a dead daemon has left may take to answer.
 const LEFT_BEHIND: Duration = Duration::from_secs(5);
+/// How long checkpoints that are given up because the daemon stops may take to put everything back. What is left then
+/// is undone at the next start.
+const GIVING_UP: Duration = Duration::from_secs(15);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// How long the QEMU of a supervised machine may take to make its QMP socket.
 const STARTING: Duration = Duration::from_secs(30);
-const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// What is being taken now, by machine.
 #[derive(Debug)]
@@ -44,6 +49,8 @@ pub(crate) struct Machines {
     gate: Arc<Gate>,
     /// For the sockets over which memory comes and goes.
     directory: PathBuf,
+    /// Who is told of each cut.
+    callback: Option<Arc<Callback>>,
     running: Mutex<BTreeMap<VmName, Running>>,
     /// Who can start a machine's QEMU anew.
     pub(crate) supervisors: Arc<Supervisors>,
@@ -53,8 +60,12 @@ pub(crate) struct Machines {
 struct ServerGuard(Arc<Guard>);
 
 impl DiskGuard for ServerGuard {
-    fn prepare(&self) -> Result<(), String> {
-        self.0.prepare().map(drop).map_err(|refusal| refusal.to_string())
+    fn prepare(&self) -> Result<i32, Unguarded> {
+        self.0.prepare().map(|target| target.pid).map_err(|refusal| Unguarded {
+            why: refusal.what(),
+            cure: refusal.cure().to_owned(),
+            pid: refusal.pid(),
+        })
     }
 
     fn open(&self, on_trouble: OnTrouble) -> Result<Box<dyn Send>, String> {
@@ -65,9 +76,14 @@ impl DiskGuard for ServerGuard {
 
 impl Machines {
     /// Machines of this store; their sockets are made in `directory`.
-    pub(crate) fn new(store: Store, gate: Arc<Gate>, directory: &Path) -> Self {
-        let directory = directory.to_owned();
-        Self { store, gate, directory, running: Mutex::default(), supervisors: Arc::default() }
+    pub(crate) fn new(
+        store: Store,
+        gate: Arc<Gate>,
+        directory: &Path,
+        callback: Option<Arc<Callback>>,
+    ) -> Self {
+        let (directory, running) = (directory.to_owned(), Mutex::default());
+        Self { store, gate, directory, callback, running, supervisors: Arc::default() }
     }
 
     fn running(&self) -> MutexGuard<'_, BTreeMap<VmName, Running>> {
@@ -93,6 +109,21 @@ impl Machines {
             None => {
                 Err(ApiError::new(ErrorKind::NotFound, format!("no checkpoint of '{vm}' is being taken")))
             }
+        }
+    }
+
+    /// Gives up all checkpoints that are being taken, so that no machine stands still while no daemon runs.
+    pub(crate) async fn stop(&self) {
+        for running in self.running().values() {
+            running.cancel.send_replace(true);
+        }
+        let given_up = async {
+            while !self.running().is_empty() {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        };
+        if tokio::time::timeout(GIVING_UP, given_up).await.is_err() {
+            tracing::warn!("a checkpoint is not given up after {GIVING_UP:?}; the next start undoes it");
         }
     }
 
@@ -123,10 +154,16 @@ impl Machines {
         self: Arc<Self>,
         servers: &Servers,
         vm: &VmName,
-        mode: CheckpointMode,
-        label: Option<Label>,
+        new: NewCheckpoint,
     ) -> Result<CheckpointInfo, ApiError> {
         let info = self.store.vm(vm)?;
+        let order = self.order(&info, new)?;
+        if self.store.unfinished_checkpoints().iter().any(|left| left.vm == info.id) {
+            let text = format!(
+                "the checkpoint of '{vm}' that was being taken when cdpd ended is still being undone; try again"
+            );
+            return Err(ApiError::new(ErrorKind::Busy, text));
+        }
         let disks = self.disks(servers, &info)?;
         let (cancel, cancelled) = watch::channel(false);
         let (tell, progress) = watch::channel(Taking::default());
@@ -141,7 +178,7 @@ impl Machines {
         let hold = Hold { cancel: cancelled, progress: tell };
         let (machines, name) = (Arc::clone(&self), vm.clone());
         let task = tokio::spawn(async move {
-            let taken = machines.take_from(info, disks, mode, label, hold).await;
+            let taken = machines.take_from(info, disks, order, hold).await;
             machines.running().remove(&name);
             taken
         });
@@ -150,12 +187,30 @@ impl Machines {
         })
     }
 
+    /// What a request means for a machine.
+    fn order(&self, info: &VmInfo, new: NewCheckpoint) -> Result<Order, ApiError> {
+        let agent = Settings::of(info)?.agent;
+        if new.quiesce && agent.is_none() {
+            let text = format!(
+                "machine '{0}' has no guest agent that could be asked to quiesce it: cdp-tool vm register {0} … \
+                 --agent SOCKET",
+                info.name
+            );
+            return Err(ApiError::new(ErrorKind::Invalid, text));
+        }
+        Ok(Order {
+            mode: new.mode.unwrap_or(CheckpointMode::Hot),
+            label: new.label,
+            quiesce: agent.filter(|_| new.quiesce).map(PathBuf::from),
+            at_cut: self.callback.as_ref().map(|callback| callback.for_machine(info)),
+        })
+    }
+
     async fn take_from(
         &self,
         info: VmInfo,
         disks: Vec<Disk>,
-        mode: CheckpointMode,
-        label: Option<Label>,
+        order: Order,
         hold: Hold,
     ) -> Result<CheckpointInfo, ApiError> {
         let qmp = self.connect(&info).await?;
@@ -167,7 +222,7 @@ impl Machines {
             qmp,
             directory: self.directory.clone(),
         };
-        match ckpt::take::take(&machine, mode, label, hold).await {
+        match ckpt::take::take(&machine, &order, hold).await {
             Ok(taken) => {
                 tracing::info!(vm = %info.name, checkpoint = %taken.id, "checkpoint taken");
                 Ok(taken)
@@ -224,22 +279,38 @@ impl Machines {
         check(to, &ckpt::restore::differences(&self.store, to, &qmp).await.map_err(refused)?)
     }
 
-    /// Undoes what a dead daemon has left: QEMU's settings, a machine that stands still, checkpoints half taken.
+    /// Lets file systems go that a machine's checkpoint has in its memory as stilled, now that the machine runs from
+    /// it: why not, if that fails.
+    pub(crate) async fn thaw(&self, info: &VmInfo, restored: CheckpointId) -> Option<String> {
+        let state = self.store.checkpoint(restored).ok()?.state;
+        let CheckpointState::Committed(saved) = state else { return None };
+        saved.figures.get("quiesced")?;
+        let thawed = match Settings::of(info).map(|settings| settings.agent) {
+            Ok(Some(agent)) => ckpt::take::thaw(Path::new(&agent)).await.map_err(|error| error.to_string()),
+            _ => Err("no guest agent is registered".to_owned()),
+        };
+        let why = thawed.err()?;
+        tracing::warn!(vm = %info.name, "its file systems may still be frozen: {why}");
+        Some(why)
+    }
+
+    /// Undoes what a dead daemon has left: sockets, QEMU's settings, a machine that stands still, checkpoints half
+    /// taken. Until that is done for a machine, no checkpoint is taken of it.
     pub(crate) async fn recover(&self) {
+        self.remove_sockets();
+        let mut machines = tokio::task::JoinSet::new();
         for left in self.store.unfinished_checkpoints() {
-            let path = left.restore.get("qmp").and_then(serde_json::Value::as_str).map(PathBuf::from);
-            let qmp = match path {
-                Some(path) => {
-                    let connecting = Client::connect(&path, Options::default());
-                    tokio::time::timeout(LEFT_BEHIND, connecting).await.ok().and_then(Result::ok)
-                }
-                None => None,
-            };
-            match ckpt::take::recover(&self.store, &left, qmp.as_ref()).await {
-                Ok(()) => {
-                    tracing::info!(checkpoint = %left.id, "aborted: it was being taken when the daemon ended")
-                }
-                Err(error) => tracing::error!(checkpoint = %left.id, "cannot be aborted: {error}"),
+            machines.spawn(recover(self.store.clone(), left));
+        }
+        while machines.join_next().await.is_some() {}
+    }
+
+    /// Removes the sockets of checkpoints and restores that a dead daemon has left; none of this one has any yet.
+    fn remove_sockets(&self) {
+        let left = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        for path in left.map(|entry| entry.path()).filter(|path| is_transfer(path)) {
+            if let Err(error) = std::fs::remove_file(&path) {
+                tracing::warn!("cannot remove {}: {error}", path.display());
             }
         }
     }
@@ -255,4 +326,43 @@ fn check(to: CheckpointId, differences: &[String]) -> Result<(), ApiError> {
     }
     let text = format!("this QEMU is another machine than at checkpoint {to}: {}", differences.join("; "));
     Err(ApiError::new(ErrorKind::Invalid, text))
+}
+
+/// Whether memory comes or goes over a socket of this name.
+fn is_transfer(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let number = name
+        .strip_suffix(".sock")
+        .and_then(|name| name.strip_prefix("checkpoint-").or_else(|| name.strip_prefix("restore-")));
+    number.is_some_and(|number| number.parse::<u64>().is_ok())
+}
+
+async fn recover(store: Store, left: CheckpointInfo) {
+    let path = left.restore.get("qmp").and_then(serde_json::Value::as_str).map(PathBuf::from);
+    let qmp = match path {
+        Some(path) => {
+            let connecting = Client::connect(&path, Options::default());
+            tokio::time::timeout(LEFT_BEHIND, connecting).await.ok().and_then(Result::ok)
+        }
+        None => None,
+    };
+    match ckpt::take::recover(&store, &left, qmp.as_ref()).await {
+        Ok(()) => tracing::info!(checkpoint = %left.id, "aborted: it was being taken when the daemon ended"),
+        Err(error) => tracing::error!(checkpoint = %left.id, "cannot be aborted: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_sockets_of_transfers_are_removed() {
+        for name in ["checkpoint-7.sock", "restore-12.sock"] {
+            assert!(is_transfer(Path::new(name)), "{name}");
+        }
+        for name in ["cdpd.sock", "checkpoint-a.sock", "restore-1", "web1.sock", "checkpoint-.sock"] {
+            assert!(!is_transfer(Path::new(name)), "{name}");
+        }
+    }
 }

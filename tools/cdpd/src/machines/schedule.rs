@@ -13,7 +13,7 @@ use jiff::fmt::strtime;
 use tokio::task::JoinSet;
 
 use super::Settings;
-use crate::api::{ApiError, ErrorKind, Schedule};
+use crate::api::{ApiError, ErrorKind, NewCheckpoint, Schedule};
 use crate::http::App;
 
 /// What the labels of scheduled checkpoints begin with.
@@ -93,7 +93,8 @@ fn is_due(app: &App, info: &VmInfo, schedule: &Schedule, tried_ns: Option<u64>) 
 }
 
 async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) {
-    let taken = Arc::clone(&app.machines).take(&app.servers, vm, schedule.mode, label_of(now_ns())).await;
+    let new = NewCheckpoint { mode: Some(schedule.mode), label: label_of(now_ns()), quiesce: false };
+    let taken = Arc::clone(&app.machines).take(&app.servers, vm, new).await;
     if let Err(error) = taken {
         // It may be switched off, for weeks.
         tracing::info!(%vm, "no scheduled checkpoint: {}", error.message);

@@ -1,0 +1,86 @@
+//! The guest's file systems, stilled by its agent from shortly before the cut until the machine runs after it.
+
+use std::path::Path;
+use std::time::Instant;
+
+use cdp_types::VmName;
+use qmp_bridge::{Agent, AgentOptions, ErrorKind, Frozen};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+use super::{TakeError, whole};
+
+/// How it stands with them.
+#[derive(Debug)]
+pub(super) enum Stillness {
+    /// Nobody has asked for it, or all is over.
+    Never,
+    /// They stand still.
+    Frozen {
+        /// The hold on them.
+        frozen: Frozen,
+        /// Since when.
+        since: Instant,
+    },
+    /// They are being let go, by a task of its own: nobody has to wait for the guest.
+    Thawing(JoinHandle<Thawed>),
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(super) struct Thawed {
+    filesystems: u64,
+    frozen_us: u64,
+    error: Option<String>,
+}
+
+impl Stillness {
+    /// Stills the file systems of a machine that runs. If this fails, or is dropped, they are let go.
+    ///
+    /// # Errors
+    /// The machine stands still, nobody answers, or a file system refuses: with what to do about it.
+    pub(super) async fn freeze(agent: &Path, running: bool) -> Result<Self, TakeError> {
+        if !running {
+            let text = "the machine stands still, so its agent cannot be asked to quiesce it: continue it, or leave \
+                        out --quiesce";
+            return Err(TakeError::new(text));
+        }
+        let frozen = Agent::new(agent, AgentOptions::default()).freeze().await.map_err(|error| {
+            let cure = match error.kind() {
+                ErrorKind::Deadline | ErrorKind::Unreachable => {
+                    "; is qemu-guest-agent installed and running in it?"
+                }
+                _ => "; without --quiesce, the checkpoint is one of crashed file systems, which recover",
+            };
+            TakeError::new(format!("the guest's file systems were not quiesced: {}{cure}", whole(&error)))
+        })?;
+        Ok(Self::Frozen { frozen, since: Instant::now() })
+    }
+
+    /// Begins to let them go, unless that was done before.
+    pub(super) fn let_go(&mut self) {
+        *self = match std::mem::replace(self, Self::Never) {
+            Self::Frozen { frozen, since } => Self::Thawing(tokio::spawn(async move {
+                let filesystems = frozen.filesystems();
+                let error = frozen.thaw().await.err().map(|error| whole(&error).to_string());
+                let frozen_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+                Thawed { filesystems, frozen_us, error }
+            })),
+            other => other,
+        };
+    }
+
+    /// Waits until they have been let go: what is to be kept of it, if they ever stood still.
+    pub(super) async fn over(self, vm: &VmName) -> Option<Value> {
+        let Self::Thawing(thawing) = self else { return None };
+        let thawed = thawing.await.ok()?;
+        if let Some(error) = &thawed.error {
+            tracing::error!(%vm, "the guest's file systems may still be frozen: {error}");
+        }
+        Some(json!({
+            "filesystems": thawed.filesystems,
+            "frozen_us": thawed.frozen_us,
+            "thaw_error": thawed.error,
+        }))
+    }
+}

@@ -1,0 +1,57 @@
+//! Going back into another QEMU.
+
+use cdp_store::CheckpointMode;
+use ckpt::restore::differences;
+use qmp_bridge::fake::{Fake, Say};
+use qmp_bridge::{Client, Options};
+use serde_json::json;
+
+use super::Bed;
+
+/// What a QEMU of this version, machine type and memory that waits for a machine has that the checkpoint's had not.
+async fn found(
+    bed: &Bed,
+    version: (u32, u32, u32),
+    machine: &str,
+    memory: u64,
+    state: &str,
+) -> Result<String, String> {
+    let id = bed.store.checkpoints(&bed.vm).unwrap().pop().unwrap().id;
+    let path = bed.directory.path().join(format!("other-{}-{machine}-{memory}-{state}", version.1));
+    let (qemu, machine, state) = (bed.qemu.clone(), format!("{machine}-machine"), state.to_owned());
+    let answer = move |name: &str, arguments: &serde_json::Value| match name {
+        "query-status" => vec![Say::Return(json!({ "running": false, "status": state }))],
+        "query-memory-size-summary" => vec![Say::Return(json!({ "base-memory": memory }))],
+        "qom-get" if arguments["path"] == "/machine" => vec![Say::Return(json!(machine))],
+        _ => qemu.answer(name, arguments),
+    };
+    let _fake = Fake::answering(&path, version, answer).unwrap();
+    let client = Client::connect(&path, Options::default()).await.unwrap();
+    let found = differences(&bed.store, id, &client).await;
+    found.map(|all| all.join("; ")).map_err(|error| error.to_string())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_machine_is_refused_with_both_values_before_anything_is_touched() {
+    let bed = Bed::new().await;
+    bed.take(&Bed::order(CheckpointMode::Pause), &[]).await.unwrap();
+    let (version, machine, memory) = ((10, 0, 2), "pc-1.0", 1 << 20);
+    assert_eq!(found(&bed, version, machine, memory, "inmigrate").await.unwrap(), "");
+    assert_eq!(
+        found(&bed, (10, 1, 0), machine, memory, "inmigrate").await.unwrap(),
+        "",
+        "a later one takes it"
+    );
+    let older = found(&bed, (9, 2, 0), machine, memory, "inmigrate").await.unwrap();
+    assert!(older.contains("10.0.2") && older.contains("9.2.0"), "{older}");
+    let other = found(&bed, version, "pc-2.0", memory, "inmigrate").await.unwrap();
+    assert!(other.contains("pc-1.0") && other.contains("pc-2.0"), "{other}");
+    let larger = found(&bed, version, machine, 2 << 20, "inmigrate").await.unwrap();
+    assert!(larger.contains("1048576 bytes") && larger.contains("2097152 bytes"), "{larger}");
+    let running = found(&bed, version, machine, memory, "running").await.unwrap_err();
+    assert!(running.contains("-incoming defer"), "{running}");
+    let touched = ["migrate-incoming", "cont", "migrate-set-capabilities"];
+    let commands = bed.qemu.state().commands.clone();
+    let after = commands.iter().rposition(|name| name == "migrate").unwrap();
+    assert!(!commands[after..].iter().any(|name| name == touched[0]), "{commands:?}");
+}
