@@ -202,7 +202,7 @@ impl StorageDaemon {
     pub(crate) fn start(dir: &Path, file: &Path) -> Result<Self> {
         let node =
             format!("driver=file,node-name=disk,filename={},cache.direct=on,aio=io_uring", file.display());
-        Self::serve(dir, "qsd", &node)
+        Self::serve(dir, "qsd", &[&node])
     }
 
     /// Serves a new, empty qcow2 file over a raw one, which others may be writing; both are in `dir`, as are its socket
@@ -215,24 +215,27 @@ impl StorageDaemon {
         let mut create = Command::new(system("qemu-img")?);
         create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(file).arg(&overlay);
         run_ok(&mut create, Duration::from_secs(20))?;
-        let direct = "cache.direct=on";
-        let node = format!(
-            "driver=qcow2,node-name=disk,{direct},file.driver=file,file.filename={},file.aio=io_uring,file.{direct},\
-             backing.driver=file,backing.filename={},backing.aio=io_uring,backing.{direct},backing.locking=off",
-            overlay.display(),
+        let direct = "cache.direct=on,aio=io_uring";
+        let base = format!(
+            "driver=file,node-name=base,filename={},locking=off,read-only=on,{direct}",
             file.display()
         );
-        Self::serve(dir, "qcow2", &node)
+        let file = format!("driver=file,node-name=file,filename={},{direct}", overlay.display());
+        Self::serve(dir, "qcow2", &[&base, &file, "driver=qcow2,node-name=disk,file=file,backing=base"])
     }
 
-    fn serve(dir: &Path, name: &str, node: &str) -> Result<Self> {
+    /// Serves the node called disk, the last of these.
+    fn serve(dir: &Path, name: &str, nodes: &[&str]) -> Result<Self> {
         let socket = dir.join(format!("{name}.sock"));
         let export = format!(
             "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={QUEUES}",
             socket.display()
         );
         let mut command = tied(&system("qemu-storage-daemon")?);
-        command.args(["--blockdev", node, "--export", &export]);
+        nodes.iter().for_each(|node| {
+            command.args(["--blockdev", node]);
+        });
+        command.args(["--export", &export]);
         let mut process = Process::spawn("qemu-storage-daemon", command, &dir.join(format!("{name}.log")))?;
         wait_for("qemu-storage-daemon's socket", READY, || {
             process.must_run()?;
