@@ -22,6 +22,9 @@ const CONNECT: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// How long QEMU may send nothing. Memory is saved in one go; a live migration sends at least its rounds.
 const SILENCE: Duration = Duration::from_secs(30);
+/// The same before the first page: for a hot checkpoint QEMU first touches all of the guest's memory, so that there is
+/// something everywhere that can be write-protected. The guest runs meanwhile, and the checkpoint can be cancelled.
+const SETUP: Duration = Duration::from_secs(600);
 
 /// What was stored.
 #[derive(Clone, Copy, Debug)]
@@ -129,7 +132,8 @@ fn receive(
     };
     let stream = accept(listener, shared).map_err(failed)?;
     stream.set_nonblocking(false).map_err(failed)?;
-    stream.set_read_timeout(Some(SILENCE)).map_err(failed)?;
+    stream.set_read_timeout(Some(SETUP)).map_err(failed)?;
+    let impatient = stream.try_clone().map_err(failed)?;
     *shared.stream() = Some(stream.try_clone().map_err(failed)?);
     if shared.cancel.load(Ordering::Relaxed) {
         return Err(Error::cancelled());
@@ -144,7 +148,13 @@ fn receive(
     let memory = store.memory_volume(vm, wanted).map_err(full)?;
     let image_bytes = memory.info().capacity;
     let pages = QueueStore::open(memory as Arc<dyn BlockDevice>)?;
+    let mut begun = false;
     let mut tell = |progress: &Progress| {
+        if !begun && progress.received > 0 {
+            begun = true;
+            // One that cannot be shortened only makes a QEMU that hangs be noticed later.
+            let _ = impatient.set_read_timeout(Some(SILENCE));
+        }
         shared.received_pages.store(progress.received, Ordering::Relaxed);
         shared.total_pages.store(progress.total, Ordering::Relaxed);
     };

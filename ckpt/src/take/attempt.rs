@@ -272,7 +272,12 @@ impl<'a> Attempt<'a> {
             self.stillness.let_go();
         }
         if let Err(error) = wind_down(&self.machine.qmp, &self.saved).await {
-            tracing::error!(vm = %self.machine.name, "QEMU could not be put back as it was: {error}");
+            let vm = &self.machine.name;
+            if matches!(error.kind(), qmp_bridge::ErrorKind::Gone | qmp_bridge::ErrorKind::Unreachable) {
+                tracing::warn!(%vm, "QEMU has ended, so there is nothing to put back: {error}");
+            } else {
+                tracing::error!(%vm, "QEMU could not be put back as it was: {error}");
+            }
             outcome = outcome.map_err(|error| TakeError { again: false, ..error });
         }
         // A machine that stands still could not have answered before.

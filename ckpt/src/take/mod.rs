@@ -50,11 +50,19 @@ pub struct TakeError {
     why: String,
     /// Nothing is wrong, and it may work at once.
     again: bool,
+    /// It was refused for what is in the way of its mode alone, and not of mode live. Nothing was begun.
+    hot_alone: bool,
 }
 
 impl TakeError {
     fn new(why: impl std::fmt::Display) -> Self {
-        Self { why: why.to_string(), again: false }
+        Self { why: why.to_string(), again: false, hot_alone: false }
+    }
+
+    /// Whether the machine can be checkpointed live, and was refused only because it was to be checkpointed hot.
+    #[must_use]
+    pub fn is_of_hot_alone(&self) -> bool {
+        self.hot_alone
     }
 
     /// One that another attempt may cure.
@@ -144,7 +152,7 @@ pub struct Taking {
 }
 
 /// The caller's hold on a checkpoint that is being taken.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Hold {
     /// Turns true when the checkpoint is to be given up.
     pub cancel: watch::Receiver<bool>,

@@ -115,5 +115,8 @@ async fn refuse(
 }
 
 fn refuse_one(mode: CheckpointMode, checks: &[Check]) -> Result<(), TakeError> {
-    checks.iter().find(|check| check.hinders(mode)).map_or(Ok(()), |check| Err(TakeError::new(check)))
+    let Some(check) = checks.iter().find(|check| check.hinders(mode)) else { return Ok(()) };
+    // Another check may be in the way of live mode, too: then that says so.
+    let hot_alone = mode == CheckpointMode::Hot && !check.hinders(CheckpointMode::Live);
+    Err(TakeError { hot_alone, ..TakeError::new(check) })
 }

@@ -81,8 +81,8 @@ impl Daemon {
         .await?;
         // With the disks served again: a machine that a dead daemon has stopped goes on. A QEMU that does not answer
         // must not keep the others' API waiting.
-        let recovering = Arc::clone(&app.machines);
-        let recovery = tokio::spawn(async move { recovering.recover().await });
+        let recovering = Arc::clone(&app);
+        let recovery = tokio::spawn(async move { Machines::recover(&recovering).await });
         let on = Listening {
             router: router(Arc::clone(&app)),
             connections: Arc::new(Semaphore::new(config.limits.connections.min(Semaphore::MAX_PERMITS))),

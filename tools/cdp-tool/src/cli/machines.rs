@@ -196,9 +196,9 @@ Modes: hot stops the guest for milliseconds and saves its memory while it runs o
     Take {
         /// The machine
         vm: VmName,
-        /// How
-        #[arg(long, default_value = "hot")]
-        mode: Mode,
+        /// How; unless said, hot where that is possible, and else live
+        #[arg(long)]
+        mode: Option<Mode>,
         /// A name for it
         #[arg(long)]
         label: Option<Label>,
@@ -222,9 +222,9 @@ Scheduled checkpoints are labelled auto-TIME. One that is pinned or labelled oth
         /// How many are kept
         #[arg(long, value_name = "N", default_value_t = 12)]
         keep: u64,
-        /// How
-        #[arg(long, default_value = "hot")]
-        mode: Mode,
+        /// How; unless said, hot where that is possible, and else live
+        #[arg(long)]
+        mode: Option<Mode>,
         /// No more
         #[arg(long, conflicts_with = "every")]
         off: bool,

@@ -102,8 +102,8 @@ fn show_vm(vm: &Vm, output: &mut Output) -> anyhow::Result<()> {
     }
     let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let schedule = |schedule: Schedule| {
-        let mode = format!("{:?}", schedule.mode).to_lowercase();
-        format!("every {}, {mode}, the newest {} are kept", every(schedule.every_s), schedule.keep)
+        let mode = schedule.mode.map(|mode| format!(", {mode:?}").to_lowercase()).unwrap_or_default();
+        format!("every {}{mode}, the newest {} are kept", every(schedule.every_s), schedule.keep)
     };
     output.facts(&[
         ("name", vm.name.to_string()),
@@ -190,7 +190,7 @@ pub(super) fn checkpoint(
     };
     match command {
         CheckpointCommand::Take { vm, mode, label, quiesce } => {
-            let mode = Some((*mode).into());
+            let mode = mode.map(CheckpointMode::from);
             let new = NewCheckpoint { mode, label: label.clone(), quiesce: *quiesce };
             take(client, store, vm, &new, output)
         }
@@ -199,7 +199,7 @@ pub(super) fn checkpoint(
         }
         CheckpointCommand::Schedule { vm, every, keep, mode, .. } => {
             let every_s = every.map_or(0, |every| every.0.as_secs());
-            let schedule = Schedule { every_s, keep: *keep, mode: (*mode).into() };
+            let schedule = Schedule { every_s, keep: *keep, mode: mode.map(CheckpointMode::from) };
             show_vm(&client.send(Method::PUT, &format!("/v1/vms/{vm}/schedule"), &schedule)?, output)
         }
         CheckpointCommand::Cancel { vm } => {
@@ -244,8 +244,9 @@ fn take(
     }
     let figure = |name: &str| taken.figures.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
     output.line(format!(
-        "checkpoint {} of {vm}: paused for {:.1} ms, saved in {:.1} s, {:.1} MiB new of {:.0} MiB of memory",
+        "checkpoint {} of {vm}, {}: paused for {:.1} ms, saved in {:.1} s, {:.1} MiB new of {:.0} MiB of memory",
         taken.id,
+        format!("{:?}", taken.mode).to_lowercase(),
         figure("pause_us") as f64 / 1e3,
         figure("duration_ms") as f64 / 1e3,
         figure("stored_bytes") as f64 / f64::from(1 << 20),

@@ -155,13 +155,9 @@ pub struct Schedule {
     pub every_s: u64,
     /// How many of them are kept; older ones are deleted, unless they are pinned or have another label by then.
     pub keep: u64,
-    /// How; `hot` unless said otherwise.
-    #[serde(default = "hot")]
-    pub mode: CheckpointMode,
-}
-
-fn hot() -> CheckpointMode {
-    CheckpointMode::Hot
+    /// How; unless said otherwise, `hot` where that is possible, and else `live`.
+    #[serde(default)]
+    pub mode: Option<CheckpointMode>,
 }
 
 /// A copy of a machine to be made: its disks as clones, and its memory as of the checkpoint.
@@ -265,7 +261,7 @@ impl From<CheckpointInfo> for Checkpoint {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewCheckpoint {
-    /// How; `hot` unless said otherwise.
+    /// How; unless said otherwise, `hot` where that is possible, and else `live`.
     #[serde(default)]
     pub mode: Option<CheckpointMode>,
     /// Its name.

@@ -12,15 +12,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, Store, VmInfo};
-use cdp_types::{CheckpointId, VmName};
+use cdp_types::{CheckpointId, VmId, VmName, VolumeId};
 use ckpt::gate::{DiskGuard, Gate, OnTrouble, Unguarded};
 use ckpt::take::{Disk, Hold, Machine, Order, Taking};
 use qmp_bridge::{Client, Options};
 use tokio::sync::watch;
 use vhost_blk::Guard;
 
-use crate::api::{ApiError, ErrorKind, NewCheckpoint, Supervised};
+use crate::api::{ApiError, ErrorKind, NewCheckpoint, ServingStatus, Supervised};
 use crate::callback::Callback;
+use crate::http::App;
 use crate::serving::Servers;
 
 pub(crate) use settings::Settings;
@@ -157,6 +158,7 @@ impl Machines {
         new: NewCheckpoint,
     ) -> Result<CheckpointInfo, ApiError> {
         let info = self.store.vm(vm)?;
+        let any_mode = new.mode.is_none();
         let order = self.order(&info, new)?;
         if self.store.unfinished_checkpoints().iter().any(|left| left.vm == info.id) {
             let text = format!(
@@ -178,7 +180,7 @@ impl Machines {
         let hold = Hold { cancel: cancelled, progress: tell };
         let (machines, name) = (Arc::clone(&self), vm.clone());
         let task = tokio::spawn(async move {
-            let taken = machines.take_from(info, disks, order, hold).await;
+            let taken = machines.take_from(info, disks, order, any_mode, hold).await;
             machines.running().remove(&name);
             taken
         });
@@ -210,7 +212,8 @@ impl Machines {
         &self,
         info: VmInfo,
         disks: Vec<Disk>,
-        order: Order,
+        mut order: Order,
+        any_mode: bool,
         hold: Hold,
     ) -> Result<CheckpointInfo, ApiError> {
         let qmp = self.connect(&info).await?;
@@ -222,7 +225,16 @@ impl Machines {
             qmp,
             directory: self.directory.clone(),
         };
-        match ckpt::take::take(&machine, &order, hold).await {
+        let mut taken = ckpt::take::take(&machine, &order, hold.clone()).await;
+        if let Err(error) = &taken
+            && any_mode
+            && error.is_of_hot_alone()
+        {
+            tracing::info!(vm = %info.name, "taken live, since it cannot be taken hot: {error}");
+            order.mode = CheckpointMode::Live;
+            taken = ckpt::take::take(&machine, &order, hold).await;
+        }
+        match taken {
             Ok(taken) => {
                 tracing::info!(vm = %info.name, checkpoint = %taken.id, "checkpoint taken");
                 Ok(taken)
@@ -296,11 +308,11 @@ impl Machines {
 
     /// Undoes what a dead daemon has left: sockets, QEMU's settings, a machine that stands still, checkpoints half
     /// taken. Until that is done for a machine, no checkpoint is taken of it.
-    pub(crate) async fn recover(&self) {
-        self.remove_sockets();
+    pub(crate) async fn recover(app: &Arc<App>) {
+        app.machines.remove_sockets();
         let mut machines = tokio::task::JoinSet::new();
-        for left in self.store.unfinished_checkpoints() {
-            machines.spawn(recover(self.store.clone(), left));
+        for left in app.store.unfinished_checkpoints() {
+            machines.spawn(recover(Arc::clone(app), left));
         }
         while machines.join_next().await.is_some() {}
     }
@@ -337,7 +349,7 @@ fn is_transfer(path: &Path) -> bool {
     number.is_some_and(|number| number.parse::<u64>().is_ok())
 }
 
-async fn recover(store: Store, left: CheckpointInfo) {
+async fn recover(app: Arc<App>, left: CheckpointInfo) {
     let path = left.restore.get("qmp").and_then(serde_json::Value::as_str).map(PathBuf::from);
     let qmp = match path {
         Some(path) => {
@@ -346,9 +358,24 @@ async fn recover(store: Store, left: CheckpointInfo) {
         }
         None => None,
     };
-    match ckpt::take::recover(&store, &left, qmp.as_ref()).await {
+    if qmp.is_some() {
+        disks_are_back(&app, left.vm).await;
+    }
+    match ckpt::take::recover(&app.store, &left, qmp.as_ref()).await {
         Ok(()) => tracing::info!(checkpoint = %left.id, "aborted: it was being taken when the daemon ended"),
         Err(error) => tracing::error!(checkpoint = %left.id, "cannot be aborted: {error}"),
+    }
+}
+
+/// Waits until a machine's QEMU has connected to its disks again, or too long. One that is continued before that cannot
+/// start its disks, and QEMU 7.2 does not try again.
+async fn disks_are_back(app: &App, vm: VmId) {
+    let Some(info) = app.store.vms().into_iter().find(|info| info.id == vm) else { return };
+    let ids: Vec<VolumeId> =
+        info.volumes.iter().filter_map(|name| Some(app.store.volume(name).ok()?.id())).collect();
+    let by = Instant::now() + LEFT_BEHIND;
+    while Instant::now() < by && ids.iter().any(|id| app.servers.status(*id) != ServingStatus::Connected) {
+        tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 

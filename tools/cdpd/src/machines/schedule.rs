@@ -93,7 +93,7 @@ fn is_due(app: &App, info: &VmInfo, schedule: &Schedule, tried_ns: Option<u64>) 
 }
 
 async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) {
-    let new = NewCheckpoint { mode: Some(schedule.mode), label: label_of(now_ns()), quiesce: false };
+    let new = NewCheckpoint { mode: schedule.mode, label: label_of(now_ns()), quiesce: false };
     let taken = Arc::clone(&app.machines).take(&app.servers, vm, new).await;
     if let Err(error) = taken {
         // It may be switched off, for weeks.
@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_schedule_that_asks_too_much_is_refused() {
-        let schedule = |every_s, keep| Schedule { every_s, keep, mode: CheckpointMode::Hot };
+        let schedule = |every_s, keep| Schedule { every_s, keep, mode: None };
         assert!(schedule(300, 12).check().is_ok());
         for (every_s, keep, part) in [(9, 1, "10 seconds"), (u64::MAX, 1, "a year"), (60, 0, "keep 0")] {
             let why = schedule(every_s, keep).check().unwrap_err().message;
