@@ -373,7 +373,7 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!(names(&["rand-write-4k-d1"]), ["rand-write-4k-d1"]);
-        assert_eq!(names(&["seq-write", "flush"]), ["write-flush-4k-d1", "seq-write-128k-d16"]);
+        assert_eq!(names(&["zipf", "flush"]), ["zipf-read-4k-d32", "zipf-write-4k-d32", "write-flush-4k-d1"]);
         assert_eq!(names(&[]).len(), workload::ALL.len());
         assert!(names(&["nothing"]).is_empty());
     }

@@ -213,8 +213,12 @@ async fn a_checkpoint_that_hangs_is_wound_down() {
         let (held, _) = timely(listener.accept()).await.unwrap();
         let hangs = migration::settled(&client, Duration::from_millis(300)).await.unwrap_err();
         assert_eq!(hangs.kind(), ErrorKind::Deadline);
+        // Hot, QEMU's own main thread may wait for a page that is protected until it is sent, and answers nobody: the end of
+        // the connection frees it.
+        let held = (mode != Mode::Hot).then_some(held);
         let progress = timely(migration::wind_down(&client, &saved)).await.unwrap();
-        assert!(matches!(progress.status, MigrationStatus::Cancelled), "{mode}: {progress:?}");
+        let ended = [MigrationStatus::Cancelled, MigrationStatus::Failed];
+        assert!(ended.contains(&progress.status), "{mode}: {progress:?}");
         assert!(control::run_state(&client).await.unwrap().running);
         assert_eq!(Settings::read(&client).await.unwrap(), before);
         drop(held);

@@ -1,7 +1,7 @@
 //! Going back into another QEMU.
 
 use cdp_store::CheckpointMode;
-use ckpt::restore::differences;
+use ckpt::restore::{check_waiting, differences};
 use qmp_bridge::fake::{Fake, Say};
 use qmp_bridge::{Client, Options};
 use serde_json::json;
@@ -27,8 +27,11 @@ async fn found(
     };
     let _fake = Fake::answering(&path, version, answer).unwrap();
     let client = Client::connect(&path, Options::default()).await.unwrap();
-    let found = differences(&bed.store, id, &client).await;
-    found.map(|all| all.join("; ")).map_err(|error| error.to_string())
+    let found = async {
+        check_waiting(&client).await?;
+        differences(&bed.store, id, &client).await
+    };
+    found.await.map(|all| all.join("; ")).map_err(|error| error.to_string())
 }
 
 #[tokio::test(flavor = "multi_thread")]
