@@ -112,6 +112,8 @@ pub struct Machine {
 pub struct Order {
     /// How.
     pub mode: CheckpointMode,
+    /// Refuse mode hot also where it works, but may harm the guest if it is given up: for who has not asked for it.
+    pub careful: bool,
     /// Its name.
     pub label: Option<Label>,
     /// The guest agent's socket, if its file systems are to be stilled for the cut.

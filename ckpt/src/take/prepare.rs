@@ -48,6 +48,10 @@ impl Prepared {
         let before = Settings::read(&machine.qmp).await.map_err(|e| whole(&e))?;
         let running = control::run_state(&machine.qmp).await.map_err(|e| whole(&e))?.running;
         let settings = plan.changes(&machine.qmp, &before, running).map_err(|e| whole(&e))?;
+        if order.careful && order.mode == CheckpointMode::Hot {
+            doctor::hot_doubt(&described)
+                .map_or(Ok(()), |doubt| Err(TakeError { hot_alone: true, ..TakeError::new(doubt) }))?;
+        }
         refuse(machine, order.mode, &described).await?;
         let undo = Undo { settings, qmp: machine.qmp.path().clone(), agent: order.quiesce.clone() };
         Ok(Self { plan, facts: facts(&described), undo })

@@ -71,7 +71,7 @@ impl Bed {
     }
 
     pub(super) fn order(mode: CheckpointMode) -> Order {
-        Order { mode, label: None, quiesce: None, at_cut: None }
+        Order { mode, careful: false, label: None, quiesce: None, at_cut: None }
     }
 
     /// Takes a checkpoint, in the order of these scripts if the migration is tried several times.

@@ -158,7 +158,6 @@ impl Machines {
         new: NewCheckpoint,
     ) -> Result<CheckpointInfo, ApiError> {
         let info = self.store.vm(vm)?;
-        let any_mode = new.mode.is_none();
         let order = self.order(&info, new)?;
         if self.store.unfinished_checkpoints().iter().any(|left| left.vm == info.id) {
             let text = format!(
@@ -180,7 +179,7 @@ impl Machines {
         let hold = Hold { cancel: cancelled, progress: tell };
         let (machines, name) = (Arc::clone(&self), vm.clone());
         let task = tokio::spawn(async move {
-            let taken = machines.take_from(info, disks, order, any_mode, hold).await;
+            let taken = machines.take_from(info, disks, order, hold).await;
             machines.running().remove(&name);
             taken
         });
@@ -202,6 +201,7 @@ impl Machines {
         }
         Ok(Order {
             mode: new.mode.unwrap_or(CheckpointMode::Hot),
+            careful: new.mode.is_none(),
             label: new.label,
             quiesce: agent.filter(|_| new.quiesce).map(PathBuf::from),
             at_cut: self.callback.as_ref().map(|callback| callback.for_machine(info)),
@@ -213,7 +213,6 @@ impl Machines {
         info: VmInfo,
         disks: Vec<Disk>,
         mut order: Order,
-        any_mode: bool,
         hold: Hold,
     ) -> Result<CheckpointInfo, ApiError> {
         let qmp = self.connect(&info).await?;
@@ -227,7 +226,7 @@ impl Machines {
         };
         let mut taken = ckpt::take::take(&machine, &order, hold.clone()).await;
         if let Err(error) = &taken
-            && any_mode
+            && order.careful
             && error.is_of_hot_alone()
         {
             tracing::info!(vm = %info.name, "taken live, since it cannot be taken hot: {error}");
