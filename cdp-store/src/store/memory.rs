@@ -1,6 +1,6 @@
 //! Memory volumes: the hidden volumes of a machine that hold the images of its memory.
 //!
-//! One of them is in use. Its log only grows, whatever is deleted, so once it has grown to several times the image's size
+//! One of them is in use. Its log only grows, whatever is deleted, so once it has grown to several times the volume's size
 //! the next save begins in a new one, with a whole image; the old one stays as long as a checkpoint names it. So
 //! a machine of which so many checkpoints are kept takes so much space, however many were ever taken.
 //!
@@ -19,8 +19,8 @@ use crate::catalogue::{BranchState, Catalogue, Change, CheckpointRow, Ledger, Sa
 use crate::error::{Error, ErrorKind, Result};
 use crate::volume::{Resolved, Volume};
 
-/// A memory volume is worn, and the next image begins in a new one, once its log is so many times as large as the volume:
-/// then at most every third image is a whole one, if each save changes all.
+/// A memory volume is worn, and the next image begins in a new one, once its log is so many times as large as the volume.
+/// Volumes are made with room for two images, so that is after some six whole ones, or more that are not whole.
 const WORN: u64 = 3;
 
 impl Store {

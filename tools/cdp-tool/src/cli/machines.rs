@@ -191,8 +191,9 @@ pub(crate) enum CheckpointCommand {
   cdp-tool checkpoint take web1 --label before-upgrade
   cdp-tool checkpoint take web1 --mode live
 
-Modes: hot stops the guest for milliseconds and saves its memory while it runs on; live copies memory first and stops \
-                      for the rest; pause stops it until all is saved.")]
+Modes: hot stops the guest for some tens of milliseconds a GiB, and saves its memory as of then while it runs on; live \
+                      copies memory first, and stops the guest for some 10 ms at the end, which is the instant; pause stops \
+                      it until all is saved.")]
     Take {
         /// The machine
         vm: VmName,

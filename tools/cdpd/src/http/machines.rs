@@ -198,7 +198,9 @@ async fn set_schedule(
     let vm = blocking(app, move |app| {
         let info = app.store.vm(&name)?;
         let settings = Settings { schedule, ..Settings::of(&info)? };
-        view(app, Settings::write(&app.store, &info, &settings)?)
+        let changed = Settings::write(&app.store, &info, &settings)?;
+        app.machines.schedules_changed.notify_one();
+        view(app, changed)
     });
     vm.await.map(Json)
 }

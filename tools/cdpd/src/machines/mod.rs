@@ -16,7 +16,7 @@ use cdp_types::{CheckpointId, VmId, VmName, VolumeId};
 use ckpt::gate::{DiskGuard, Gate, OnTrouble, Unguarded};
 use ckpt::take::{Disk, Hold, Machine, Order, Taking};
 use qmp_bridge::{Client, Options};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use vhost_blk::Guard;
 
 use crate::api::{ApiError, ErrorKind, NewCheckpoint, ServingStatus, Supervised};
@@ -55,6 +55,8 @@ pub(crate) struct Machines {
     running: Mutex<BTreeMap<VmName, Running>>,
     /// Who can start a machine's QEMU anew.
     pub(crate) supervisors: Arc<Supervisors>,
+    /// Told when a machine gets a schedule.
+    pub(crate) schedules_changed: Notify,
 }
 
 /// A server's guard, as checkpoints see it.
@@ -84,7 +86,8 @@ impl Machines {
         callback: Option<Arc<Callback>>,
     ) -> Self {
         let (directory, running) = (directory.to_owned(), Mutex::default());
-        Self { store, gate, directory, callback, running, supervisors: Arc::default() }
+        let (supervisors, schedules_changed) = (Arc::default(), Notify::new());
+        Self { store, gate, directory, callback, running, supervisors, schedules_changed }
     }
 
     fn running(&self) -> MutexGuard<'_, BTreeMap<VmName, Running>> {

@@ -44,19 +44,22 @@ impl Schedule {
 
 /// Takes scheduled checkpoints until it is dropped.
 pub(crate) async fn keep_to_schedules(app: Arc<App>) {
-    let mut ticks = tokio::time::interval(LOOK_EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut taking: JoinSet<VmName> = JoinSet::new();
     let mut tried = std::collections::BTreeMap::new();
     let mut busy = std::collections::BTreeSet::new();
     loop {
-        ticks.tick().await;
         while let Some(done) = taking.try_join_next() {
             if let Ok(vm) = done {
                 busy.remove(&vm);
             }
         }
-        for (info, schedule) in scheduled(&app).await {
+        let scheduled = scheduled(&app).await;
+        if scheduled.is_empty() && busy.is_empty() {
+            // Nothing wakes up for machines that have none.
+            app.machines.schedules_changed.notified().await;
+            continue;
+        }
+        for (info, schedule) in scheduled {
             let last = tried.get(&info.name).copied();
             if busy.contains(&info.name) || !is_due(&app, &info, &schedule, last) {
                 continue;
@@ -69,6 +72,7 @@ pub(crate) async fn keep_to_schedules(app: Arc<App>) {
                 vm
             });
         }
+        tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 
