@@ -303,6 +303,12 @@ impl HeadMap {
         }
     }
 
+    /// Whether there is anything that the index does not have.
+    #[must_use]
+    pub fn has_unindexed(&self) -> bool {
+        self.current.end.is_some() || self.has_closed()
+    }
+
     /// Whether a chunk is closed.
     #[must_use]
     pub fn has_closed(&self) -> bool {

@@ -69,6 +69,8 @@ pub struct Shared {
     pub pool_bell: Bell,
     /// Wakes the thread that writes the index.
     pub index_bell: Bell,
+    /// That thread has nothing to do, and waits to be told that it has.
+    pub index_rests: AtomicBool,
     /// Set once when the store is closing: nothing new is taken.
     pub closing: AtomicBool,
 }
@@ -78,6 +80,13 @@ impl Shared {
     #[must_use]
     pub fn lineage(&self) -> Lineage<'_> {
         Lineage { branches: &self.branches, index: &self.index }
+    }
+
+    /// Says that there is something for the thread that writes the index: called after it is there to be seen.
+    pub fn note_work(&self) {
+        if self.index_rests.load(Ordering::SeqCst) && self.index_rests.swap(false, Ordering::SeqCst) {
+            self.index_bell.ring();
+        }
     }
 
     /// Whether the store is being closed.

@@ -1,6 +1,10 @@
 //! Guests and daemons come and go in every order.
 
-use anyhow::ensure;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::process::wait_for;
 use e2e::workload::must_survive;
 use e2e::{Cdpd, Guest, run_scene};
 
@@ -106,4 +110,64 @@ fn a_stopped_guest_continues_where_it_was() {
         guest.quit()?;
         cdpd.stop()
     });
+}
+
+#[test]
+fn an_idle_guest_costs_no_wake_ups() {
+    run_scene(|scene| {
+        let mut cdpd = Cdpd::start(scene)?;
+        let socket = cdpd.tool().create_and_serve(scene, "web1", "512M", 2)?;
+        let mut guest = Guest::builder().disk(&socket).queues(2).smp(2).boot(scene)?;
+        format(&mut guest, "vda")?;
+        guest.run("echo first >/mnt/vda/first && sync && umount /mnt/vda")?;
+        wait_for_rest(cdpd.pid()?)?;
+        // What slept is there when it is needed.
+        mount(&mut guest, "vda")?;
+        guest.run("echo second >/mnt/vda/second && sync && umount /mnt/vda")?;
+        wait_for_rest(cdpd.pid()?)?;
+        cdpd.kill9()?;
+        cdpd.start_again()?;
+        ensure!(guest.run("mount /dev/vda /mnt && cat /mnt/second")? == "second\n");
+        guest.quit()?;
+        cdpd.stop()
+    });
+}
+
+/// Waits until no thread of a process has run for five seconds.
+fn wait_for_rest(pid: u32) -> Result<()> {
+    let mut before = switches(pid)?;
+    let mut woken = Vec::new();
+    let rested = wait_for("five seconds without a wake-up of cdpd", Duration::from_secs(120), || {
+        std::thread::sleep(Duration::from_secs(5));
+        let now = switches(pid)?;
+        woken = now
+            .iter()
+            .filter(|(thread, count)| before.get(*thread) != Some(*count))
+            .map(|(t, _)| t.clone())
+            .collect();
+        before = now;
+        Ok(woken.is_empty().then_some(()))
+    });
+    rested.with_context(|| format!("at last ran {woken:?}"))
+}
+
+/// How often each thread of a process has been given a processor: by number and name. Not the kernel's own, of which it keeps
+/// one for each io_uring that has synced a file, and not RocksDB's clock, which flushes a log every ten seconds: neither can
+/// be turned off.
+fn switches(pid: u32) -> Result<BTreeMap<String, u64>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let task = entry?.path();
+        // It may have ended.
+        let Ok(status) = std::fs::read_to_string(task.join("status")) else { continue };
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("").trim();
+        let switches = ["voluntary_ctxt_switches:", "nonvoluntary_ctxt_switches:"];
+        if field("Name:").starts_with("iou-wrk") || field("Name:") == "rocksdb" {
+            continue;
+        }
+        let count = switches.iter().filter_map(|name| field(name).parse::<u64>().ok()).sum();
+        found.insert(format!("{} {}", field("Pid:"), field("Name:")), count);
+    }
+    ensure!(!found.is_empty(), "no process {pid}");
+    Ok(found)
 }

@@ -180,7 +180,18 @@ impl RocksKv {
         Ok(Self { path: path.to_owned(), place, mode, open: RwLock::new(Some(open)) })
     }
 
+    /// Opens it on a thread of that name: RocksDB's threads, of which one is without end, inherit it.
     fn open_database(path: &Path, mode: &Mode) -> Result<Open, rocksdb::Error> {
+        std::thread::scope(|scope| {
+            let name = std::thread::Builder::new().name("rocksdb".to_owned());
+            match name.spawn_scoped(scope, || Self::open_here(path, mode)) {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                Err(_) => Self::open_here(path, mode),
+            }
+        })
+    }
+
+    fn open_here(path: &Path, mode: &Mode) -> Result<Open, rocksdb::Error> {
         let tuned = match mode {
             Mode::Index(options) => tuning::time_index(options),
             Mode::Synced => tuning::catalogue(),

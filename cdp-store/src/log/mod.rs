@@ -5,6 +5,7 @@
 //! order whichever queues write it; acknowledgements leave in that order ([`LogState::complete`]).
 
 mod draft;
+mod open;
 mod recover;
 mod scan;
 mod state;

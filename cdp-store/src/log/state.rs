@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use cdp_types::{BranchId, Generation, IoErrorKind, Ordinal, Seq, VolumeId};
 
 use super::draft::{Draft, Pending};
+use super::open::Open;
 use super::recover::LogEnd;
 use crate::clock::StoreClock;
 use crate::error::{Error, ErrorKind, Result};
@@ -31,6 +32,8 @@ pub struct LogContext {
     pub next_seq: AtomicU64,
     /// Where random segment secrets come from.
     pub secrets: fn() -> u64,
+    /// Bytes of blocks that one batch takes, unless a single request is larger.
+    pub batch_bytes: u64,
 }
 
 /// Where to write a draft that has been placed.
@@ -108,14 +111,6 @@ struct InFlight {
     requests: Vec<Pending>,
 }
 
-#[derive(Debug)]
-struct Open {
-    segment: Arc<Segment>,
-    offset: u64,
-    /// Not all of its blocks were written before, which makes each sync dearer.
-    grows: bool,
-}
-
 /// The state of one volume's log. Always used under the volume's lock.
 #[derive(Debug)]
 pub struct LogState {
@@ -153,8 +148,6 @@ pub struct LogState {
     sync_waiters: Vec<Arc<Inbox>>,
     /// A guest's flush completed at this `Seq`; the next batch will say so.
     flushed_seq: Option<Seq>,
-    /// A guest has flushed since the present segment was opened.
-    flushed: bool,
     /// The log had to wait for its last segment: the disk is not fast enough to zero-fill while guests write.
     waited: bool,
     /// Blocks merged from partial writes and not yet acknowledged.
@@ -193,7 +186,6 @@ impl LogState {
             syncing: false,
             sync_waiters: Vec::new(),
             flushed_seq: None,
-            flushed: false,
             waited: false,
             overlay: HashMap::new(),
         }
@@ -348,9 +340,11 @@ impl LogState {
         // A cut always needs a fresh one, however little of the present one is used.
         let half_full = self.open.as_ref().is_none_or(|o| 2 * o.offset > o.segment.header.capacity);
         let growing = self.open.as_ref().is_some_and(|open| open.grows);
-        (self.blank.is_none() && (half_full || self.needs_cut || (growing && self.flushed))).then(|| Wish {
+        let flushed = self.open.as_ref().is_some_and(Open::is_flushed);
+        let streams = self.open.as_ref().is_some_and(Open::streams);
+        (self.blank.is_none() && (half_full || self.needs_cut || (growing && flushed))).then(|| Wish {
             capacity: context.segments.capacity_after(self.opened_since_cut),
-            filled: self.flushed || !self.waited,
+            filled: flushed || !(self.waited || streams),
             growing,
         })
     }
@@ -390,9 +384,10 @@ impl LogState {
             BatchHeader::encoded_len(draft.records.len(), draft.crcs.len(), draft.body.len(), unit);
         let total = (header_len + draft.payload_len()).next_multiple_of(unit as usize);
         // To leave a file whose blocks are only set aside, or that grows, costs the rest of it at most, which is not much.
-        let better = self.flushed && self.blank.as_ref().is_some_and(|blank| blank.filled);
+        let better = self.blank.as_ref().is_some_and(|blank| blank.filled);
         let stays = |open: &Open| {
-            open.offset + total as u64 <= open.segment.header.capacity && !(open.grows && better)
+            let fits = open.offset + total as u64 <= open.segment.header.capacity;
+            fits && !(open.grows && open.is_flushed() && better)
         };
         if !self.open.as_ref().is_some_and(stays) && !self.open_next(context, total as u64) {
             if self.flushed_seq.is_some() {
@@ -405,6 +400,7 @@ impl LogState {
         let segment = Arc::clone(&open.segment);
         let place = BatchPlace { incarnation: segment.header.incarnation, offset: open.offset };
         open.offset += total as u64;
+        open.batches += 1;
 
         let seqs = draft.records.iter().filter(|r| !r.flags.more()).count() as u64;
         let stamp = context.clock.stamp();
@@ -524,8 +520,7 @@ impl LogState {
         // After one that grows, filling is tried again.
         self.waited &= !grows;
         let segment = context.segments.open_segment(blank, header);
-        self.open = Some(Open { segment, offset: first_at, grows });
-        self.flushed = false;
+        self.open = Some(Open::new(segment, first_at, grows, context.batch_bytes));
         self.opened_since_cut += 1;
         true
     }
@@ -738,6 +733,8 @@ impl LogState {
     /// Has the next batch say that a guest's flush completed which covered everything up to `seq`.
     pub fn note_flush(&mut self, seq: Seq) {
         self.flushed_seq = Some(self.flushed_seq.map_or(seq, |s| s.max(seq)));
-        self.flushed = true;
+        if let Some(open) = &mut self.open {
+            open.flushes += 1;
+        }
     }
 }

@@ -32,6 +32,8 @@ const FILL_PACE_FLUSHED: Duration = Duration::from_millis(200);
 const FILL_PACE_IDLE: Duration = Duration::from_millis(1);
 /// More syncs than this between two pieces of filling are guests' flushes, not our own upkeep.
 const OWN_SYNCS: u64 = 2;
+/// How long a thread sleeps that has nothing to do: it is woken when it has.
+const REST: Duration = Duration::from_secs(24 * 3600);
 /// How recent a write makes a store busy.
 const BUSY_FOR: Duration = Duration::from_secs(1);
 
@@ -57,6 +59,7 @@ pub(super) struct IndexHealth {
     flushed_at_ns: u64,
     closed_at_ns: u64,
     failing: bool,
+    rested: bool,
 }
 
 impl Store {
@@ -196,6 +199,18 @@ impl Store {
         Ok(())
     }
 
+    /// Whether the index thread has nothing to do until somebody writes or changes something. Whoever does either from here
+    /// on wakes it.
+    fn may_rest(&self) -> bool {
+        // First this, then the look: what is missed by the look was done by someone who finds this set.
+        self.inner.shared.index_rests.store(true, Ordering::SeqCst);
+        let rests = !self.has_unreclaimed() && self.all_volumes().iter().all(|v| v.is_at_rest());
+        if !rests {
+            self.inner.shared.index_rests.store(false, Ordering::SeqCst);
+        }
+        rests
+    }
+
     /// How long to pause after a piece of zero-filling.
     fn fill_pace(&self) -> Duration {
         let syncs = self.all_volumes().iter().map(|v| v.counters().syncs.load(Ordering::Relaxed)).sum();
@@ -308,7 +323,7 @@ fn pool(store: &Store) -> Duration {
         Ok(Progress::Filled) => store.fill_pace(),
         Ok(Progress::Later) if store.inner.shared.log.segments.is_wanted() => FULL_RETRY,
         Ok(Progress::Later) => FILL_DELAY,
-        Ok(Progress::None) => Duration::from_secs(3600),
+        Ok(Progress::None) => REST,
         Err(error) => {
             tracing::error!("supplying segments: {}", chain(&error));
             Duration::from_secs(1)
@@ -317,21 +332,31 @@ fn pool(store: &Store) -> Duration {
 }
 
 fn index(store: &Store) -> Duration {
+    let interval = store.inner.options.index_interval;
+    let health = || store.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
+    if std::mem::take(&mut health().rested) {
+        // Somebody has begun to write: a sync now would only make the first writes wait.
+        return interval;
+    }
     let outcome = store.index_round();
-    let mut health = store.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut kept = health();
     match outcome {
         Ok(()) => {
-            if std::mem::take(&mut health.failing) {
+            if std::mem::take(&mut kept.failing) {
                 tracing::info!("the time index is being written again");
             }
         }
-        Err(error) if !std::mem::replace(&mut health.failing, true) => {
+        Err(error) if !std::mem::replace(&mut kept.failing, true) => {
             // Guests do not depend on it: the log has everything, and the next round tries again.
             tracing::error!("keeping the time index: {}", chain(&error));
         }
         Err(_) => {}
     }
-    store.inner.options.index_interval
+    let done = !kept.failing && kept.chunks_since_flush == 0;
+    drop(kept);
+    let rests = done && store.may_rest();
+    health().rested = rests;
+    if rests { REST } else { interval }
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

@@ -109,7 +109,9 @@ impl Store {
 
     fn commit(&self, ledger: &mut Ledger, changes: &[Change]) -> Result<()> {
         self.writable()?;
-        ledger.commit(&self.inner.shared.log, changes)
+        let committed = ledger.commit(&self.inner.shared.log, changes);
+        self.inner.shared.note_work();
+        committed
     }
 
     /// Commits what takes something away from volumes: their head, or their life. If it cannot be written, only the next

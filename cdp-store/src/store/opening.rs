@@ -231,6 +231,7 @@ impl Opening {
             }
         }
         let clock = Arc::clone(&self.seams.clock);
+        let tuning = self.options.tuning(self.superblock.segment_bytes);
         Ok(Arc::new(Shared {
             log: LogContext {
                 store: self.superblock.store,
@@ -239,16 +240,18 @@ impl Opening {
                 clock: StoreClock::new(Arc::clone(&clock), self.newest_time_ns),
                 next_seq: AtomicU64::new(Seq::first_of(generation).0),
                 secrets: self.seams.secrets,
+                batch_bytes: tuning.batch_bytes as u64,
             },
             storage: Arc::clone(&self.seams.storage),
             index,
             clock,
             leaf_budget: Arc::clone(&self.leaf_budget),
-            tuning: self.options.tuning(self.superblock.segment_bytes),
+            tuning,
             branches,
             next_origin: AtomicU64::new(first_origin(generation)),
             pool_bell: Bell::default(),
             index_bell: Bell::default(),
+            index_rests: AtomicBool::new(false),
             closing: AtomicBool::new(false),
         }))
     }

@@ -127,6 +127,17 @@ impl Volume {
         log.acked() > log.durable() && log.poisoned().is_none()
     }
 
+    /// Whether there is nothing to sync, to note or to index: until it is written again.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        let log = self.log();
+        if self.is_read_only() || log.poisoned().is_some() {
+            return true;
+        }
+        let noted = log.acked() == Ordinal(0) || log.claimed() >= log.acked();
+        drop(log);
+        noted && !self.map().has_unindexed()
+    }
+
     /// Appends a record that says how far the log is durable, so that rot of its tail is not taken for a torn write.
     /// Nothing must be in flight, and no epoch armed, whose cut would have to wait; what is asked for then is skipped.
     ///

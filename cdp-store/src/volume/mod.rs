@@ -327,6 +327,7 @@ impl Volume {
         }
         let chunk_is_closed = map.has_closed();
         drop(map);
+        self.shared.note_work();
         // Recovery reads what no sync has covered in full, so that must stay little even if no guest flushes.
         let unsynced = self.unsynced_bytes.fetch_add(bytes, Memory::Relaxed) + bytes;
         if unsynced >= SYNC_EVERY_BYTES || chunk_is_closed {

@@ -216,6 +216,13 @@ fn the_workloads_replace_worn_memory_volumes() {
 }
 
 #[test]
+fn the_workloads_set_blocks_aside() {
+    let reserved: Vec<u64> = (0..12).map(|seed| workload(seed, None).disk.reserved()).collect();
+    println!("set aside: {reserved:?}");
+    assert!(reserved.iter().sum::<u64>() > 3, "{reserved:?}");
+}
+
+#[test]
 fn a_crash_at_every_step_keeps_the_invariants() {
     for_each_seed(FAULTS, |seed| {
         let only = std::env::var("CRASH_STEP").ok().map(|text| text.parse::<u64>().unwrap());

@@ -225,18 +225,15 @@ fn show(store: &Path) -> String {
 
 /// Tries sockets again that could not be made.
 async fn retry(app: Arc<App>) {
-    let mut ticks = tokio::time::interval(RETRY_EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        ticks.tick().await;
-        if app.servers.any_failed() {
-            let app = Arc::clone(&app);
-            // The thread cannot fail but by a panic, which ends the process.
-            let _ = on_thread(move || {
-                app.servers.retry();
-                Ok(())
-            })
-            .await;
-        }
+        app.servers.has_failed().await;
+        tokio::time::sleep(RETRY_EVERY).await;
+        let app = Arc::clone(&app);
+        // The thread cannot fail but by a panic, which ends the process.
+        let _ = on_thread(move || {
+            app.servers.retry();
+            Ok(())
+        })
+        .await;
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use cdp_store::{Reverted, Serving, Store};
 use cdp_types::{CheckpointId, Instant, VmControl, VmName, VolumeId, VolumeName};
+use tokio::sync::Notify;
 use vhost_blk::{Guard, Server, ServerConfig, ServerStats};
 
 use crate::api::{ApiError, ErrorKind, ServingStatus, one_line};
@@ -35,6 +36,8 @@ pub(crate) struct Servers {
     running: Mutex<BTreeMap<VolumeId, Entry>>,
     /// Held while a volume's serving changes, so that the store and `running` change together.
     changing: Mutex<()>,
+    /// Told when a socket could not be made.
+    failed: Notify,
 }
 
 struct Entry {
@@ -56,7 +59,8 @@ impl Servers {
         settings: VhostUser,
         control: Arc<dyn VmControl>,
     ) -> Self {
-        Self { store, reserved, settings, control, running: Mutex::default(), changing: Mutex::default() }
+        let (running, changing, failed) = (Mutex::default(), Mutex::default(), Notify::new());
+        Self { store, reserved, settings, control, running, changing, failed }
     }
 
     /// Serves every volume that the store remembers as served.
@@ -70,7 +74,16 @@ impl Servers {
                 Ok(_) => tracing::info!(volume = %name, socket, "serving"),
                 Err(error) => tracing::error!(volume = %name, socket, error, "cannot serve; will retry"),
             }
-            lock(&self.running).insert(volume.id, Entry { serving, outcome });
+            self.note(volume.id, Entry { serving, outcome });
+        }
+    }
+
+    /// Notes how a volume is served, or that it is not, which [`Servers::has_failed`] tells.
+    fn note(&self, id: VolumeId, entry: Entry) {
+        let failed = entry.outcome.is_err();
+        lock(&self.running).insert(id, entry);
+        if failed {
+            self.failed.notify_one();
         }
     }
 
@@ -220,7 +233,7 @@ impl Servers {
             if let Err(error) = &outcome {
                 tracing::error!(volume = %name, socket = serving.socket, error, "cannot serve; will retry");
             }
-            lock(&self.running).insert(id, Entry { serving, outcome });
+            self.note(id, Entry { serving, outcome });
         }
         Ok(reverted?)
     }
@@ -279,9 +292,11 @@ impl Servers {
         }
     }
 
-    /// Whether any volume waits for [`Servers::retry`].
-    pub(crate) fn any_failed(&self) -> bool {
-        lock(&self.running).values().any(|entry| entry.outcome.is_err())
+    /// Waits until some volume waits for [`Servers::retry`]. One caller at a time.
+    pub(crate) async fn has_failed(&self) {
+        while lock(&self.running).values().all(|entry| entry.outcome.is_ok()) {
+            self.failed.notified().await;
+        }
     }
 
     /// What every server that runs has done.

@@ -59,6 +59,8 @@ impl World {
             clock: self.clock.fork(),
             alignment: self.alignment,
             capacity: self.capacity,
+            sets_aside: self.sets_aside,
+            reserved: self.reserved,
             inodes: self.inodes.clone(),
             names: self.names.clone(),
             outstanding: Vec::new(),

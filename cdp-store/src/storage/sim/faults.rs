@@ -7,6 +7,8 @@ pub enum OpKind {
     Read,
     /// Writing to a file.
     Write,
+    /// Setting a file's blocks aside.
+    Reserve,
     /// Syncing a file.
     Sync,
     /// Asking for a file's length.

@@ -5,9 +5,10 @@
 //!
 //! # What is modelled
 //! A file has a *volatile* content, which reads see, and a *durable* one, which a power cut leaves. A write changes
-//! the first when it is executed; it reaches the second by a `sync` that was started after that. An operation of a
-//! lane is executed by [`SimDisk::step`], or by a lane that has to wait, in an order that has nothing to do with
-//! the one in which operations were started. Names have the two views too, and [`Storage::sync_directory`](super::Storage::sync_directory) between
+//! the first when it is executed; it reaches the second by a `sync` that was started after that. So does the length of
+//! a file whose blocks are set aside, which disks of even seeds can. An operation of a lane is executed by
+//! [`SimDisk::step`], or by a lane that has to wait, in an order that has nothing to do with the one in which
+//! operations were started. Names have the two views too, and [`Storage::sync_directory`](super::Storage::sync_directory) between
 //! them. Blocking calls are executed at once. Each execution and each blocking call is an *I/O step*: they are
 //! counted, and the process can be made to die at any of them.
 //!
@@ -208,6 +209,12 @@ impl SimDisk {
     /// If there is no such file, or it is shorter: the test is wrong.
     pub fn flip_bit(&self, name: &str, offset: u64, bit: u8) {
         self.world().flip_bit(name, offset, bit);
+    }
+
+    /// How many files have had blocks set aside for them. Disks of even seeds can do that.
+    #[must_use]
+    pub fn reserved(&self) -> u64 {
+        self.world().reserved
     }
 
     /// Limits the sum of the files' lengths (holes count); growing beyond it fails with ENOSPC.

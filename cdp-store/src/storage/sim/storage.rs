@@ -184,9 +184,10 @@ impl File for SimFile {
         world.execute_sync(self.id.inode, &self.id.name, order)
     }
 
-    /// Its files grow.
-    fn reserve(&self, _len: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn reserve(&self, len: u64) -> io::Result<()> {
+        let mut world = self.storage.disk.world();
+        world.begin_step(self.storage.life)?;
+        world.execute_reserve(self.id.inode, &self.id.name, len)
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -471,6 +471,28 @@ mod failing {
     }
 
     #[test]
+    fn blocks_set_aside_read_as_zeroes_and_may_be_lost_until_a_sync() {
+        let mut lengths = BTreeSet::new();
+        for seed in SEEDS.filter(|seed| seed % 2 == 0) {
+            let (disk, file) = disk_with_file(seed, 4096);
+            file.sync().unwrap();
+            file.reserve(16384).unwrap();
+            file.reserve(8192).unwrap();
+            let contents = disk.contents("f").unwrap();
+            assert!(contents.len() == 16384 && contents[4096..].iter().all(|&byte| byte == 0), "seed {seed}");
+            let cut = disk.fork(seed + 1);
+            cut.power_cut();
+            lengths.insert(cut.contents("f").unwrap().len());
+            file.sync().unwrap();
+            disk.power_cut();
+            assert_eq!(disk.contents("f").unwrap().len(), 16384, "seed {seed}");
+        }
+        assert_eq!(lengths, BTreeSet::from([4096, 16384]));
+        let (_, file) = disk_with_file(1, 4096);
+        assert_eq!(file.reserve(8192).unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+
+    #[test]
     fn faults_come_when_and_where_ordered() {
         let (disk, file) = disk_with_file(1, 4096);
         let storage = disk.open();

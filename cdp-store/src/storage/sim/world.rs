@@ -77,6 +77,10 @@ pub(super) struct World {
     pub(super) clock: SimClock,
     pub(super) alignment: Alignment,
     pub(super) capacity: Option<u64>,
+    /// Whether its file system can set blocks aside.
+    pub(super) sets_aside: bool,
+    /// How often it has.
+    pub(super) reserved: u64,
     pub(super) inodes: BTreeMap<InodeId, Inode>,
     pub(super) names: Names,
     pub(super) outstanding: Vec<Outstanding>,
@@ -112,6 +116,8 @@ impl World {
             clock,
             alignment: Alignment { offset: 512, memory: 512, physical_block: 4096 },
             capacity: None,
+            sets_aside: seed.is_multiple_of(2),
+            reserved: 0,
             inodes: BTreeMap::new(),
             names: Names::default(),
             outstanding: Vec::new(),
@@ -258,6 +264,25 @@ impl World {
                 Some(Entry::File(other)) => self.land(other, Write { offset, ..write }),
                 Some(Entry::Directory) | None => {}
             },
+        }
+        Ok(())
+    }
+
+    /// Sets blocks aside: the file is as long as that at once, but after a power cut only if it was synced, or by chance.
+    pub(super) fn execute_reserve(&mut self, inode: InodeId, name: &str, len: u64) -> io::Result<()> {
+        if let Some(errno) = self.draw_fault(OpKind::Reserve, name) {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        if !self.sets_aside {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let growth = len.saturating_sub(self.inode(inode).volatile.len());
+        if self.capacity.is_some() && growth > self.free_bytes() {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        if growth > 0 {
+            self.land(inode, Write { offset: len, bytes: Arc::new([]) });
+            self.reserved += 1;
         }
         Ok(())
     }
