@@ -10,18 +10,19 @@ mod report;
 mod subject;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::{Guest, Running, Scene};
 
 use crate::machine::{Machine, need_space};
+use crate::report::Spread;
 use beats::{Beats, Span, longest_ms, now_ns};
 use report::{Disk, Figures, Ledger, MachineReport, Report, Series};
-use subject::{Duty, Subject, Taken, dirty, latencies};
+use subject::{Duty, NAME, Subject, Taken, dirty, latencies};
 
 /// Between two checkpoints: what is outside of the windows is measured there.
-const REST: Duration = Duration::from_millis(700);
+const REST: Duration = Duration::from_secs(1);
 /// How long an idle guest is left alone between its first two checkpoints.
 const IDLE: Duration = Duration::from_secs(5);
 /// Space that a store needs beside what is stored.
@@ -156,21 +157,36 @@ fn series(
     if disk {
         latencies(beats, running)?;
     }
-    let mut figures = Figures::default();
+    let (mut figures, mut after) = (Figures::default(), Vec::new());
     for _ in 0..args.times {
         let from = now_ns();
-        std::thread::sleep(REST);
+        let before = writes(subject, disk)?;
         let outside = Span { from, to: now_ns() };
         beats.command(b'i')?;
         let taken = subject.take(guest, mode)?;
         beats.command(b'o')?;
         beats.first_after(taken.window.to)?;
         note(&mut figures, beats, &taken, outside)?;
+        after.push(writes(subject, disk)? / before);
         last = taken.id;
     }
     let disk = disk.then(|| latencies(beats, running)).transpose()?;
-    let disk = disk.map(|[outside, inside]| Disk { outside, inside });
+    let disk = disk.map(|[outside, inside]| Disk { outside, inside, after: Spread::of(after) });
     Ok((Series { mode: mode.to_owned(), disk, figures }, last))
+}
+
+/// Waits a second; the writes of the guest per second meanwhile, if it uses its disk.
+fn writes(subject: &Subject<'_>, disk: bool) -> Result<f64> {
+    if !disk {
+        std::thread::sleep(REST);
+        return Ok(0.0);
+    }
+    let tool = subject.cdpd.tool();
+    let count = || tool.head(NAME).map(|head| (head.seq, Instant::now()));
+    let (first, from) = count()?;
+    std::thread::sleep(REST);
+    let (last, to) = count()?;
+    Ok((last - first) as f64 / (to - from).as_secs_f64())
 }
 
 fn note(figures: &mut Figures, beats: &Beats, taken: &Taken, outside: Span) -> Result<()> {

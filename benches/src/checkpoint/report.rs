@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::subject::Latency;
 use crate::machine::{Machine, gib};
-use crate::report::percentile;
+use crate::report::{Spread, percentile};
 
 /// One run.
 #[derive(Debug, Serialize)]
@@ -48,10 +48,12 @@ pub(super) struct Series {
 }
 
 /// Requests to the disk, one at a time.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Debug, Serialize)]
 pub(super) struct Disk {
     pub(super) outside: Latency,
     pub(super) inside: Latency,
+    /// Writes in the second after each checkpoint, divided by those in the second before it.
+    pub(super) after: Spread,
 }
 
 /// An entry for each checkpoint.
@@ -72,8 +74,8 @@ pub(super) struct Figures {
 }
 
 const HEAD: &str = "\
-| memory, GiB | mode | guest | pause, ms | STOP to RESUME | RESUME to the first beat | longest other stall | outside | duration, ms | stored, MiB | disk p99 outside → inside, ms |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |";
+| memory, GiB | mode | guest | pause, ms | STOP to RESUME | RESUME to the first beat | longest other stall | outside | duration, ms | stored, MiB | disk p99 outside → inside, ms | writes after / before |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |";
 
 /// Median, 99th percentile and most.
 fn three(figures: &[f64]) -> String {
@@ -99,12 +101,14 @@ impl Series {
         } = &self.figures;
         let stored: Vec<f64> = stored_bytes.iter().map(|&bytes| mib(bytes)).collect();
         let guest = if self.disk.is_some() { "asks its disk" } else { "beats" };
-        let disk = self.disk.map_or_else(
-            || "–".to_owned(),
-            |Disk { outside, inside }| {
-                let ms = |latency: Latency| latency.p99_us as f64 / 1e3;
-                let ratio = ms(inside) / ms(outside);
-                format!("{:.2} → {:.2} (× {ratio:.1})", ms(outside), ms(inside))
+        let disk = self.disk.as_ref().map_or_else(
+            || "– | –".to_owned(),
+            |Disk { outside, inside, after }| {
+                let ms = |latency: &Latency| latency.p99_us as f64 / 1e3;
+                let (outside, inside) = (ms(outside), ms(inside));
+                let Spread { median, min, max } = after;
+                let ratio = inside / outside;
+                format!("{outside:.2} → {inside:.2} (× {ratio:.1}) | {median:.2} ({min:.2}–{max:.2})")
             },
         );
         format!(

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::beats::{Beats, Span, now_ns};
 
-const NAME: &str = "bench";
+pub(super) const NAME: &str = "bench";
 /// Filling 16 GiB of an emulated guest's memory takes a minute.
 const FILL: Duration = Duration::from_secs(300);
 const ANSWER: Duration = Duration::from_secs(60);
