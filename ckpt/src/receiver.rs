@@ -60,18 +60,25 @@ pub struct Receiver {
 
 impl Receiver {
     /// Listens at `path`, which must not be there, for this process's user alone, and stores what comes on the memory
-    /// volume of `vm`.
+    /// volume of `vm`. One that drains reads to the end of the stream, whatever becomes of what it has read.
     ///
     /// # Errors
     /// If the socket or the thread cannot be made.
-    pub fn listen(path: &Path, store: Store, vm: VmName, facts: MachineFacts) -> io::Result<Self> {
+    pub fn listen(
+        path: &Path,
+        store: Store,
+        vm: VmName,
+        facts: MachineFacts,
+        drains: bool,
+    ) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         let shared = Arc::new(Shared::default());
         let mut receiver = Self { path: path.to_owned(), shared: Arc::clone(&shared), thread: None };
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
         let thread = std::thread::Builder::new().name("ckpt".to_owned());
-        receiver.thread = Some(thread.spawn(move || receive(&listener, &shared, &store, &vm, facts))?);
+        receiver.thread =
+            Some(thread.spawn(move || receive(&listener, &shared, &store, &vm, facts, drains))?);
         Ok(receiver)
     }
 
@@ -88,9 +95,14 @@ impl Receiver {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
+    /// Stores nothing more.
+    pub fn stop_storing(&self) {
+        self.shared.cancel.store(true, Ordering::Relaxed);
+    }
+
     /// Ends the connection: QEMU's migration fails, and nothing more is stored.
     pub fn cancel(&self) {
-        self.shared.cancel.store(true, Ordering::Relaxed);
+        self.stop_storing();
         if let Some(stream) = &*self.shared.stream() {
             // It may have ended by itself.
             let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -126,6 +138,7 @@ fn receive(
     store: &Store,
     vm: &VmName,
     facts: MachineFacts,
+    drains: bool,
 ) -> Result<Received, Error> {
     let failed = |error: io::Error| {
         Error::new(ErrorKind::Stream, Place::Nowhere, "QEMU did not connect").because(error)
@@ -133,8 +146,23 @@ fn receive(
     let stream = accept(listener, shared).map_err(failed)?;
     stream.set_nonblocking(false).map_err(failed)?;
     stream.set_read_timeout(Some(SETUP)).map_err(failed)?;
-    let impatient = stream.try_clone().map_err(failed)?;
     *shared.stream() = Some(stream.try_clone().map_err(failed)?);
+    let stored = save(&stream, shared, store, vm, facts);
+    if drains && stored.is_err() {
+        // What it says does not matter any more, nor that it breaks off.
+        let _ = io::copy(&mut &stream, &mut io::sink());
+    }
+    stored
+}
+
+/// Stores what comes over a connection.
+fn save(
+    stream: &UnixStream,
+    shared: &Shared,
+    store: &Store,
+    vm: &VmName,
+    facts: MachineFacts,
+) -> Result<Received, Error> {
     if shared.cancel.load(Ordering::Relaxed) {
         return Err(Error::cancelled());
     }
@@ -153,7 +181,7 @@ fn receive(
         if !begun && progress.received > 0 {
             begun = true;
             // One that cannot be shortened only makes a QEMU that hangs be noticed later.
-            let _ = impatient.set_read_timeout(Some(SILENCE));
+            let _ = stream.set_read_timeout(Some(SILENCE));
         }
         shared.received_pages.store(progress.received, Ordering::Relaxed);
         shared.total_pages.store(progress.total, Ordering::Relaxed);

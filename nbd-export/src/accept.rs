@@ -6,9 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use front_end::Complaints;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use crate::complaints::Complaints;
 use crate::connection::{Arrival, Shared};
 use crate::control::Registry;
 use crate::socket::{Listener, Socket};

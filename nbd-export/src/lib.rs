@@ -26,7 +26,6 @@
 //! [`Exports`] gives them their meaning. What of the protocol is supported is in `docs/nbd-protocol.md`.
 
 mod accept;
-mod complaints;
 mod config;
 mod connection;
 mod control;

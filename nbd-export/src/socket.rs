@@ -1,19 +1,15 @@
 //! Sockets that are listened on, and those that come out of them.
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, listen, socket_with,
-    sockopt,
-};
+use front_end::{SocketFile, peer_of};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, acceptfrom_with, sockopt};
 
 use crate::{Error, ErrorKind, Listen};
 
@@ -49,8 +45,8 @@ impl fmt::Display for Address {
 pub(crate) struct Listener {
     fd: OwnedFd,
     address: Address,
-    /// Path, device and inode of a file of ours, so that another's is never removed.
-    file: Option<(PathBuf, (u64, u64))>,
+    /// Of a socket that it has created.
+    _file: Option<SocketFile>,
 }
 
 impl Listener {
@@ -63,27 +59,12 @@ impl Listener {
     }
 
     fn unix(path: &Path, mode: u32) -> Result<Self, Error> {
-        let failed = |error: io::Error| Error::because(ErrorKind::Socket, path.display(), error);
-        let fd = match bind_at(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                remove_stale(path)?;
-                bind_at(path).map_err(failed)?
-            }
-            result => result.map_err(failed)?,
-        };
-        // Nobody can connect before the socket listens, so nobody gets in before its mode is set.
-        let made = fs::set_permissions(path, fs::Permissions::from_mode(mode))
-            .and_then(|()| Ok(listen(&fd, BACKLOG)?))
-            .and_then(|()| fs::metadata(path));
-        let metadata = match made {
-            Ok(metadata) => metadata,
-            Err(error) => {
-                let _ = fs::remove_file(path);
-                return Err(failed(error));
-            }
-        };
-        let file = Some((path.to_owned(), (metadata.dev(), metadata.ino())));
-        Ok(Self { fd, address: Address::Unix(Some(path.to_owned())), file })
+        let (listener, file) = front_end::bind(path, mode, BACKLOG).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => Error::new(ErrorKind::InUse, path.display()),
+            _ => Error::because(ErrorKind::Socket, path.display(), error),
+        })?;
+        let address = Address::Unix(Some(path.to_owned()));
+        Ok(Self { fd: listener.into(), address, _file: Some(file) })
     }
 
     fn tcp(address: SocketAddr) -> Result<Self, Error> {
@@ -94,7 +75,7 @@ impl Listener {
         let listener = TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let address = Address::Tcp(listener.local_addr().map_err(failed)?);
-        Ok(Self { fd: listener.into(), address, file: None })
+        Ok(Self { fd: listener.into(), address, _file: None })
     }
 
     fn inherited(fd: OwnedFd) -> Result<Self, Error> {
@@ -118,7 +99,7 @@ impl Listener {
             }
             _ => return wrong("it is neither a Unix nor a TCP socket"),
         };
-        Ok(Self { fd, address, file: None })
+        Ok(Self { fd, address, _file: None })
     }
 
     pub(crate) fn address(&self) -> &Address {
@@ -166,16 +147,6 @@ impl AsFd for Listener {
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let Some((path, identity)) = &self.file else { return };
-        let ours = |file: &fs::Metadata| (file.dev(), file.ino()) == *identity;
-        if fs::symlink_metadata(path).is_ok_and(|file| ours(&file)) {
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
 /// A client's stream.
 pub(crate) enum Socket {
     Unix(UnixStream),
@@ -194,42 +165,7 @@ impl Socket {
 
 /// Process and user of a peer, as it was when it connected.
 fn peer_name(stream: &UnixStream) -> String {
-    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-    // Not by `rustix`, whose process ids are never 0: a peer's is, if it lives in a namespace that we do not see.
-    // SAFETY: the descriptor is the stream's, which is borrowed; the kernel writes at most `len` bytes to `peer`, of
-    // which every bit pattern is valid.
-    let result = unsafe {
-        let value = (&raw mut peer).cast();
-        libc::getsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, value, &raw mut len)
-    };
-    match result {
-        0 => format!("pid {}, uid {}", peer.pid, peer.uid),
-        _ => "unix".to_owned(),
-    }
-}
-
-fn bind_at(path: &Path) -> io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    bind(&fd, &SocketAddrUnix::new(path)?)?;
-    Ok(fd)
-}
-
-/// Removes what a server that was killed has left. Anything but a socket, and a socket that somebody listens on,
-/// stays.
-fn remove_stale(path: &Path) -> Result<(), Error> {
-    let failed = |error: io::Error| Error::because(ErrorKind::Socket, path.display(), error);
-    if !fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket() {
-        return Err(failed(io::Error::other("there is a file of that name that is no socket")));
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
-        }
-        Err(error) => Err(failed(error)),
-        Ok(_) => Err(Error::new(ErrorKind::InUse, path.display())),
-    }
+    peer_of(stream).map_or_else(|| "unix".to_owned(), |peer| format!("pid {}, uid {}", peer.pid, peer.uid))
 }
 
 #[cfg(test)]
@@ -237,31 +173,16 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn unix(path: &Path) -> Result<Listener, Error> {
-        Listener::open(Listen::Unix { path: path.to_owned(), mode: 0o640 })
-    }
-
     #[test]
-    fn a_stale_socket_is_replaced_and_nothing_else() {
+    fn a_path_in_use_is_told_from_one_that_cannot_be_used() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("nbd.sock");
-        drop(UnixListener::bind(&path).unwrap()); // leaves its file
-        let first = unix(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
-        assert_eq!(unix(&path).err().unwrap().kind(), ErrorKind::InUse);
-
-        // A successor took the name: the first must not take it away.
-        fs::remove_file(&path).unwrap();
-        let second = unix(&path).unwrap();
+        let open = || Listener::open(Listen::Unix { path: path.clone(), mode: 0o640 });
+        let first = open().unwrap();
+        assert_eq!(open().err().unwrap().kind(), ErrorKind::InUse);
         drop(first);
-        assert!(path.exists());
-        drop(second);
-        assert!(!path.exists());
-
-        let file = directory.path().join("file");
-        fs::write(&file, "precious").unwrap();
-        assert_eq!(unix(&file).err().unwrap().kind(), ErrorKind::Socket);
-        assert_eq!(fs::read(&file).unwrap(), b"precious");
+        std::fs::write(&path, "precious").unwrap();
+        assert_eq!(open().err().unwrap().kind(), ErrorKind::Socket);
     }
 
     #[test]

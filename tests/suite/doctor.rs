@@ -83,6 +83,9 @@ fn what_is_in_the_way_is_named_with_its_cure() {
         let shared =
             ["-object", "memory-backend-memfd,id=iv,size=1M,share=on", "-device", "ivshmem-plain,memdev=iv"];
         in_the_way(scene, &tool, &shared, &["ivshmem"], &[])?;
+        // Memory that only this QEMU sees in part.
+        let private = ["-object", "memory-backend-ram,id=mine,size=1M,share=off"];
+        in_the_way(scene, &tool, &private, &["'mine'", "share=on"], &["live", "pause"])?;
         // A volume of ours that the machine was not registered with.
         let second = tool.create_and_serve(scene, "more", "1M", 1)?;
         let chardev = format!("socket,id=cx,path={}", second.display());
@@ -94,6 +97,28 @@ fn what_is_in_the_way_is_named_with_its_cure() {
         ensure!(modes.is_empty() && found.contains("cdp-tool volume serve web1"), "{found}");
         let said = tool.refused(&["checkpoint", "take", "web1"])?;
         ensure!(said.contains("is not served"), "{said}");
+        cdpd.stop()
+    });
+}
+
+#[test]
+fn private_memory_is_named_before_anything_is_touched() {
+    run_scene(|scene| {
+        let mut cdpd = Cdpd::start(scene)?;
+        let tool = cdpd.tool();
+        let socket = tool.create_and_serve(scene, "web1", "64M", 1)?;
+        let qmp = scene.path("web1.qmp");
+        register(&tool, &qmp)?;
+        let mut guest = Guest::builder().disk(&socket).qmp(&qmp).private_memory().waiting().boot(scene)?;
+        let settings = guest.qmp().execute("query-migrate-capabilities", serde_json::json!({}))?;
+        let (found, _) = diagnosis(&tool)?;
+        ensure!(found.contains("'mem' is private") && found.contains("add share=on"), "{found}");
+        let said = tool.refused(&["checkpoint", "take", "web1", "--mode", "hot"])?;
+        ensure!(said.contains("'mem' is private") && said.contains("add share=on"), "{said}");
+        ensure!(tool.json_lines(&["checkpoint", "list", "web1"])?.is_empty(), "one was begun");
+        let now = guest.qmp().execute("query-migrate-capabilities", serde_json::json!({}))?;
+        ensure!(now == settings && guest.qmp().status()? == "inmigrate", "QEMU was touched: {now}");
+        guest.kill()?;
         cdpd.stop()
     });
 }

@@ -18,6 +18,7 @@ mod machine;
 mod matrix;
 mod nbd;
 mod nbd_guests;
+mod no_room;
 mod past;
 mod postgres;
 mod power_cord;

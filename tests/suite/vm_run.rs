@@ -1,5 +1,6 @@
 //! Machines that `cdp-tool` runs: put back in place, copied, and saved on a schedule.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -77,6 +78,34 @@ fn a_machine_that_is_run_here_is_put_back_in_place_and_forth() {
         let twin = builder().waiting().run_by(scene, &tool, &["vm", "run", "web1", "--at", "before"])?;
         is_sound(&twin)?;
         twin.kill()?;
+        cdpd.stop()
+    });
+}
+
+#[test]
+fn a_machine_whose_supervisor_is_gone_is_said_to_be_unattended() {
+    run_scene(|scene| {
+        let mut cdpd = Cdpd::start(scene)?;
+        let tool = cdpd.tool();
+        machine(scene, &tool)?.kill()?;
+        wait_for("the supervisor's end", LIMIT, || Ok(supervised(&tool, "web1")?.is_null().then_some(())))?;
+        // As a supervisor that is killed leaves it, whose QEMU a test would not survive: on the same sockets.
+        let shown = tool.json(&["vm", "show", "web1"])?;
+        let qmp = PathBuf::from(shown["qmp"].as_str().unwrap_or_default());
+        let serving = tool.json(&["volume", "show", "web1"])?["serving"]["socket"].clone();
+        let disk = PathBuf::from(serving.as_str().unwrap_or_default());
+        std::fs::remove_file(&qmp).or_else(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        })?;
+        let guest = Guest::builder().disk(&disk).qmp(&qmp).boot(scene)?;
+        let taken = tool.json(&["checkpoint", "take", "web1"])?;
+        let (said, listed) = (tool.run(&["vm", "show", "web1"])?, tool.run(&["vm", "list"])?);
+        ensure!(listed.contains("running, unattended"), "{listed}");
+        ensure!(said.contains("cdp-tool vm run web1 [--at CHECKPOINT]"), "{said}");
+        let said = tool.refused(&["vm", "revert", "web1", "--to", &id_of(&taken)?])?;
+        ensure!(said.contains("runs on without") && said.contains("vm run web1 --at"), "{said}");
+        guest.kill()?;
         cdpd.stop()
     });
 }

@@ -32,7 +32,6 @@
 
 mod back_channel;
 mod chain;
-mod complaints;
 mod config;
 mod config_space;
 mod error;
@@ -46,7 +45,6 @@ mod request;
 mod rings;
 mod server;
 mod session;
-mod socket;
 mod spin;
 mod stats;
 mod worker;

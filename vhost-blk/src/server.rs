@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,18 +10,19 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use cdp_types::{BlockDevice, VmControl};
+use front_end::{Complaints, peer_of};
 use rustix::event::{PollFd, PollFlags, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError, VhostUserProtocolFeatures};
 
 use crate::back_channel::{BackChannel, peek};
-use crate::complaints::Complaints;
 use crate::eventfd::EventFd;
 use crate::guard::Guard;
 use crate::session::{Disk, Session};
-use crate::socket::{Socket, peer_of};
 use crate::stats::{ServerCounters, ServerStats};
 use crate::{Error, ErrorKind, ServerConfig};
 
+/// Clients that may wait to be accepted, or turned away.
+const BACKLOG: i32 = 16;
 /// How long a clean stop waits for a client in the middle of a message.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -60,7 +61,11 @@ impl Server {
         config.check()?;
         let path = config.socket.clone();
         let failed = |error: io::Error| Error::because(ErrorKind::Resources, &path, error);
-        let socket = Socket::bind(&config.socket, config.mode)?;
+        let (socket, file) =
+            front_end::bind(&path, config.mode, BACKLOG).map_err(|error| match error.kind() {
+                io::ErrorKind::AddrInUse => Error::new(ErrorKind::InUse, &path),
+                _ => Error::because(ErrorKind::Socket, &path, error),
+            })?;
         let disk = Disk {
             name: config.socket.display().to_string().into(),
             counters: ServerCounters::new(config.queues),
@@ -91,7 +96,7 @@ impl Server {
         let thread = std::thread::Builder::new().name("vhost-blk".to_owned());
         let thread = thread.spawn(move || {
             serving.run(&socket);
-            drop(ending);
+            drop((socket, file, ending));
         });
         let thread = thread.map_err(failed)?;
         Ok(Self { shared, thread: Some(thread), ended: Mutex::new(ended) })
@@ -154,7 +159,7 @@ enum Left {
 }
 
 impl Shared {
-    fn run(&self, socket: &Socket) {
+    fn run(&self, socket: &UnixListener) {
         while let Some(stream) = self.accept(socket) {
             let counters = &self.disk.counters;
             counters.connections.add(1);
@@ -172,14 +177,13 @@ impl Shared {
     }
 
     /// Waits for a client; none once the server is being stopped.
-    fn accept(&self, socket: &Socket) -> Option<UnixStream> {
+    fn accept(&self, socket: &UnixListener) -> Option<UnixStream> {
         while !self.stopping.load(Ordering::Acquire) {
-            let mut fds =
-                [PollFd::new(&socket.listener, PollFlags::IN), PollFd::new(self.stop.fd(), PollFlags::IN)];
+            let mut fds = [PollFd::new(socket, PollFlags::IN), PollFd::new(self.stop.fd(), PollFlags::IN)];
             if poll(&mut fds, None).is_err() {
                 continue;
             }
-            match socket.listener.accept() {
+            match socket.accept() {
                 Ok((stream, _)) => return Some(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
@@ -192,9 +196,9 @@ impl Shared {
         None
     }
 
-    fn serve(&self, socket: &Socket, stream: UnixStream) -> io::Result<Left> {
+    fn serve(&self, socket: &UnixListener, stream: UnixStream) -> io::Result<Left> {
         *locked(&self.connection) = Some(stream.try_clone()?);
-        self.disk.guard.connected(peer_of(&stream));
+        self.disk.guard.connected(peer_of(&stream).map_or(0, |peer| peer.pid));
         let session = Arc::new(Mutex::new(Session::new(Arc::clone(&self.disk))));
         let mut connection = Connection {
             handler: BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&session)),
@@ -210,13 +214,13 @@ impl Shared {
         left
     }
 
-    fn serve_messages(&self, socket: &Socket, connection: &mut Connection) -> io::Result<Left> {
+    fn serve_messages(&self, socket: &UnixListener, connection: &mut Connection) -> io::Result<Left> {
         loop {
             let (message, client, changed) = {
                 let mut fds = [
                     PollFd::new(&connection.stream, PollFlags::IN),
                     PollFd::new(self.stop.fd(), PollFlags::IN),
-                    PollFd::new(&socket.listener, PollFlags::IN),
+                    PollFd::new(socket, PollFlags::IN),
                     PollFd::new(self.changed.fd(), PollFlags::IN),
                 ];
                 match poll(&mut fds, None) {
@@ -246,8 +250,8 @@ impl Shared {
         }
     }
 
-    fn turn_away(&self, socket: &Socket) {
-        if socket.listener.accept().is_ok() {
+    fn turn_away(&self, socket: &UnixListener) {
+        if socket.accept().is_ok() {
             let refused = &self.disk.counters.refused;
             refused.add(1);
             // Whoever tries again and again must not fill the log.

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use cdp_store::CheckpointMode;
-use qmp_bridge::Client;
 use qmp_bridge::machine::{Backend, Device, Machine, NetworkBackend};
 use qmp_bridge::migration::Settings;
+use qmp_bridge::{Client, Version};
 
 use super::{Check, MODES};
 use crate::take::prepare::plan;
@@ -13,9 +13,8 @@ use crate::take::prepare::plan;
 /// The oldest version that this was tried with.
 const OLDEST: (u32, u32) = (7, 2);
 const HOT: [CheckpointMode; 1] = [CheckpointMode::Hot];
-/// Before it, a hot checkpoint that was given up has been seen to leave QEMU, and so the guest, hanging: with 7.2.22, when
-/// the stream was closed right after the cut. 10.0 does not do that; versions between were not tried.
-const SAFE_HOT: (u32, u32) = (8, 0);
+/// Before it, QEMU leaves its memory write-protected when a background snapshot fails: see `protection`.
+const SAFE_HOT: (u32, u32) = (8, 1);
 /// What to do about a device that writes guest memory past QEMU.
 const OTHER_MODE: &str = "use --mode live or pause, or a back end of QEMU's own";
 
@@ -49,13 +48,20 @@ pub async fn of_settings(qmp: &Client) -> qmp_bridge::Result<Vec<Check>> {
     Ok(lacking.collect())
 }
 
+/// Whether a QEMU leaves its memory write-protected when a hot checkpoint is given up.
+pub(crate) fn leaves_protection(version: &Version) -> bool {
+    (version.major, version.minor) < SAFE_HOT
+}
+
 /// Why a machine is better not checkpointed hot, though it can be.
 pub(crate) fn hot_doubt(described: &Machine) -> Option<Check> {
     let version = &described.version;
-    ((version.major, version.minor) < SAFE_HOT).then(|| {
-        let found =
-            format!("with version {version}, a hot checkpoint that is given up can leave the guest hanging");
-        Check::unknown("QEMU", found, "use QEMU 10, or --mode live")
+    leaves_protection(version).then(|| {
+        let found = format!(
+            "version {version} does not clean up behind a hot checkpoint that fails: if cdpd is killed meanwhile, the guest \
+             hangs until cdpd is back, and then only hot ones succeed until one has"
+        );
+        Check::unknown("QEMU", found, "use QEMU 8.1 or newer, or --mode live; or ask for --mode hot")
     })
 }
 

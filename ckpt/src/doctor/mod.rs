@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::gate::Unguarded;
 
 pub use host::of_process;
-pub(crate) use machine::hot_doubt;
+pub(crate) use machine::{hot_doubt, leaves_protection};
 pub use machine::{of_machine, of_settings};
 
 /// All modes, the one that disturbs a guest least first.

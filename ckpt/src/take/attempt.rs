@@ -1,7 +1,7 @@
 //! One try: QEMU is set up, the epoch armed, memory taken in, and everything put back.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, EpochCut};
 use qmp_bridge::migration::{self, Mode, Saved, Settings};
@@ -9,12 +9,14 @@ use qmp_bridge::{Backlog, Event, EventKind, MigrationStatus, Notice, Subscriptio
 use serde_json::json;
 use tokio::sync::mpsc;
 
+use super::patience::Patience;
 use super::prepare::Prepared;
 use super::recover::wind_down;
 use super::seen::{Seen, why_ended};
 use super::stillness::Stillness;
 use super::told::Told;
 use super::{CutNotice, Hold, Machine, Order, TakeError, Taking, on_thread, whole};
+use crate::doctor;
 use crate::gate::{Arming, GateEvent, Ticket};
 use crate::receiver::{Received, Receiver};
 use crate::{ErrorKind, PAGE_SIZE};
@@ -23,6 +25,9 @@ use crate::{ErrorKind, PAGE_SIZE};
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How long QEMU may take to say that it has completed, once all memory has come.
 const COMPLETION: Duration = Duration::from_secs(20);
+
+/// How long QEMU may take to send the rest of a stream that nobody wants.
+const DRAINING: Duration = Duration::from_secs(120);
 
 /// What there is to commit.
 pub(super) struct Complete {
@@ -45,6 +50,7 @@ pub(super) struct Attempt<'a> {
     gate: mpsc::UnboundedReceiver<GateEvent>,
     tell: mpsc::UnboundedSender<GateEvent>,
     seen: Seen,
+    patience: Patience,
     stillness: Stillness,
     told: Told,
 }
@@ -78,6 +84,7 @@ impl<'a> Attempt<'a> {
             gate,
             tell,
             seen: Seen::new(prepared.plan.mode()),
+            patience: Patience::new(order.give_up_after),
             stillness: Stillness::Never,
             told: Told::default(),
         })
@@ -95,6 +102,12 @@ impl<'a> Attempt<'a> {
         self.put_back(outcome).await
     }
 
+    /// Whether the stream must be read to its end even if the checkpoint is given up: a QEMU that leaves its memory
+    /// write-protected does not do so when it believes that it has succeeded.
+    fn drains(&self) -> bool {
+        self.mode() == Mode::Hot && doctor::leaves_protection(&self.saved.version)
+    }
+
     fn mode(&self) -> Mode {
         self.prepared.plan.mode()
     }
@@ -105,7 +118,8 @@ impl<'a> Attempt<'a> {
         let epoch = on_thread(move || store.new_epoch(id).map_err(|e| whole(&e))).await?;
         let path = self.machine.directory.join(format!("checkpoint-{id}.sock"));
         let (store, name) = (self.machine.store.clone(), self.machine.name.clone());
-        let receiver = Receiver::listen(&path, store, name, self.prepared.facts.clone());
+        let facts = self.prepared.facts.clone();
+        let receiver = Receiver::listen(&path, store, name, facts, self.drains());
         self.receiver =
             Some(receiver.map_err(|error| TakeError::new(format!("{}: {error}", path.display())))?);
         self.prepared.plan.apply(&self.machine.qmp, &self.before).await.map_err(|e| whole(&e))?;
@@ -147,7 +161,11 @@ impl<'a> Attempt<'a> {
             }
             let Some(receiver) = &self.receiver else { return Err(TakeError::new("nobody receives")) };
             let (received_pages, total_pages) = receiver.pages();
-            hold.progress.send_replace(Taking { received_pages, total_pages });
+            let taking = Taking { received_pages, total_pages };
+            hold.progress.send_replace(taking);
+            if self.mode() == Mode::Live && !self.seen.was_stopped() {
+                self.patience.look(taking, Instant::now())?;
+            }
             if self.seen.completed {
                 return Ok(());
             }
@@ -263,6 +281,11 @@ impl<'a> Attempt<'a> {
         let ended = receiver.as_ref().is_some_and(Receiver::has_ended);
         // Before the windows close: what QEMU still protects, it must let go first.
         if let (Err(_), Some(receiver)) = (&outcome, &receiver) {
+            if self.drains() {
+                receiver.stop_storing();
+                // If it does not get there, its protection is lifted from outside.
+                let _ = migration::settled(&self.machine.qmp, DRAINING).await;
+            }
             receiver.cancel();
         }
         if outcome.is_err() && self.seen.stopped_by_others {
@@ -271,7 +294,7 @@ impl<'a> Attempt<'a> {
         if self.mode() == Mode::Hot {
             self.stillness.let_go();
         }
-        if let Err(error) = wind_down(&self.machine.qmp, &self.saved).await {
+        if let Err(error) = wind_down(&self.machine.qmp, &self.saved, self.prepared.undo.process).await {
             let vm = &self.machine.name;
             if matches!(error.kind(), qmp_bridge::ErrorKind::Gone | qmp_bridge::ErrorKind::Unreachable) {
                 tracing::warn!(%vm, "QEMU has ended, so there is nothing to put back: {error}");

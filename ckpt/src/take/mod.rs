@@ -13,10 +13,11 @@
 //! [`wind_down`](qmp_bridge::migration::wind_down), in this process or, from what was written down, in the next
 //! ([`recover`]). File systems that were stilled are let go by the same ways.
 //!
-//! [`prepare`] refuses and writes down, [`attempt`] is one try, [`seen`] says what events mean, [`stillness`] has the
+//! [`prepare`] refuses and writes down, [`attempt`] is one try, [`patience`] ends one that would not, [`seen`] says what events mean, [`stillness`] has the
 //! guest's file systems.
 
 mod attempt;
+mod patience;
 pub(crate) mod prepare;
 mod recover;
 mod seen;
@@ -26,7 +27,7 @@ mod told;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, CheckpointMode, EpochCut, Store};
 use cdp_types::{Label, VmName};
@@ -38,10 +39,13 @@ use crate::gate::{DiskGuard, Gate};
 use attempt::Attempt;
 use prepare::Prepared;
 
-pub use recover::{recover, thaw};
+pub use recover::{recover, thaw, unprotected};
 
 /// How often a checkpoint is tried whose cut may have been somebody else's stop.
 const ATTEMPTS: u32 = 3;
+
+/// How long a live checkpoint may send again what the guest has changed, unless somebody says otherwise.
+pub const GIVE_UP_AFTER: Duration = Duration::from_secs(600);
 
 /// Why a checkpoint was not taken. The machine runs on.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +122,8 @@ pub struct Order {
     pub label: Option<Label>,
     /// The guest agent's socket, if its file systems are to be stilled for the cut.
     pub quiesce: Option<PathBuf>,
+    /// How long QEMU may send again what the guest has changed, in mode live, until the checkpoint is given up.
+    pub give_up_after: Duration,
     /// Who is told of the cut.
     pub at_cut: Option<AtCut>,
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{Machine, Order, TakeError, on_thread, whole};
 use crate::doctor::{self, Check};
 use crate::memory::MachineFacts;
+use crate::protection::Process;
 
 /// What QEMU may take to send the rest of a live migration after the stop, by its own estimate.
 const LIVE_DOWNTIME: Duration = Duration::from_millis(20);
@@ -22,7 +23,7 @@ pub(super) struct Prepared {
     /// Kept with the memory.
     pub(super) facts: MachineFacts,
     /// What another process needs to put all back.
-    undo: Undo,
+    pub(super) undo: Undo,
 }
 
 /// What has to be undone if this process dies: it is in the store before anything is done.
@@ -35,6 +36,16 @@ pub(super) struct Undo {
     /// Path of the agent's socket, if it was to still file systems.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) agent: Option<std::path::PathBuf>,
+    /// QEMU's process, if its memory is to be write-protected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) process: Option<Process>,
+}
+
+impl Undo {
+    /// What was written down with a checkpoint; none if another version has done so.
+    pub(super) fn of(left: &CheckpointInfo) -> Option<Self> {
+        serde_json::from_value(left.restore.clone()).ok()
+    }
 }
 
 impl Prepared {
@@ -52,8 +63,9 @@ impl Prepared {
             doctor::hot_doubt(&described)
                 .map_or(Ok(()), |doubt| Err(TakeError { hot_alone: true, ..TakeError::new(doubt) }))?;
         }
-        refuse(machine, order.mode, &described).await?;
-        let undo = Undo { settings, qmp: machine.qmp.path().clone(), agent: order.quiesce.clone() };
+        let process = refuse(machine, order.mode, &described).await?.and_then(Process::of);
+        let (qmp, agent) = (machine.qmp.path().clone(), order.quiesce.clone());
+        let undo = Undo { settings, qmp, agent, process };
         Ok(Self { plan, facts: facts(&described), undo })
     }
 
@@ -94,28 +106,30 @@ fn facts(described: &machine::Machine) -> MachineFacts {
     }
 }
 
-/// Refuses what [`doctor`] finds in the way of a mode.
+/// Refuses what [`doctor`] finds in the way of a mode. If that is hot, it says which process is QEMU's.
 async fn refuse(
     machine: &Machine,
     mode: CheckpointMode,
     described: &machine::Machine,
-) -> Result<(), TakeError> {
+) -> Result<Option<i32>, TakeError> {
     let sockets: Vec<_> = machine.disks.iter().map(|disk| disk.socket.clone()).collect();
     refuse_one(mode, &doctor::of_machine(described, &sockets))?;
     if mode != CheckpointMode::Hot {
-        return Ok(());
+        return Ok(None);
     }
+    let mut process = None;
     for disk in &machine.disks {
         let (guard, socket) = (Arc::clone(&disk.guard), disk.socket.display().to_string());
         let directory = machine.directory.clone();
-        on_thread(move || {
+        process = on_thread(move || {
             let prepared = guard.prepare();
             refuse_one(mode, &[Check::of_guard(&socket, &prepared)])?;
-            prepared.map_or(Ok(()), |pid| refuse_one(mode, &doctor::of_process(pid, &directory)))
+            let Ok(pid) = prepared else { return Ok(None) };
+            refuse_one(mode, &doctor::of_process(pid, &directory)).map(|()| Some(pid))
         })
         .await?;
     }
-    Ok(())
+    Ok(process)
 }
 
 fn refuse_one(mode: CheckpointMode, checks: &[Check]) -> Result<(), TakeError> {

@@ -120,6 +120,11 @@ impl Seen {
         self.cut.clone().ok_or_else(none)
     }
 
+    /// Whether the machine was stopped, so that it changes nothing more.
+    pub(super) fn was_stopped(&self) -> bool {
+        self.stops > 0
+    }
+
     /// Whether it is known when the machine went on.
     pub(super) fn has_resumed(&self) -> bool {
         self.resumed_us.is_some()

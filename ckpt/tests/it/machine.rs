@@ -184,6 +184,17 @@ pub fn hot(machine: &Machine) -> Vec<u8> {
     draft.end(machine)
 }
 
+/// One round of a live migration that goes on: every page.
+pub fn round(machine: &Machine) -> Vec<u8> {
+    let mut draft = Draft::default();
+    draft.begin_section(2);
+    for (block, at, number) in machine.pages() {
+        draft.page(machine, block, at, number);
+    }
+    draft.end_section();
+    draft.bytes
+}
+
 /// As a live migration: parts of random length; some pages come early with other content; a command before the END.
 pub fn live(machine: &Machine, random: &mut SmallRng) -> Vec<u8> {
     let mut draft = Draft::begin(machine, &[]);

@@ -22,12 +22,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use cdp_types::{BlockDevice, Origin};
+use front_end::Complaints;
 use slab::Slab;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::Limits;
-use crate::complaints::Complaints;
 use crate::control::Control;
 use crate::exports::StatusContext;
 use crate::handshake::{Agreement, Opened};

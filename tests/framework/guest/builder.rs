@@ -53,6 +53,7 @@ pub struct GuestBuilder {
     more_serial: Option<PathBuf>,
     more: Vec<String>,
     huge_pages: bool,
+    private_memory: bool,
     /// `cdp-tool` starts it.
     supervised: bool,
 }
@@ -71,6 +72,7 @@ impl Default for GuestBuilder {
             more_serial: None,
             more: Vec::new(),
             huge_pages: false,
+            private_memory: false,
             supervised: false,
         }
     }
@@ -153,6 +155,13 @@ impl GuestBuilder {
     #[must_use]
     pub fn huge_pages(mut self) -> Self {
         self.huge_pages = true;
+        self
+    }
+
+    /// Has its memory where only QEMU can change it: its vhost-user disks are of no use then, so it must not boot.
+    #[must_use]
+    pub fn private_memory(mut self) -> Self {
+        self.private_memory = true;
         self
     }
 
@@ -261,7 +270,9 @@ impl GuestBuilder {
         if !self.supervised {
             // A vhost-user server maps the guest's memory, so it must be a file that can be shared.
             let huge = if self.huge_pages { ",hugetlb=on" } else { "" };
-            command.args(["-object", &format!("memory-backend-memfd,id=mem,size={size},share=on{huge}")]);
+            let share = if self.private_memory { "off" } else { "on" };
+            let memory = format!("memory-backend-memfd,id=mem,size={size},share={share}{huge}");
+            command.args(["-object", &memory]);
             command.args(["-machine", "memory-backend=mem"]);
         }
         command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&places.initramfs);

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use cdp_types::{BlockDevice, DeviceQueue, IoError, IoErrorKind, Op, Origin, RequestId, Wait};
+use front_end::Complaints;
 
 use crate::chain::Chain;
-use crate::complaints::Complaints;
 use crate::eventfd::EventFd;
 use crate::features::Features;
 use crate::guard::{Guard, Mailbox};

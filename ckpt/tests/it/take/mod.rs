@@ -3,6 +3,7 @@
 mod elsewhere;
 mod qemu;
 mod quiesced;
+mod restless;
 mod told;
 mod transitions;
 
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, Store, StoreOptions, VmSpec, VolumeSpec};
 use cdp_types::{CheckpointId, VmName};
 use ckpt::gate::Gate;
-use ckpt::take::{Disk, Hold, Machine, Order, Taking, take};
+use ckpt::take::{Disk, GIVE_UP_AFTER, Hold, Machine, Order, Taking, take};
 use qmp_bridge::fake::Fake;
 use qmp_bridge::{Client, Options};
 use tokio::sync::watch;
@@ -71,7 +72,7 @@ impl Bed {
     }
 
     pub(super) fn order(mode: CheckpointMode) -> Order {
-        Order { mode, careful: false, label: None, quiesce: None, at_cut: None }
+        Order { mode, careful: false, label: None, quiesce: None, give_up_after: GIVE_UP_AFTER, at_cut: None }
     }
 
     /// Takes a checkpoint, in the order of these scripts if the migration is tried several times.

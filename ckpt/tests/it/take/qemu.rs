@@ -13,7 +13,7 @@ use qmp_bridge::fake::{Fault, Say, Voice};
 use serde_json::{Map, Value, json};
 use tokio::sync::watch;
 
-use crate::machine::{Machine, hot};
+use crate::machine::{Draft, Machine, hot, round};
 
 /// What QEMU and those around it do, one after the other, once it was told to migrate.
 #[derive(Clone, Debug)]
@@ -32,6 +32,8 @@ pub enum Act {
     AwaitContinue,
     /// The first half of the stream is sent.
     SendHalf,
+    /// All pages are sent, whether or not they have been before; never together with the halves of a stream.
+    SendRound,
     /// What is left of the stream is sent, and the socket closed.
     SendRest,
     /// The socket is closed.
@@ -270,6 +272,7 @@ impl Qemu {
         };
         let bytes = hot(&machine);
         let (first, rest) = bytes.split_at(bytes.len() / 2);
+        let mut beginning = Draft::begin(&machine, &[]).bytes;
         let mut stream = UnixStream::connect(socket).ok();
         for act in script {
             if self.state().migration == "cancelled" || self.state().migrations != number {
@@ -277,6 +280,10 @@ impl Qemu {
             }
             let sent = match act {
                 Act::SendHalf => stream.as_mut().map(|stream| stream.write_all(first)),
+                Act::SendRound => {
+                    let bytes = [std::mem::take(&mut beginning), round(&machine)].concat();
+                    stream.as_mut().map(|stream| stream.write_all(&bytes))
+                }
                 Act::SendRest => stream.take().map(|mut stream| stream.write_all(rest)),
                 Act::Close => {
                     stream = None;
@@ -354,7 +361,7 @@ impl Qemu {
                     cancel.send_replace(true);
                 }
             }
-            Act::SendHalf | Act::SendRest | Act::Close => {}
+            Act::SendHalf | Act::SendRound | Act::SendRest | Act::Close => {}
         }
     }
 }

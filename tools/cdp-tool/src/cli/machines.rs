@@ -206,6 +206,9 @@ Modes: hot stops the guest for some tens of milliseconds a GiB, and saves its me
         /// Have the guest's agent still its file systems for the cut, so that what is on the disks is clean
         #[arg(long)]
         quiesce: bool,
+        /// In mode live, how long to go on sending what the guest has changed again, until it can be stopped shortly [default: 10m]
+        #[arg(long, value_name = "TIME")]
+        give_up_after: Option<Span>,
     },
     /// Take checkpoints of a machine every so often, and delete the oldest of these
     #[command(after_help = "Examples:

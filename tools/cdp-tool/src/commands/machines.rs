@@ -63,11 +63,16 @@ fn register(client: &Client, new: &NewVm, output: &mut Output) -> anyhow::Result
 
 fn state(vm: &Vm) -> String {
     match (vm.taking, vm.supervised) {
+        (Some((came, total)), _) if came > total && total > 0 => {
+            format!("saving, all memory sent {:.1} times", came as f64 / total as f64)
+        }
         (Some((came, total)), _) if total > 0 => format!("saving, {} %", came * 100 / total),
         (Some(_), _) => "saving".to_owned(),
         (None, Some(Supervised::Starting)) => "starting".to_owned(),
         (None, Some(Supervised::Running)) => "running".to_owned(),
         (None, Some(Supervised::Waiting)) => "waiting for its memory".to_owned(),
+        (None, None) if vm.connected && vm.launch.is_some() => "running, unattended".to_owned(),
+        (None, None) if vm.connected => "connected".to_owned(),
         (None, None) => "-".to_owned(),
     }
 }
@@ -117,7 +122,15 @@ fn show_vm(vm: &Vm, output: &mut Output) -> anyhow::Result<()> {
         ("guest agent", or_none(vm.agent.clone())),
         ("run as", or_none(vm.launch.as_ref().map(|launch| quoted(&launch.command)))),
         ("registered", vm.created.clone()),
-    ])
+    ])?;
+    if vm.taking.is_none() && vm.supervised.is_none() && vm.connected && vm.launch.is_some() {
+        output.line(format!(
+            "its cdp-tool vm run has gone and its QEMU runs on: it can be saved, but not put back in place; to have it \
+             looked after again, end QEMU ('quit' in QMP), then cdp-tool vm run {0} [--at CHECKPOINT]",
+            vm.name
+        ))?;
+    }
+    Ok(())
 }
 
 fn memory_of(origin: &Origin) -> String {
@@ -189,9 +202,10 @@ pub(super) fn checkpoint(
         Ok(client.send(Method::PATCH, &at(vm, which), &change)?)
     };
     match command {
-        CheckpointCommand::Take { vm, mode, label, quiesce } => {
+        CheckpointCommand::Take { vm, mode, label, quiesce, give_up_after } => {
             let mode = mode.map(CheckpointMode::from);
-            let new = NewCheckpoint { mode, label: label.clone(), quiesce: *quiesce };
+            let give_up_after_s = give_up_after.map(|after| after.0.as_secs());
+            let new = NewCheckpoint { mode, label: label.clone(), quiesce: *quiesce, give_up_after_s };
             take(client, store, vm, &new, output)
         }
         CheckpointCommand::Schedule { vm, off: true, .. } => {

@@ -15,6 +15,8 @@ use crate::progress::Progress;
 
 /// Between two looks at how far it is.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// After how many times all memory it is said that the guest changes it about as fast as it is saved.
+const OFTEN: u64 = 3;
 /// A page of memory, in bytes.
 const PAGE_BYTES: u64 = 4096;
 
@@ -46,7 +48,7 @@ fn watch(store: &Path, vm: &VmName, ended: &mpsc::Receiver<()>) -> anyhow::Resul
         let _inside = runtime.enter();
         (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
     };
-    let mut given_up = false;
+    let (mut given_up, mut said) = (false, false);
     while ended.recv_timeout(LOOK_EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
         let signalled = runtime.block_on(async {
             tokio::select! {
@@ -65,7 +67,12 @@ fn watch(store: &Path, vm: &VmName, ended: &mpsc::Receiver<()>) -> anyhow::Resul
         }
         let now: Vm = client.get(&format!("/v1/vms/{vm}"))?;
         if let Some((came, total)) = now.taking.filter(|(_, total)| *total > 0) {
-            bar.at(came * PAGE_BYTES, total * PAGE_BYTES);
+            bar.at(came.min(total) * PAGE_BYTES, total * PAGE_BYTES);
+            if came >= OFTEN * total && !std::mem::replace(&mut said, true) {
+                bar.note(&format!(
+                    "the guest changes its memory about as fast as it is saved: it was sent {OFTEN} times so far"
+                ));
+            }
         }
     }
     Ok(())

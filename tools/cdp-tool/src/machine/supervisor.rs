@@ -123,13 +123,15 @@ pub(crate) fn run(machine: &Machine, start: Start) -> anyhow::Result<()> {
         _ => bail!("the daemon has not said that it listens"),
     }
     listen_to_signals(&events)?;
-    Loop { machine, events, inbox }.go(start)
+    let reports = Reports::to_daemon(&machine.store, &machine.name)?;
+    Loop { machine, events, inbox, reports }.go(start)
 }
 
 struct Loop<'a> {
     machine: &'a Machine,
     events: Sender<Event>,
     inbox: Receiver<Event>,
+    reports: Reports,
 }
 
 /// What becomes of a machine whose QEMU has ended.
@@ -145,9 +147,9 @@ impl Loop<'_> {
             let words = if incoming { &self.machine.incoming } else { &self.machine.boot };
             let qemu = Qemu::start(words, &self.machine.directory, &self.events)?;
             let state = if incoming { Supervised::Waiting } else { Supervised::Running };
-            report(self.machine, state);
+            let reported = self.reports.tell(state);
             if let Start::Memory { path, body } = std::mem::replace(&mut start, Start::Boot) {
-                self.give_memory(path, body)?;
+                self.give_memory(path, body, reported)?;
             }
             match self.attend(&qemu, state)? {
                 End::Anew => incoming = true,
@@ -157,10 +159,18 @@ impl Loop<'_> {
         }
     }
 
-    /// Asks the daemon for the machine's memory, in a thread: QEMU may end meanwhile.
-    fn give_memory(&self, path: String, body: serde_json::Value) -> anyhow::Result<()> {
+    /// Asks the daemon for the machine's memory once it knows that QEMU waits for that, in a thread: QEMU may end
+    /// meanwhile.
+    fn give_memory(
+        &self,
+        path: String,
+        body: serde_json::Value,
+        reported: Receiver<()>,
+    ) -> anyhow::Result<()> {
         let (store, events) = (self.machine.store.clone(), self.events.clone());
         std::thread::Builder::new().name("memory".to_owned()).spawn(move || {
+            // Nothing is ever sent: it ends.
+            let _ = reported.recv();
             let given = online(&store).and_then(|client| {
                 Ok(client.send::<serde_json::Value>(Method::POST, &path, &body).map(drop)?)
             });
@@ -186,7 +196,7 @@ impl Loop<'_> {
                 }
                 Ok(Event::Order(Order::Restart)) => {
                     eprintln!("cdp-tool: machine {} goes back to a checkpoint", self.machine.name);
-                    report(self.machine, Supervised::Starting);
+                    self.reports.tell(Supervised::Starting);
                     anew = true;
                     qemu.send(Signal::TERM);
                     deadline = Some((Instant::now() + ENDING, Signal::KILL));
@@ -196,7 +206,7 @@ impl Loop<'_> {
                     qemu.send(Signal::KILL);
                     return Err(error.context("the machine was not put back"));
                 }
-                Ok(Event::Attached) => report(self.machine, state),
+                Ok(Event::Attached) => drop(self.reports.tell(state)),
                 Ok(Event::Signal { again: false }) => {
                     eprintln!("cdp-tool: asking the guest to switch itself off (once more: at once)");
                     switch_off(self.machine)?;
@@ -218,14 +228,33 @@ impl Loop<'_> {
     }
 }
 
-/// Tells the daemon how QEMU does. If the daemon is away, it is told when it is back.
-fn report(machine: &Machine, state: Supervised) {
-    let told = online(&machine.store).and_then(|client| {
-        let path = format!("/v1/vms/{}/supervisor", machine.name);
-        Ok(client.send::<()>(Method::PUT, &path, &SupervisorReport { state })?)
-    });
-    if let Err(error) = told {
-        eprintln!("cdp-tool: the daemon does not know how QEMU does: {error:#}");
+/// Tells the daemon how QEMU does, from a thread: one that hangs keeps nobody from looking after QEMU.
+struct Reports(Sender<(Supervised, Sender<()>)>);
+
+impl Reports {
+    fn to_daemon(store: &Path, name: &VmName) -> anyhow::Result<Self> {
+        let (reports, inbox) = mpsc::channel::<(Supervised, Sender<()>)>();
+        let (store, path) = (store.to_owned(), format!("/v1/vms/{name}/supervisor"));
+        std::thread::Builder::new().name("reports".to_owned()).spawn(move || {
+            for (state, _told) in inbox {
+                let told = online(&store).and_then(|client| {
+                    Ok(client.send::<()>(Method::PUT, &path, &SupervisorReport { state })?)
+                });
+                if let Err(error) = told {
+                    eprintln!("cdp-tool: the daemon does not know how QEMU does: {error:#}");
+                }
+            }
+        })?;
+        Ok(Self(reports))
+    }
+
+    /// Tells it after what was told before; if the daemon is away, it is told when it is back. What this returns ends
+    /// when that is done.
+    fn tell(&self, state: Supervised) -> Receiver<()> {
+        let (told, ended) = mpsc::channel();
+        // A thread that has died tells nothing, as a daemon that is away.
+        let _ = self.0.send((state, told));
+        ended
     }
 }
 
@@ -322,4 +351,26 @@ fn listen_to_signals(events: &Sender<Event>) -> anyhow::Result<()> {
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_hangs_keeps_nobody_waiting() {
+        let store = tempfile::tempdir().unwrap();
+        let daemon = cdpd::socket::bind(store.path(), 0o600).unwrap();
+        let reports = Reports::to_daemon(store.path(), &"web1".parse().unwrap()).unwrap();
+        let told = [Supervised::Running, Supervised::Starting].map(|state| reports.tell(state));
+        let waited = told[0].recv_timeout(Duration::from_millis(300));
+        assert_eq!(waited, Err(RecvTimeoutError::Timeout), "nobody has answered");
+        // It ends, and is not there for the second.
+        drop(daemon);
+        for told in told {
+            assert_eq!(told.recv_timeout(Duration::from_secs(20)), Err(RecvTimeoutError::Disconnected));
+        }
+    }
 }

@@ -27,6 +27,9 @@ pub struct Vm {
     /// How its QEMU does, while `cdp-tool vm run` looks after it.
     #[serde(default)]
     pub supervised: Option<Supervised>,
+    /// Whether a QEMU is connected to one of its disks.
+    #[serde(default)]
+    pub connected: bool,
     /// The memory from which its next start goes on, instead of booting.
     #[serde(default)]
     pub start_from: Option<Origin>,
@@ -48,6 +51,7 @@ impl Vm {
         info: VmInfo,
         taking: Option<(u64, u64)>,
         supervised: Option<Supervised>,
+        connected: bool,
     ) -> Result<Self, ApiError> {
         let Settings { agent, launch, start_from, schedule } = Settings::of(&info)?;
         let VmInfo { name, volumes, qmp, current, checkpoints, created_ns, .. } = info;
@@ -59,6 +63,7 @@ impl Vm {
             agent,
             launch,
             supervised,
+            connected,
             start_from,
             schedule,
             current,
@@ -270,6 +275,10 @@ pub struct NewCheckpoint {
     /// Have the guest's agent still its file systems for the cut.
     #[serde(default)]
     pub quiesce: bool,
+    /// For how many seconds a live checkpoint may send again what the guest has changed, until it is given up; unless said
+    /// otherwise, ten minutes.
+    #[serde(default)]
+    pub give_up_after_s: Option<u64>,
 }
 
 /// What is to be changed of a checkpoint: what is not said stays.

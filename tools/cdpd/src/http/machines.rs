@@ -17,7 +17,7 @@ use super::stream::orders;
 use super::{App, Peer, blocking};
 use crate::api::{
     ApiError, Checkpoint, CheckpointChange, Diagnosis, ErrorKind, NewCheckpoint, NewVm, NewVmClone, Reverted,
-    Schedule, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
+    Schedule, ServingStatus, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
 };
 use crate::machines::{Settings, copies};
 
@@ -51,7 +51,11 @@ impl<S: Send + Sync> FromRequestParts<S> for OfMachine {
 /// A machine as it is now.
 fn view(app: &App, info: VmInfo) -> Result<Vm, ApiError> {
     let (taking, supervised) = (app.machines.taking(&info.name), app.machines.supervisors.state(&info.name));
-    Vm::new(info, taking, supervised)
+    let is_connected = |name| {
+        app.store.volume(name).is_ok_and(|volume| app.servers.status(volume.id()) == ServingStatus::Connected)
+    };
+    let connected = info.volumes.iter().any(is_connected);
+    Vm::new(info, taking, supervised, connected)
 }
 
 /// `GET /v1/vms`

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, Store, VmInfo};
 use cdp_types::{CheckpointId, VmId, VmName, VolumeId};
 use ckpt::gate::{DiskGuard, Gate, OnTrouble, Unguarded};
-use ckpt::take::{Disk, Hold, Machine, Order, Taking};
+use ckpt::take::{Disk, GIVE_UP_AFTER, Hold, Machine, Order, Taking};
 use qmp_bridge::{Client, Options};
 use tokio::sync::{Notify, watch};
 use vhost_blk::Guard;
@@ -206,6 +206,7 @@ impl Machines {
             mode: new.mode.unwrap_or(CheckpointMode::Hot),
             careful: new.mode.is_none(),
             label: new.label,
+            give_up_after: new.give_up_after_s.map_or(GIVE_UP_AFTER, Duration::from_secs),
             quiesce: agent.filter(|_| new.quiesce).map(PathBuf::from),
             at_cut: self.callback.as_ref().map(|callback| callback.for_machine(info)),
         })
@@ -289,7 +290,18 @@ impl Machines {
             self.supervisors.restart(&info.name).await?;
         }
         let qmp = self.connect(info).await?;
-        ckpt::restore::check_waiting(&qmp).await.map_err(refused)?;
+        ckpt::restore::check_waiting(&qmp).await.map_err(|error| {
+            let mut error = refused(error);
+            let run_here = Settings::of(info).is_ok_and(|settings| settings.launch.is_some());
+            if run_here && self.supervisors.state(&info.name).is_none() {
+                error.message.push_str(&format!(
+                    "; the cdp-tool vm run that looked after '{0}' has gone, and its QEMU runs on without: end that ('quit' in \
+                     QMP), then cdp-tool vm run {0} --at {to}",
+                    info.name
+                ));
+            }
+            error
+        })?;
         check(to, &ckpt::restore::differences(&self.store, to, &qmp).await.map_err(refused)?)
     }
 
@@ -314,7 +326,8 @@ impl Machines {
         app.machines.remove_sockets();
         let mut machines = tokio::task::JoinSet::new();
         for left in app.store.unfinished_checkpoints() {
-            machines.spawn(recover(Arc::clone(app), left));
+            let app = Arc::clone(app);
+            machines.spawn(async move { ckpt::take::unprotected(&left, recover(app, &left)).await });
         }
         while machines.join_next().await.is_some() {}
     }
@@ -351,7 +364,7 @@ fn is_transfer(path: &Path) -> bool {
     number.is_some_and(|number| number.parse::<u64>().is_ok())
 }
 
-async fn recover(app: Arc<App>, left: CheckpointInfo) {
+async fn recover(app: Arc<App>, left: &CheckpointInfo) {
     let path = left.restore.get("qmp").and_then(serde_json::Value::as_str).map(PathBuf::from);
     let qmp = match path {
         Some(path) => {
@@ -363,7 +376,7 @@ async fn recover(app: Arc<App>, left: CheckpointInfo) {
     if qmp.is_some() {
         disks_are_back(&app, left.vm).await;
     }
-    match ckpt::take::recover(&app.store, &left, qmp.as_ref()).await {
+    match ckpt::take::recover(&app.store, left, qmp.as_ref()).await {
         Ok(()) => tracing::info!(checkpoint = %left.id, "aborted: it was being taken when the daemon ended"),
         Err(error) => tracing::error!(checkpoint = %left.id, "cannot be aborted: {error}"),
     }

@@ -97,7 +97,8 @@ fn is_due(app: &App, info: &VmInfo, schedule: &Schedule, tried_ns: Option<u64>) 
 }
 
 async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) {
-    let new = NewCheckpoint { mode: schedule.mode, label: label_of(now_ns()), quiesce: false };
+    let (mode, label) = (schedule.mode, label_of(now_ns()));
+    let new = NewCheckpoint { mode, label, ..NewCheckpoint::default() };
     let taken = Arc::clone(&app.machines).take(&app.servers, vm, new).await;
     if let Err(error) = taken {
         // It may be switched off, for weeks.
