@@ -167,6 +167,7 @@ impl Shared {
             tracing::info!(socket = %self.disk.name, "a client has connected");
             let left = self.serve(socket, stream);
             *locked(&self.connection) = None;
+            counters.greeted.store(false, Ordering::Relaxed);
             counters.connected.store(false, Ordering::Relaxed);
             match left {
                 Ok(Left::Stopped) => return,
@@ -242,6 +243,7 @@ impl Shared {
                 if !connection.handle(&self.disk.name)? {
                     return Ok(Left::Client);
                 }
+                self.disk.counters.greeted.store(true, Ordering::Relaxed);
                 connection.tell_of_configuration(&self.disk.name);
             }
             if client && !message {

@@ -40,6 +40,8 @@ pub struct QueueStats {
 pub struct ServerStats {
     /// Whether a client is connected.
     pub connected: bool,
+    /// Whether that client has said anything: from then on QEMU does nothing else until it has made its connection.
+    pub greeted: bool,
     /// Connections accepted.
     pub connections: u64,
     /// Clients turned away, because another was connected.
@@ -111,6 +113,7 @@ impl QueueCounters {
 #[derive(Debug)]
 pub(crate) struct ServerCounters {
     pub(crate) connected: AtomicBool,
+    pub(crate) greeted: AtomicBool,
     pub(crate) connections: Counter,
     pub(crate) refused: Counter,
     pub(crate) queues: Vec<std::sync::Arc<QueueCounters>>,
@@ -120,6 +123,7 @@ impl ServerCounters {
     pub(crate) fn new(queues: u16) -> Self {
         Self {
             connected: AtomicBool::new(false),
+            greeted: AtomicBool::new(false),
             connections: Counter::default(),
             refused: Counter::default(),
             queues: (0..queues).map(|_| Default::default()).collect(),
@@ -129,6 +133,7 @@ impl ServerCounters {
     pub(crate) fn read(&self) -> ServerStats {
         ServerStats {
             connected: self.connected.load(Ordering::Relaxed),
+            greeted: self.greeted.load(Ordering::Relaxed),
             connections: self.connections.get(),
             refused: self.refused.get(),
             queues: self.queues.iter().map(|queue| queue.read()).collect(),

@@ -292,6 +292,14 @@ impl Servers {
         }
     }
 
+    /// Whether a client has connected to a volume's socket and said something.
+    pub(crate) fn has_greeted(&self, id: VolumeId) -> bool {
+        let running = lock(&self.running);
+        running
+            .get(&id)
+            .is_some_and(|entry| entry.outcome.as_ref().is_ok_and(|server| server.stats().greeted))
+    }
+
     /// Waits until some volume waits for [`Servers::retry`]. One caller at a time.
     pub(crate) async fn has_failed(&self) {
         while lock(&self.running).values().all(|entry| entry.outcome.is_ok()) {

@@ -154,7 +154,7 @@ fn statistics_count_what_was_done() {
     guest.request(FLUSH, 0, &[], 0);
     guest.request(77, 0, &[], 0);
     let stats = fixture.server.stats();
-    assert!(stats.connected);
+    assert!(stats.connected && stats.greeted);
     assert_eq!((stats.connections, stats.queues.len()), (1, 4));
     let queue = stats.queues[0];
     assert_eq!((queue.writes, queue.reads, queue.flushes, queue.others, queue.errors), (1, 2, 1, 1, 2));

@@ -19,7 +19,7 @@ use qmp_bridge::{Client, Options};
 use tokio::sync::{Notify, watch};
 use vhost_blk::Guard;
 
-use crate::api::{ApiError, ErrorKind, NewCheckpoint, ServingStatus, Supervised};
+use crate::api::{ApiError, ErrorKind, NewCheckpoint, Supervised};
 use crate::callback::Callback;
 use crate::http::App;
 use crate::serving::Servers;
@@ -382,14 +382,15 @@ async fn recover(app: Arc<App>, left: &CheckpointInfo) {
     }
 }
 
-/// Waits until a machine's QEMU has connected to its disks again, or too long. One that is continued before that cannot
-/// start its disks, and QEMU 7.2 does not try again.
+/// Waits until a machine's QEMU has begun to make its connections to its disks again, or too long. One that is continued
+/// before that cannot start its disks, and QEMU 7.2 does not try again; from then on it does nothing else until they are
+/// made.
 async fn disks_are_back(app: &App, vm: VmId) {
     let Some(info) = app.store.vms().into_iter().find(|info| info.id == vm) else { return };
     let ids: Vec<VolumeId> =
         info.volumes.iter().filter_map(|name| Some(app.store.volume(name).ok()?.id())).collect();
     let by = Instant::now() + LEFT_BEHIND;
-    while Instant::now() < by && ids.iter().any(|id| app.servers.status(*id) != ServingStatus::Connected) {
+    while Instant::now() < by && !ids.iter().all(|id| app.servers.has_greeted(*id)) {
         tokio::time::sleep(LOOK_EVERY).await;
     }
 }
