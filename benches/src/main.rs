@@ -13,6 +13,7 @@
 //!
 //! Nothing here links the programs under test, and nothing here passes or fails by the clock.
 
+mod api;
 mod checkpoint;
 mod client;
 mod compare;
