@@ -7,6 +7,7 @@
 //!   [`plot`] a drawing.
 //! - [`verify`] does not measure: it checks every byte, across abrupt disconnects and kills.
 //! - [`travel`] measures what reverts, clones and past instants cost, [`nbd`] our exports beside `qemu-nbd`'s.
+//! - [`guest`] has fio measure a disk of ours and one of qemu-storage-daemon's inside a guest.
 //! - [`disturbance`] measures what marks and clones cost whoever writes meanwhile.
 //! - [`recovery`] measures how long a killed daemon with a long log takes to its first read.
 //! - [`growth`] measures the same things on stores with a short and with a long past, many branches, many volumes.
@@ -21,6 +22,7 @@ mod compare;
 mod disturbance;
 mod drive;
 mod growth;
+mod guest;
 mod home;
 mod machine;
 mod meter;
@@ -61,6 +63,8 @@ enum Command {
     Growth(growth::Args),
     /// Our NBD exports and qemu-nbd's of a raw file, in turn
     Nbd(nbd::Args),
+    /// fio inside a guest, on our disk and qemu-storage-daemon's in turn
+    Guest(guest::Args),
     /// What checkpoints cost a guest: how long it stands still, stalls, what is stored, how soon it is restored
     Checkpoint(checkpoint::Args),
     /// Random requests with every byte checked, across abrupt disconnects and kills of the daemon
@@ -76,6 +80,7 @@ fn main() -> ExitCode {
         Command::Travel(args) => travel::run(&args),
         Command::Growth(args) => growth::run(&args),
         Command::Nbd(args) => nbd::run(&args),
+        Command::Guest(args) => guest::run(&args),
         Command::Checkpoint(args) => checkpoint::run(&args),
         Command::Verify(args) => verify::run(&args),
     };

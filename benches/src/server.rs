@@ -271,6 +271,11 @@ impl StorageDaemon {
         Ok(fs::remove_file(socket)?)
     }
 
+    /// The socket on which it is served.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// Where the file is served.
     pub(crate) fn place(&self) -> Place {
         Place::VhostUser(self.socket.clone())

@@ -40,6 +40,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     args.other("nbd", &[])?;
+    args.other("guest", &[])?;
     args.other("disturbance", &[])?;
     args.other("checkpoint", &["--ledger"])?;
     let writes = args.writes.to_string();
