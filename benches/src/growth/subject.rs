@@ -43,6 +43,7 @@ pub(super) struct Subject {
     pub(super) logged: u64,
     /// Segments whose data was given back.
     given_back: HashSet<PathBuf>,
+    given_back_bytes: u64,
 }
 
 /// What a start after a kill took.
@@ -64,7 +65,7 @@ impl Subject {
     /// The daemon is not built, or does not start.
     pub(super) fn new(dir: &Path, plan: &Plan) -> Result<Self> {
         let ours = Ours::create(dir, plan.size_bytes)?;
-        Ok(Self { ours, logged: 0, given_back: HashSet::new() })
+        Ok(Self { ours, logged: 0, given_back: HashSet::new(), given_back_bytes: 0 })
     }
 
     /// Writes 4 KiB blocks at random until so many were logged, and gives old data back from time to time.
@@ -78,22 +79,24 @@ impl Subject {
             // No slab goes where another one went.
             self.write(&plan.history(1_000_000 + self.logged, count), DEPTH)?;
             let rate = (self.logged - start.1) as f64 / start.0.elapsed().as_secs_f64();
-            let given = self.give_back(plan)?;
+            self.give_back(plan)?;
             eprintln!(
                 "{} of {until} writes, {:.0} k/s; index {:.2} GiB; given back {:.1} GiB",
                 self.logged,
                 rate / 1e3,
                 gib(self.index_bytes()?),
-                gib(given),
+                gib(self.given_back_bytes),
             );
         }
         Ok(())
     }
 
-    fn give_back(&mut self, plan: &Plan) -> Result<u64> {
+    fn give_back(&mut self, plan: &Plan) -> Result<()> {
         let behind = Api::of(&self.ours).metric("cdpd_volume_pending_changes")? * BLOCK;
         ensure!(behind < plan.keep_bytes / 4, "the index is {:.1} GiB behind the log", gib(behind));
-        segments::give_back(&self.ours.store(), plan.keep_bytes, &mut self.given_back)
+        let store = self.ours.store();
+        self.given_back_bytes += segments::give_back(&store, plan.keep_bytes, &mut self.given_back)?;
+        Ok(())
     }
 
     /// Makes the writes of a job on one queue.
