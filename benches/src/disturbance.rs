@@ -111,6 +111,7 @@ fn phase(ours: &Ours, happening: Happening, round: u64, size_bytes: u64) -> Resu
         access: Access::Write,
         order: Order::Random,
         bytes: BLOCK,
+        from_bytes: 0,
         range_bytes: size_bytes,
         warmup: Duration::ZERO,
         time: AT + 2 * WINDOW,

@@ -30,7 +30,9 @@ pub(crate) struct Job {
     pub(crate) order: Order,
     /// Bytes of a request.
     pub(crate) bytes: usize,
-    /// The working set: this many bytes from the disk's start.
+    /// The working set begins at this byte of the disk.
+    pub(crate) from_bytes: u64,
+    /// And has so many.
     pub(crate) range_bytes: u64,
     /// What ends within this time after the start is not measured.
     pub(crate) warmup: Duration,
@@ -95,9 +97,19 @@ pub(crate) fn run(client: &mut Client, job: &Job, measuring: impl FnOnce()) -> R
     Ok(all)
 }
 
+/// Where the requests of a job on one queue go, in the order in which they are made; without end.
+///
+/// # Errors
+/// The working set is empty.
+pub(crate) fn places(job: &Job) -> Result<impl Iterator<Item = u64>> {
+    let mut places = Places::new(job, 0, 1)?;
+    Ok(std::iter::repeat_with(move || places.next()))
+}
+
 /// Where the requests of one queue go.
 struct Places {
     order: Order,
+    from: u64,
     bytes: u64,
     /// This queue's part of the working set, in requests.
     first: u64,
@@ -121,7 +133,7 @@ impl Places {
             Order::Random | Order::Sequential => None,
         };
         let random = SmallRng::seed_from_u64(job.seed.wrapping_add(index));
-        Ok(Self { order: job.order, bytes, first, count, next: 0, zipf, random })
+        Ok(Self { order: job.order, from: job.from_bytes, bytes, first, count, next: 0, zipf, random })
     }
 
     fn next(&mut self) -> u64 {
@@ -137,7 +149,7 @@ impl Places {
                 (self.next - 1) % self.count
             }
         };
-        (self.first + request) * self.bytes
+        self.from + (self.first + request) * self.bytes
     }
 }
 
@@ -162,18 +174,14 @@ struct Loop<'a> {
 }
 
 impl<'a> Loop<'a> {
-    fn new(
-        lane: &'a mut Lane,
-        job: &'a Job,
-        mut places: Places,
-        start: Instant,
-        queues: u64,
-    ) -> Result<Self> {
+    fn new(lane: &'a mut Lane, job: &'a Job, places: Places, start: Instant, queues: u64) -> Result<Self> {
         let depth = lane.shape().depth;
         let mut content = vec![0; job.bytes];
+        // A copy of the generator: the places must be the same when they are drawn again.
+        let mut random = places.random.clone();
         for slot in 0..depth {
             // No server is to gain from zeroes or from what it has seen before.
-            places.random.fill_bytes(&mut content);
+            random.fill_bytes(&mut content);
             lane.fill(slot, &content);
         }
         let left = job.limit_bytes / job.bytes as u64 / queues;
@@ -270,6 +278,7 @@ mod tests {
             access,
             order,
             bytes: 4096,
+            from_bytes: 0,
             range_bytes: BYTES,
             warmup: Duration::ZERO,
             time: Duration::from_secs(60),
@@ -323,6 +332,28 @@ mod tests {
             content.chunks(4096).all(|block| block.iter().any(|byte| *byte != 0)),
             "a block was not written"
         );
+    }
+
+    #[test]
+    fn what_a_job_writes_can_be_drawn_again() {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        file.as_file().set_len(64 * BYTES).unwrap();
+        let shape = Shape { queues: 1, depth: 8, request_bytes: 4096 };
+        let mut client = Client::connect(&Place::File(file.path().to_owned()), shape).unwrap();
+        let limit_bytes = 50 * 4096;
+        let job = Job {
+            from_bytes: BYTES,
+            range_bytes: 63 * BYTES,
+            limit_bytes,
+            ..job(Access::Write, Order::Random)
+        };
+        run(&mut client, &job, || {}).unwrap();
+        let content = std::fs::read(file.path()).unwrap();
+        let blocks = (0..).step_by(4096).zip(content.chunks(4096));
+        let written = blocks.filter(|(_, block)| block.iter().any(|byte| *byte != 0));
+        let written: BTreeSet<u64> = written.map(|(at, _)| at).collect();
+        assert_eq!(written, places(&job).unwrap().take(50).collect());
+        assert!(written.first() >= Some(&BYTES));
     }
 
     #[test]

@@ -7,17 +7,22 @@
 //!   [`plot`] a drawing.
 //! - [`verify`] does not measure: it checks every byte, across abrupt disconnects and kills.
 //! - [`travel`] measures what reverts, clones and past instants cost, [`nbd`] our exports beside `qemu-nbd`'s.
+//! - [`guest`] has fio measure a disk of ours and one of qemu-storage-daemon's inside a guest.
 //! - [`disturbance`] measures what marks and clones cost whoever writes meanwhile.
 //! - [`recovery`] measures how long a killed daemon with a long log takes to its first read.
+//! - [`growth`] measures the same things on stores with a short and with a long past, many branches, many volumes.
 //! - [`checkpoint`] measures what checkpoints of whole machines cost the guest.
 //!
 //! Nothing here links the programs under test, and nothing here passes or fails by the clock.
 
+mod api;
 mod checkpoint;
 mod client;
 mod compare;
 mod disturbance;
 mod drive;
+mod growth;
+mod guest;
 mod home;
 mod machine;
 mod meter;
@@ -54,8 +59,12 @@ enum Command {
     Disturbance(disturbance::Args),
     /// How long reverts, clones and the first byte of a past instant take
     Travel(travel::Args),
+    /// What a long history, many branches and many volumes cost, next to an empty store
+    Growth(growth::Args),
     /// Our NBD exports and qemu-nbd's of a raw file, in turn
     Nbd(nbd::Args),
+    /// fio inside a guest, on our disk and qemu-storage-daemon's in turn
+    Guest(guest::Args),
     /// What checkpoints cost a guest: how long it stands still, stalls, what is stored, how soon it is restored
     Checkpoint(checkpoint::Args),
     /// Random requests with every byte checked, across abrupt disconnects and kills of the daemon
@@ -69,7 +78,9 @@ fn main() -> ExitCode {
         Command::Recovery(args) => recovery::run(&args),
         Command::Disturbance(args) => disturbance::run(&args),
         Command::Travel(args) => travel::run(&args),
+        Command::Growth(args) => growth::run(&args),
         Command::Nbd(args) => nbd::run(&args),
+        Command::Guest(args) => guest::run(&args),
         Command::Checkpoint(args) => checkpoint::run(&args),
         Command::Verify(args) => verify::run(&args),
     };

@@ -70,6 +70,14 @@ pub(crate) fn rss_anon(pid: u32) -> Result<u64> {
     Ok(number(&read(pid, "status")?, "RssAnon:").context("/proc does not show RssAnon")? << 10)
 }
 
+/// Resident memory of a process, in bytes: what it maps of others and of files too.
+///
+/// # Errors
+/// It has ended.
+pub(crate) fn rss(pid: u32) -> Result<u64> {
+    Ok(number(&read(pid, "status")?, "VmRSS:").context("/proc does not show VmRSS")? << 10)
+}
+
 fn read(pid: u32, file: &str) -> Result<String> {
     let path = format!("/proc/{pid}/{file}");
     fs::read_to_string(&path).with_context(|| path.clone())

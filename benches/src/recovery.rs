@@ -8,7 +8,7 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use serde::Serialize;
 
-use crate::client::{Client, Shape};
+use crate::client::{Client, Place, Shape};
 use crate::home::Home;
 use crate::machine::{Machine, need_space};
 use crate::meter::{self, MemoryWatch};
@@ -131,29 +131,14 @@ fn recover(
 ) -> Result<Recovery> {
     let start = Instant::now();
     ours.spawn()?;
-    let shape = Shape { queues: 1, depth: 1, request_bytes: BLOCK };
-    let mut client = loop {
-        match Client::connect(&ours.place(), shape) {
-            Ok(client) => break client,
-            Err(error) if start.elapsed() > PATIENCE => return Err(error),
-            Err(_) => {
-                ours.must_run()?;
-                std::thread::sleep(TRY);
-            }
-        }
-    };
-    let lane = &mut client.lanes()[0];
-    lane.read(0, 0, BLOCK);
-    match lane.reap(1, PATIENCE)? {
-        [done] if done.ok => {}
-        other => bail!("the first read: {other:?}"),
-    }
+    let place = ours.place();
+    let mut client = read_when_served(ours, &place, 0)?;
     let first_read_ms = start.elapsed().as_secs_f64() * 1e3;
     let pid = ours.pid()?;
     let rss_anon_at_first_read_bytes = meter::rss_anon(pid)?;
     let watch = MemoryWatch::new(pid);
     let mut block = [0; BLOCK];
-    lane.copy(0, &mut block);
+    client.lanes()[0].copy(0, &mut block);
     model.check(&(0..(BLOCK / SECTOR) as u64), &block)?;
     drop(client);
     let mut session = Session::new(Client::connect(&ours.place(), verify::shape(1, 32))?, model, random)?;
@@ -166,6 +151,33 @@ fn recover(
         rss_anon_at_first_read_bytes,
         rss_anon_max_bytes: watch.most(),
     })
+}
+
+/// Connects to a disk again and again until a daemon that is starting lets it in, and reads one block of it; that lies in
+/// slot 0 then.
+///
+/// # Errors
+/// The daemon ends, serves nothing for long, or the read fails.
+pub(crate) fn read_when_served(ours: &mut Ours, place: &Place, offset: u64) -> Result<Client> {
+    let start = Instant::now();
+    let shape = Shape { queues: 1, depth: 1, request_bytes: BLOCK };
+    let mut client = loop {
+        match Client::connect(place, shape) {
+            Ok(client) => break client,
+            Err(error) if start.elapsed() > PATIENCE => return Err(error),
+            Err(_) => {
+                ours.must_run()?;
+                std::thread::sleep(TRY);
+            }
+        }
+    };
+    let lane = &mut client.lanes()[0];
+    lane.read(0, offset, BLOCK);
+    match lane.reap(1, PATIENCE)? {
+        [done] if done.ok => {}
+        other => bail!("the first read: {other:?}"),
+    }
+    Ok(client)
 }
 
 fn markdown(report: &RecoveryReport) -> String {

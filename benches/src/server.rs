@@ -55,6 +55,14 @@ impl Ours {
         Ok(ours)
     }
 
+    /// Has it read this configuration from its next start on; the defaults, if it is empty.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(crate) fn configure(&self, toml: &str) -> Result<()> {
+        Ok(fs::write(self.config(), toml)?)
+    }
+
     /// Starts it, and waits for nothing.
     ///
     /// # Errors
@@ -64,6 +72,9 @@ impl Ours {
         let mut command = tied(&built("cdpd")?);
         command.arg("--store").arg(self.store());
         command.arg("--nbd").arg(format!("unix:{}", self.nbd_socket().display()));
+        if self.config().exists() {
+            command.arg("--config").arg(self.config());
+        }
         self.process = Some(Process::spawn("cdpd", command, &self.log())?);
         Ok(())
     }
@@ -174,8 +185,13 @@ impl Ours {
         Ok(self.process.as_ref().context("cdpd is not running")?.pid())
     }
 
-    fn store(&self) -> PathBuf {
+    /// Its store.
+    pub(crate) fn store(&self) -> PathBuf {
         self.dir.join(STORE)
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.join("cdpd.toml")
     }
 
     fn socket(&self) -> PathBuf {
@@ -253,6 +269,11 @@ impl StorageDaemon {
         process.kill()?;
         fs::remove_file(dir.join("overlay.qcow2"))?;
         Ok(fs::remove_file(socket)?)
+    }
+
+    /// The socket on which it is served.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Where the file is served.

@@ -1,17 +1,16 @@
 //! What going back costs: reverts, clones and the first byte of a past instant, by the size of the volume and the
 //! length of its history; and reads of the past next to reads of the present.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
+use crate::api::Api;
 use crate::client::{Client, Shape};
 use crate::drive::{self, Job};
 use crate::home::Home;
@@ -25,7 +24,6 @@ const BLOCK: u64 = 4096;
 /// Where the writes go: so much of the volume, from its start.
 const WRITTEN_BYTES: u64 = 4 << 30;
 const DEPTH: usize = 128;
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What is measured, and how often.
 #[derive(Debug, clap::Args)]
@@ -109,7 +107,7 @@ fn measure(args: &Args, home: &Home, size_gib: u64, writes: u64) -> Result<Trave
     let written = WRITTEN_BYTES.min(size_gib << 30);
     write(&ours, writes, written)?;
     // A guest that has gone leaves its rings a moment later.
-    let api = Api { socket: ours.control() };
+    let api = Api::of(&ours);
     let head = api.head()?;
     let first = (head >> 40) << 40;
     let some_seq = move |random: &mut SmallRng| random.random_range(first + 1..=head);
@@ -157,6 +155,7 @@ fn write(ours: &Ours, writes: u64, range_bytes: u64) -> Result<()> {
         access: Access::Write,
         order: Order::Random,
         bytes: BLOCK as usize,
+        from_bytes: 0,
         range_bytes,
         warmup: Duration::ZERO,
         time: Duration::from_secs(24 * 3600),
@@ -186,64 +185,6 @@ fn reads(args: &Args, ours: &Ours, head: u64) -> Result<Spread> {
         ratios.push(past / present);
     }
     Ok(Spread::of(ratios))
-}
-
-/// The daemon's HTTP API, by hand: a client library's start-up would be measured with it.
-struct Api {
-    socket: PathBuf,
-}
-
-impl Api {
-    /// Sends a request that must succeed, and returns how long the answer took, in milliseconds.
-    fn timed(&self, method: &str, path: &str, body: &Value) -> Result<f64> {
-        let start = Instant::now();
-        let (status, answer) = self.ask(method, path, &body.to_string())?;
-        let milliseconds = start.elapsed().as_secs_f64() * 1e3;
-        ensure!((200..300).contains(&status), "{method} {path}: {status}: {answer}");
-        Ok(milliseconds)
-    }
-
-    /// Tries again what is refused because a guest has not quite gone.
-    fn retrying(&self, ask: impl Fn(&Self) -> Result<f64>) -> Result<f64> {
-        let start = Instant::now();
-        loop {
-            match ask(self) {
-                Err(error) if start.elapsed() > PATIENCE => return Err(error),
-                Err(error) if error.to_string().contains("409") => {
-                    std::thread::sleep(Duration::from_millis(50))
-                }
-                other => return other,
-            }
-        }
-    }
-
-    fn head(&self) -> Result<u64> {
-        let (status, answer) = self.ask("GET", &format!("/v1/volumes/{VOLUME}"), "")?;
-        ensure!(status == 200, "{status}: {answer}");
-        let volume: Value = serde_json::from_str(&answer)?;
-        volume["head"]["seq"].as_u64().context("a volume without a head")
-    }
-
-    fn ask(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
-        let mut stream = connect(&self.socket)?;
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: cdpd\r\nConnection: close\r\nContent-Type: application/json\r\n\
-             Content-Length: {}\r\n\r\n",
-            body.len()
-        );
-        stream.write_all(format!("{head}{body}").as_bytes())?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let Some((head, body)) = answer.split_once("\r\n\r\n") else { bail!("no HTTP: {answer}") };
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-        Ok((status.with_context(|| format!("no status: {head}"))?, body.to_owned()))
-    }
-}
-
-fn connect(socket: &Path) -> Result<UnixStream> {
-    let stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    Ok(stream)
 }
 
 fn row(travel: &Travel) -> String {

@@ -35,6 +35,14 @@ pub fn postgresql_image() -> Result<PathBuf> {
     image(&format!("{RELEASE}-postgresql"), "2G", &["postgresql"])
 }
 
+/// The same with fio, which can be mounted elsewhere and run from there.
+///
+/// # Errors
+/// As [`root_image`].
+pub fn fio_image() -> Result<PathBuf> {
+    image(&format!("{RELEASE}-fio"), "2G", &["fio"])
+}
+
 fn image(name: &str, size: &str, packages: &[&str]) -> Result<PathBuf> {
     let dir = cache()?.join("debian");
     let image = dir.join(format!("{name}.ext4"));

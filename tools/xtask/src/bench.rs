@@ -40,11 +40,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     args.other("nbd", &[])?;
+    args.other("guest", &[])?;
     args.other("disturbance", &[])?;
     args.other("checkpoint", &["--ledger"])?;
     let writes = args.writes.to_string();
     args.other("travel", &["--writes", &format!("10,{writes}")])?;
-    args.other("recovery", &["--writes", &writes])
+    args.other("recovery", &["--writes", &writes])?;
+    args.growth()
 }
 
 impl Args {
@@ -58,6 +60,14 @@ impl Args {
         }
         for workload in workloads {
             command.args(["--workload", workload]);
+        }
+        must_succeed(command)
+    }
+
+    fn growth(&self) -> Result<()> {
+        let mut command = self.bench("growth", &self.dir)?;
+        for (option, extension) in [("--json", "json"), ("--markdown", "md"), ("--svg", "svg")] {
+            command.arg(option).arg(self.report("growth", extension));
         }
         must_succeed(command)
     }
