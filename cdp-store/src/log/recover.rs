@@ -64,6 +64,8 @@ pub struct Recovery {
     pub end: LogEnd,
     /// Everything up to here was claimed durable before.
     pub durable: Ordinal,
+    /// The batch that the watermark names.
+    pub at_watermark: Option<BatchAt>,
     /// What is wrong with the log, if it is damaged: it goes on behind `end`, and cannot be read.
     pub damage: Option<String>,
 }
@@ -85,7 +87,8 @@ pub fn recover(
     known_durable: Ordinal,
     visit: &mut dyn FnMut(BatchAt, bool) -> Result<()>,
 ) -> Result<Recovery> {
-    let mut walk = Walk { end: LogEnd::EMPTY, durable: known_durable, undecided: VecDeque::new() };
+    let mut walk =
+        Walk { end: LogEnd::EMPTY, durable: known_durable, undecided: VecDeque::new(), at_watermark: None };
     let mut reader = match watermark.filter(|w| w.ordinal > Ordinal(0)) {
         None => ChainReader::new(chain),
         Some(watermark) => walk.start_at(chain, watermark)?,
@@ -108,7 +111,8 @@ pub fn recover(
         walk.end = walk.end.after(&batch);
         visit(batch, false)?;
     }
-    Ok(Recovery { end: walk.end, durable: walk.durable, damage })
+    let Walk { end, durable, at_watermark, .. } = walk;
+    Ok(Recovery { end, durable, at_watermark, damage })
 }
 
 fn describe(reader: &ChainReader<'_>, missing: Ordinal, claimed: Ordinal) -> String {
@@ -125,6 +129,7 @@ struct Walk {
     durable: Ordinal,
     /// Batches that no later one claims to be durable yet.
     undecided: VecDeque<BatchAt>,
+    at_watermark: Option<BatchAt>,
 }
 
 impl Walk {
@@ -143,6 +148,7 @@ impl Walk {
         self.end = self.end.after(&batch);
         self.end.seq = self.end.seq.max(watermark.seq);
         self.durable = self.durable.max(watermark.ordinal);
+        self.at_watermark = Some(batch);
         Ok(reader)
     }
 

@@ -277,6 +277,14 @@ impl Store {
     }
 }
 
+/// A thread that sleeps until it is told of something holds the store's lock.
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shared.pool_bell.ring();
+        self.shared.index_bell.ring();
+    }
+}
+
 /// What a background thread does.
 #[derive(Clone, Copy, Debug)]
 enum Task {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::Store;
 use super::epochs::FoundEpochs;
 use super::open::{CATALOGUE_DIRECTORY, INDEX_DIRECTORY};
-use super::opening::OpeningProgress;
+use super::replay::OpeningProgress;
 use crate::catalogue::{STORE_LOG, Stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMAT_VERSION;

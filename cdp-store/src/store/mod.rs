@@ -13,6 +13,7 @@ mod memory;
 mod open;
 mod opening;
 mod reclaim;
+mod replay;
 mod vms;
 
 use std::collections::BTreeMap;
@@ -38,7 +39,7 @@ pub use inspect::{
     Finding, RebuildReport, SegmentInfo, SegmentState, StoreInfo, VerifyProgress, VerifyReport,
 };
 pub use open::Seams;
-pub use opening::OpeningProgress;
+pub use replay::OpeningProgress;
 pub use vms::{VmInfo, VmSpec};
 
 use background::{Background, IndexHealth};

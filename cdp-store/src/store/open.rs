@@ -6,7 +6,8 @@ use std::sync::Arc;
 use cdp_types::Generation;
 
 use super::Store;
-use super::opening::{Mode, Opening, OpeningProgress};
+use super::opening::{Mode, Opening};
+use super::replay::OpeningProgress;
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{FormatError, SUPERBLOCK_LEN, Superblock};

@@ -4,27 +4,24 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, RwLock};
 
-use cdp_types::{BranchId, Generation, Ordinal, Origin, Seq, VolumeId};
+use cdp_types::{BranchId, Generation, Ordinal, Seq, VolumeId};
 
-use super::inspect::VerifyProgress;
 use super::open::{SUPERBLOCK, Seams, read_superblock, write_slot};
+use super::replay::{Log, OpeningProgress, Replay, Told, settle};
 use super::{Inner, Store};
 use crate::catalogue::{BranchRow, BranchState, Catalogue, Change, Ledger, STORE_LOG, Stage, VolumeRow};
 use crate::clock::StoreClock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BatchPlace, RecordKind, Superblock};
-use crate::index::{IndexBatch, LogPos, TimeIndex, Watermark, WriteBatch};
+use crate::index::{LogPos, TimeIndex, Watermark, WriteBatch};
 use crate::leaves::LeafBudget;
-use crate::lineage::{Branches, Flattening, flattened};
-use crate::log::{BatchAt, Fence, LogContext, LogEnd, LogState, Recovery, live_chain, recover};
-use crate::map::HeadMap;
+use crate::lineage::{Branches, Flattening};
+use crate::log::{Fence, LogContext, LogEnd, LogState, live_chain, recover};
 use crate::options::StoreOptions;
 use crate::segments::{self, Segment, Segments};
 use crate::shared::{Bell, Shared};
 use crate::volume::{Recovered, Volume, first_origin};
 
-/// How much of the logs is read between two words of how far an opening has come.
-const TELL_EVERY_BYTES: u64 = 16 << 20;
 /// Fences in one record of the store log.
 const FENCES_PER_RECORD: usize = 4096;
 
@@ -46,17 +43,10 @@ pub(super) struct Opening {
     segments: Arc<Segments>,
     /// By volume, oldest first; not yet sorted out which of them live.
     found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>>,
-    newest_seq: Seq,
     newest_time_ns: u64,
     leaf_budget: Arc<LeafBudget>,
-    progress: OpeningProgress,
-    /// Bytes of volumes' logs read so far, and in all, as an upper bound.
-    read_bytes: u64,
-    total_bytes: u64,
+    told: Told,
 }
-
-/// Told how much of the logs an opening has read.
-pub type OpeningProgress = Box<dyn FnMut(VerifyProgress)>;
 
 impl Opening {
     /// 1. Find the segments, and claim a new generation in the older superblock slot, and sync it: one that is newer
@@ -106,7 +96,6 @@ impl Opening {
         for list in found.values_mut() {
             list.sort_by_key(|(_, s)| s.header.incarnation);
         }
-        let (newest_seq, newest_time_ns) = (Seq::ZERO, 0);
         let leaf_budget = LeafBudget::new(options.map_budget_bytes);
         Ok(Self {
             seams,
@@ -115,12 +104,9 @@ impl Opening {
             superblock,
             segments,
             found,
-            newest_seq,
-            newest_time_ns,
+            newest_time_ns: 0,
             leaf_budget,
-            progress: Box::new(|_| ()),
-            read_bytes: 0,
-            total_bytes: 0,
+            told: Told::default(),
         })
     }
 
@@ -128,8 +114,8 @@ impl Opening {
     pub(super) fn told_by(mut self, progress: OpeningProgress) -> Self {
         let segments = self.found.values().flatten().filter(|(_, s)| s.header.volume != STORE_LOG);
         // A length that cannot be had now is an error when the segment is read.
-        self.total_bytes = segments.map(|(_, s)| s.file.len().unwrap_or(0)).sum();
-        self.progress = progress;
+        let total_bytes = segments.map(|(_, s)| s.file.len().unwrap_or(0)).sum();
+        self.told = Told::new(progress, total_bytes);
         self
     }
 
@@ -141,19 +127,18 @@ impl Opening {
     pub(super) fn run(mut self) -> Result<Store> {
         let (catalogue, end, rows) = self.recover_catalogue()?;
         let index = TimeIndex::new(Arc::clone(&self.seams.index));
-        let mut recovered = Vec::new();
+        let logs = self.logs(&catalogue);
+        let replay = Replay::new(&index, &self.leaf_budget, self.mode, std::mem::take(&mut self.told));
+        let recovered: Vec<(VolumeRow, Recovered)> =
+            logs.iter().map(|log| log.row.clone()).zip(replay.all(&logs)?).collect();
+        let generation = self.superblock.generation;
         let mut fences = Vec::new();
-        for row in catalogue.volumes.values() {
-            let fence = catalogue.fences.get(&row.id).copied().unwrap_or_default();
-            let volume = self.recover_volume(&index, &catalogue, row, fence)?;
+        for (row, volume) in &recovered {
+            self.newest_time_ns = self.newest_time_ns.max(volume.end.time_ns);
             // A damaged log goes on behind what could be read of it.
             if !volume.damaged {
-                fences.push((
-                    row.id,
-                    Fence { last: volume.end.ordinal, generation: self.superblock.generation },
-                ));
+                fences.push((row.id, Fence { last: volume.end.ordinal, generation }));
             }
-            recovered.push((row.clone(), volume));
         }
         self.sort_out_leftovers(&catalogue)?;
         let shared = self.share(index, &catalogue)?;
@@ -193,6 +178,21 @@ impl Opening {
             store.reclaim()?;
         }
         Ok(store)
+    }
+
+    /// What every volume is recovered from.
+    fn logs(&mut self, catalogue: &Catalogue) -> Vec<Log> {
+        let mut branches: BTreeMap<VolumeId, BTreeMap<BranchId, BranchRow>> = BTreeMap::new();
+        for branch in catalogue.branches.values() {
+            branches.entry(branch.volume).or_default().insert(branch.id, *branch);
+        }
+        let rows = catalogue.volumes.values();
+        rows.map(|row| {
+            let fence = catalogue.fences.get(&row.id).copied().unwrap_or_default();
+            let chain = self.chain_of(row.id, fence);
+            Log { row: row.clone(), branches: branches.remove(&row.id).unwrap_or_default(), chain, fence }
+        })
+        .collect()
     }
 
     /// Segments of volumes that are no longer there: those of a destroyed volume are adopted, so that they can be given
@@ -319,141 +319,8 @@ impl Opening {
         if let Some(damage) = recovery.damage {
             return Err(Error::new(ErrorKind::Corrupt, format!("the store log is damaged: {damage}")));
         }
-        self.settle(chain, &recovery)?;
+        self.newest_time_ns = self.newest_time_ns.max(recovery.end.time_ns);
+        settle(chain, &recovery, self.mode)?;
         Ok((catalogue, recovery.end, rows))
     }
-
-    /// Makes a log's recovered tail durable: the dead process may have acknowledged it, and a flush after this opening
-    /// must cover it.
-    fn settle(&mut self, chain: &[Arc<Segment>], recovery: &Recovery) -> Result<()> {
-        self.newest_seq = self.newest_seq.max(recovery.end.seq);
-        self.newest_time_ns = self.newest_time_ns.max(recovery.end.time_ns);
-        if self.mode == Mode::Read || recovery.end.ordinal <= recovery.durable {
-            return Ok(());
-        }
-        let from = chain.partition_point(|s| s.header.first_ordinal <= recovery.durable).saturating_sub(1);
-        for segment in &chain[from..] {
-            segment.file.sync().map_err(|e| Error::io(format!("syncing {}", segment.file.name()), e))?;
-        }
-        Ok(())
-    }
-
-    fn recover_volume(
-        &mut self,
-        index: &TimeIndex,
-        catalogue: &Catalogue,
-        row: &VolumeRow,
-        fence: Fence,
-    ) -> Result<Recovered> {
-        let branches: BTreeMap<BranchId, BranchRow> =
-            catalogue.branches.values().filter(|b| b.volume == row.id).map(|b| (b.id, *b)).collect();
-        let chain = self.chain_of(row.id, fence);
-        let failed =
-            |e| Error::new(ErrorKind::Io, format!("reading the time index of volume '{}'", row.name)).with(e);
-        let watermark = index.watermark(row.id).map_err(failed)?;
-        let source = Source { row, branches: &branches, chain: &chain, fence };
-        match self.replay_volume(index, &source, watermark.as_ref(), Ordinal(0)) {
-            Err(error) if error.kind() == ErrorKind::Corrupt && watermark.is_some() => {
-                tracing::warn!(volume = %row.name, "{error}; its index is rebuilt from the log");
-                // The index only ever says what was durable, so what it speaks of and the log lacks was not torn off.
-                let known = watermark.map_or(Ordinal(0), |w| w.ordinal);
-                if self.mode == Mode::Write {
-                    self.forget_index(index, &source)?;
-                    self.replay_volume(index, &source, None, known)
-                } else {
-                    Err(error)
-                }
-            }
-            other => other,
-        }
-    }
-
-    fn forget_index(&self, index: &TimeIndex, source: &Source<'_>) -> Result<()> {
-        let failed = |e| Error::new(ErrorKind::Io, "clearing part of the time index").with(e);
-        let mut batch = IndexBatch::new();
-        batch.forget_watermark(source.row.id);
-        index.write(&batch).map_err(failed)?;
-        for branch in source.branches.keys() {
-            index.drop_branch(flattened(*branch)).map_err(failed)?;
-            index.drop_branch(*branch).map_err(failed)?;
-        }
-        Ok(())
-    }
-
-    fn replay_volume(
-        &mut self,
-        index: &TimeIndex,
-        source: &Source<'_>,
-        watermark: Option<&Watermark>,
-        known_durable: Ordinal,
-    ) -> Result<Recovered> {
-        let Source { row, branches, chain, fence } = *source;
-        let indexed = watermark.map_or(Seq::ZERO, |w| w.seq);
-        let (start, created_ns) =
-            branches.get(&row.branch).map_or((Seq::ZERO, 0), |b| (b.start, b.created_ns));
-        let mut map = HeadMap::new(indexed, row.branch, &self.leaf_budget);
-        let mut survived: Vec<Origin> = Vec::new();
-        if let Some(batch) = watermark.map(|w| first_batch(chain, w)).transpose()?.flatten() {
-            collect_origins(&batch, &mut survived);
-        }
-        let writable = self.mode == Mode::Write;
-        let (progress, total_bytes) = (&mut self.progress, self.total_bytes);
-        let (mut read_bytes, mut told) = (self.read_bytes, self.read_bytes);
-        let recovery = recover(chain, fence, watermark, known_durable, &mut |batch, durable| {
-            read_bytes += batch.end() - batch.header.place.offset;
-            if read_bytes - told >= TELL_EVERY_BYTES {
-                told = read_bytes;
-                progress(VerifyProgress { done_bytes: read_bytes.min(total_bytes), total_bytes });
-            }
-            collect_origins(&batch, &mut survived);
-            if branches.get(&batch.header.branch).is_some_and(|b| b.state != BranchState::Gone) {
-                map.apply(&batch.header, batch.crc, batch.payload_at);
-            } else {
-                map.pass(&batch.header, batch.crc);
-            }
-            // A long replay, after the index was lost, is written to it on the way: memory stays bounded.
-            while let Some(chunk) = map.oldest_closed().filter(|_| durable && writable) {
-                crate::volume::write_chunk(index, row.id, &chunk)?;
-                map.drop_oldest();
-            }
-            Ok(())
-        })?;
-        self.read_bytes = read_bytes;
-        survived.sort_unstable();
-        survived.dedup();
-        self.settle(chain, &recovery)?;
-        if let Some(damage) = &recovery.damage {
-            tracing::error!(volume = %row.name, "{damage}; the volume is read-only");
-        }
-        let damaged = recovery.damage.is_some();
-        let read_only = match (self.mode, recovery.damage) {
-            (_, Some(damage)) => Some(damage),
-            (Mode::Read, None) => Some("the store was opened for inspection".to_owned()),
-            (Mode::Write, None) => None,
-        };
-        map.switch(row.branch, start);
-        let end = recovery.end.on_branch(start, created_ns);
-        Ok(Recovered { end, map, survived, read_only, damaged })
-    }
-}
-
-/// What a volume is recovered from.
-#[derive(Clone, Copy, Debug)]
-struct Source<'a> {
-    row: &'a VolumeRow,
-    branches: &'a BTreeMap<BranchId, BranchRow>,
-    chain: &'a [Arc<Segment>],
-    fence: Fence,
-}
-
-fn first_batch(chain: &[Arc<Segment>], watermark: &Watermark) -> Result<Option<BatchAt>> {
-    let place = BatchPlace { incarnation: watermark.pos.incarnation(), offset: watermark.pos.offset_bytes() };
-    match crate::log::ChainReader::starting_at(chain, place) {
-        Some(mut reader) => reader.next(),
-        None => Ok(None),
-    }
-}
-
-fn collect_origins(batch: &BatchAt, into: &mut Vec<Origin>) {
-    into.extend(batch.header.records.iter().map(|r| r.origin).filter(|o| o.0 != 0));
 }

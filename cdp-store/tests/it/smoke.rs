@@ -1,9 +1,9 @@
 //! A store on a real directory, used as a front end would use it.
 #![allow(clippy::unwrap_used)]
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cdp_store::{Store, StoreOptions, VerifyProgress, VolumeSpec};
@@ -96,11 +96,12 @@ fn what_is_written_is_read_back_at_every_instant_and_after_reopening() {
     check(&store);
     store.close().unwrap();
     drop(store);
-    let told = Rc::new(Cell::new(0));
-    let seen = Rc::clone(&told);
-    let progress = move |progress: VerifyProgress| seen.set(progress.done_bytes);
+    let told = Arc::new(AtomicU64::new(0));
+    let seen = Arc::clone(&told);
+    let progress = move |progress: VerifyProgress| seen.store(progress.done_bytes, Ordering::Relaxed);
     Store::rebuild_index(&path, options(), Box::new(progress)).unwrap();
-    assert!(told.get() >= 10 << 20, "a rebuild says how far it has come: {}", told.get());
+    let told = told.load(Ordering::Relaxed);
+    assert!(told >= 10 << 20, "a rebuild says how far it has come: {told}");
     let store = Store::open_read_only(&path).unwrap();
     check(&store);
     assert!(store.create_volume(&"x".parse().unwrap(), spec).is_err());
@@ -117,5 +118,36 @@ fn what_is_written_is_read_back_at_every_instant_and_after_reopening() {
     assert_eq!(error.kind(), cdp_store::ErrorKind::Locked);
     store.destroy_volume(&name, false).unwrap();
     assert!(store.volume(&name).is_err());
+    store.close().unwrap();
+}
+
+/// More volumes than are recovered one after the other, each with a tail that the index does not have.
+#[test]
+fn many_volumes_come_back_each_with_its_own_content() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let options = StoreOptions { segment_bytes: 1 << 20, pool_segments: 0, ..options() };
+    Store::create(&path, &options).unwrap();
+    let name = |number: u8| format!("web{number}").parse().unwrap();
+    let store = Store::open(&path, options).unwrap();
+    for number in 1..=40 {
+        let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 512 };
+        let volume = store.create_volume(&name(number), spec).unwrap();
+        let mut queue = volume.open_queue().unwrap();
+        write(&mut queue, u64::from(number) * 4096, number, 4096);
+        if number % 3 == 0 {
+            run(&mut queue, Op::Flush);
+        }
+        write(&mut queue, 0, number, 512);
+    }
+    drop(store);
+    // Its threads let go of the lock in their own time.
+    let open = || Store::open(&path, options).inspect_err(|_| std::thread::sleep(Duration::from_millis(50)));
+    let store = (0..100).find_map(|_| open().ok()).unwrap();
+    for number in 1..=40 {
+        let volume = store.volume(&name(number)).unwrap();
+        assert_eq!(read(&*volume, u64::from(number) * 4096, 4096), vec![number; 4096], "volume {number}");
+        assert_eq!(read(&*volume, 0, 512), vec![number; 512], "volume {number}");
+    }
     store.close().unwrap();
 }
