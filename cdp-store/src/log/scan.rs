@@ -276,9 +276,10 @@ fn decode(bytes: &[u8], segment: &Segment, offset: u64) -> Result<Option<(BatchH
 
 /// How far behind a damaged header the next one is looked for: the largest batch, and then some.
 const SEARCH_BYTES: u64 = 40 << 20;
-/// The search ends early after so many zero bytes, which is more than a batch of several requests takes: nothing was ever
-/// written there.
-const SEARCH_ZERO_BYTES: usize = 5 * WINDOW;
+/// The search ends early after so many zero bytes: nothing was ever written there. It is more than a batch of several requests
+/// takes, and than the 1280 KiB that Linux asks for at once: a batch that never reached the disk leaves as long a gap.
+const SEARCH_ZERO_BYTES: usize = 8 * WINDOW;
+const _: () = assert!(SEARCH_ZERO_BYTES > (1280 << 10) + WINDOW);
 
 /// The highest claim of any batch from byte `from` of a segment on. If `held`, the window has what lies there already, from
 /// its own byte of that number on.
