@@ -192,10 +192,11 @@ impl<'a> Bench<'a> {
         let rounds = if workload.sustained { self.settings.rounds.min(2) } else { self.settings.rounds };
         let mut targets: Vec<TargetReport> = self.names.iter().map(|name| TargetReport::new(name)).collect();
         self.prepare_store(workload.layout)?;
+        let rate = if workload.paced { Some(self.half_load(workload)?) } else { None };
         for round in 0..rounds {
             for turn in 0..targets.len() {
                 let target = &mut targets[(round + turn) % self.names.len()];
-                let phase = self.phase(workload, target.name, round)?;
+                let phase = self.phase(workload, rate, target.name, round)?;
                 eprintln!(
                     "{:28} round {}: {:20} {:9.0}/s in {:.1} s, p99 {:6.0} us",
                     workload.name,
@@ -257,12 +258,22 @@ impl<'a> Bench<'a> {
             warmup: Duration::ZERO,
             time: Duration::from_secs(3600),
             limit_bytes: self.settings.size_bytes,
+            rate: None,
             seed: 2,
         };
         drive::run(&mut client, &job, || {}).context("filling our store").map(drop)
     }
 
-    fn phase(&self, workload: &Workload, name: &str, round: usize) -> Result<Phase> {
+    /// Half of what qemu-storage-daemon reaches, in operations per second.
+    fn half_load(&self, workload: &Workload) -> Result<f64> {
+        let full = Workload { paced: false, ..*workload };
+        ensure!(self.names.contains(&QSD), "half of {QSD}'s load is only known if it is measured, too");
+        let rate = self.phase(&full, None, QSD, 0)?.iops / 2.0;
+        eprintln!("{:28} at {rate:.0}/s", workload.name);
+        Ok(rate)
+    }
+
+    fn phase(&self, workload: &Workload, rate: Option<f64>, name: &str, round: usize) -> Result<Phase> {
         let settled = match &self.ours {
             Some(store) => meter::settle(store.ours.pid()?)?,
             None => true,
@@ -271,7 +282,8 @@ impl<'a> Bench<'a> {
             OVERLAY => Some(StorageDaemon::start_overlay(self.home, &self.raw_file())?),
             _ => None,
         };
-        let phase = self.drive(workload, name, overlay.as_ref(), round, settled);
+        let job = Job { rate, ..self.job(workload, round) };
+        let phase = self.drive(workload, &job, name, overlay.as_ref(), settled);
         overlay.map_or(Ok(()), |daemon| daemon.discard_overlay(self.home))?;
         phase
     }
@@ -279,9 +291,9 @@ impl<'a> Bench<'a> {
     fn drive(
         &self,
         workload: &Workload,
+        job: &Job,
         name: &str,
         overlay: Option<&StorageDaemon>,
-        round: usize,
         settled: bool,
     ) -> Result<Phase> {
         let (place, pid) = match overlay {
@@ -290,10 +302,9 @@ impl<'a> Bench<'a> {
         };
         let shape = Shape { queues: workload.queues, depth: workload.depth, request_bytes: workload.bytes };
         let mut client = Client::connect(&place, shape)?;
-        let job = self.job(workload, round);
         let mut before = Ok((0.0, 0.0));
         let cpu = || anyhow::Ok((meter::cpu_seconds(pid)?, meter::index_cpu_seconds(pid)?));
-        let outcome = drive::run(&mut client, &job, || before = cpu())
+        let outcome = drive::run(&mut client, job, || before = cpu())
             .with_context(|| format!("{}, {name}", workload.name))?;
         let (before, after) = (before?, cpu()?);
         let mut phase = Phase::new(&outcome, workload, after.0 - before.0, settled);
@@ -321,6 +332,7 @@ impl<'a> Bench<'a> {
             warmup,
             time,
             limit_bytes,
+            rate: None,
             // Everybody gets the same requests in the same round.
             seed: 1000 * (round as u64 + 1),
         }

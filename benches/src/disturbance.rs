@@ -116,6 +116,7 @@ fn phase(ours: &Ours, happening: Happening, round: u64, size_bytes: u64) -> Resu
         warmup: Duration::ZERO,
         time: AT + 2 * WINDOW,
         limit_bytes: u64::MAX,
+        rate: None,
         seed: 1000 * (round + 1),
     };
     let shape = Shape { queues: 1, depth: DEPTH, request_bytes: BLOCK };

@@ -40,6 +40,8 @@ pub(crate) struct Job {
     pub(crate) time: Duration,
     /// It also ends when so many bytes were asked for.
     pub(crate) limit_bytes: u64,
+    /// Operations per second, over all queues, if they are made at fixed times rather than as fast as they end.
+    pub(crate) rate: Option<f64>,
     /// Where random requests go follows from it.
     pub(crate) seed: u64,
 }
@@ -167,6 +169,8 @@ struct Loop<'a> {
     start: Instant,
     /// Requests that may still be made.
     left: u64,
+    /// Between two operations, if they are made at fixed times.
+    pace: Option<Duration>,
     /// When each slot's operation began, and whether its flush is in flight.
     slots: Vec<(Instant, bool)>,
     latency: Histogram<u64>,
@@ -185,6 +189,7 @@ impl<'a> Loop<'a> {
             lane.fill(slot, &content);
         }
         let left = job.limit_bytes / job.bytes as u64 / queues;
+        let pace = job.rate.map(|rate| Duration::from_secs_f64(queues as f64 / rate));
         let slots = vec![(start, false); depth];
         Ok(Self {
             lane,
@@ -192,13 +197,60 @@ impl<'a> Loop<'a> {
             places,
             start,
             left,
+            pace,
             slots,
             latency: Histogram::new(DIGITS)?,
             slices: Vec::new(),
         })
     }
 
-    fn run(mut self) -> Result<LaneOutcome> {
+    fn run(self) -> Result<LaneOutcome> {
+        match self.pace {
+            Some(pace) => self.run_paced(pace),
+            None => self.run_full(),
+        }
+    }
+
+    /// Begins an operation every `pace`, whether earlier ones have ended or not. How long it takes counts from the time
+    /// at which it was due: one that finds no slot free has begun to wait all the same.
+    fn run_paced(mut self, pace: Duration) -> Result<LaneOutcome> {
+        let measured_from = self.start + self.job.warmup;
+        let deadline = measured_from + self.job.time;
+        let mut free: Vec<usize> = (0..self.slots.len()).collect();
+        let mut due = self.start;
+        let mut end = self.start;
+        loop {
+            let now = Instant::now();
+            while due <= now && due < deadline && self.left > 0 {
+                let Some(slot) = free.pop() else { break };
+                self.begin(slot, due);
+                due += pace;
+            }
+            let more = due < deadline && self.left > 0;
+            if self.lane.in_flight() == 0 {
+                if !more {
+                    break;
+                }
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+                continue;
+            }
+            let waits = more && !free.is_empty();
+            let patience = if waits { due.saturating_duration_since(now) } else { PATIENCE };
+            let ended = self.lane.reap(1, patience)?;
+            ensure!(waits || !ended.is_empty(), "no request has ended for {PATIENCE:?}");
+            let (now, ended) = (Instant::now(), ended.to_vec());
+            for done in ended {
+                ensure!(done.ok, "a request failed");
+                let begun = self.slots[done.slot].0;
+                self.count(now, begun, begun >= measured_from)?;
+                free.push(done.slot);
+                end = now;
+            }
+        }
+        Ok(LaneOutcome { latency: self.latency, slices: self.slices, end })
+    }
+
+    fn run_full(mut self) -> Result<LaneOutcome> {
         let measured_from = self.start + self.job.warmup;
         let deadline = measured_from + self.job.time;
         for slot in 0..self.slots.len() {
@@ -283,6 +335,7 @@ mod tests {
             warmup: Duration::ZERO,
             time: Duration::from_secs(60),
             limit_bytes: BYTES,
+            rate: None,
             seed: 1,
         }
     }
@@ -354,6 +407,31 @@ mod tests {
         let written: BTreeSet<u64> = written.map(|(at, _)| at).collect();
         assert_eq!(written, places(&job).unwrap().take(50).collect());
         assert!(written.first() >= Some(&BYTES));
+    }
+
+    #[test]
+    fn a_paced_job_makes_its_requests_when_they_are_due_and_counts_how_late_they_end() {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        file.as_file().set_len(BYTES).unwrap();
+        let shape = Shape { queues: 2, depth: 4, request_bytes: 4096 };
+        let mut client = Client::connect(&Place::File(file.path().to_owned()), shape).unwrap();
+        let paced = |rate| Job {
+            rate: Some(rate),
+            time: Duration::from_millis(50),
+            limit_bytes: u64::MAX,
+            ..job(Access::Read, Order::Random)
+        };
+        let outcome = run(&mut client, &paced(1000.0), || {}).unwrap();
+        assert_eq!(outcome.operations, 50, "each queue makes one every 2 ms");
+        // More than any disk does: those that are due wait, and are waited for.
+        let outcome = run(&mut client, &paced(1e6), || {}).unwrap();
+        assert_eq!(outcome.operations, 50_000);
+        let waited = outcome.latency.max() as f64 / 1e9;
+        assert!(
+            waited > outcome.seconds - 0.1,
+            "the last one, due after 0.05 s, waited {waited} of {} s",
+            outcome.seconds
+        );
     }
 
     #[test]

@@ -180,6 +180,7 @@ fn fill(place: &Place, bytes: u64) -> Result<()> {
         warmup: Duration::ZERO,
         time: Duration::from_secs(3600),
         limit_bytes: bytes,
+        rate: None,
         seed: 0,
     };
     let mut client = Client::connect(place, Shape { queues: 1, depth, request_bytes })?;

@@ -50,6 +50,9 @@ struct Row {
 #[derive(Deserialize)]
 struct Named {
     name: String,
+    /// Everybody has the same rate then: there is nothing to draw.
+    #[serde(default)]
+    paced: bool,
 }
 
 #[derive(Deserialize)]
@@ -78,7 +81,7 @@ pub(crate) fn ratios(reports: Vec<Value>, path: &Path) -> Result<()> {
     for report in reports {
         rows.extend(serde_json::from_value::<Drawn>(report).context("not a report of compare")?.workloads);
     }
-    rows.retain(|row| !row.ratios.is_empty());
+    rows.retain(|row| !row.ratios.is_empty() && !row.workload.paced);
     if rows.is_empty() {
         return Ok(());
     }

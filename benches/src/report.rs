@@ -164,7 +164,7 @@ pub(crate) struct WorkloadReport {
     pub(crate) our_rss_anon_max_bytes: Option<u64>,
 }
 
-/// The first server's IOPS divided by another's, round by round.
+/// The first server's IOPS divided by another's, round by round; of a paced workload, its p99.9.
 #[derive(Debug, Serialize)]
 pub(crate) struct Ratio {
     pub(crate) to: &'static str,
@@ -174,12 +174,11 @@ pub(crate) struct Ratio {
 
 impl WorkloadReport {
     pub(crate) fn new(workload: Workload, targets: Vec<TargetReport>, rss: Option<u64>) -> Self {
+        let figure = |phase: &Phase| if workload.paced { phase.p999_us } else { phase.iops };
         let ratio = |other: &TargetReport| {
             let pairs = targets[0].phases.iter().zip(&other.phases);
-            Ratio {
-                to: other.name,
-                spread: Spread::of(pairs.map(|(own, other)| own.iops / other.iops).collect()),
-            }
+            let ratios = pairs.map(|(own, other)| figure(own) / figure(other));
+            Ratio { to: other.name, spread: Spread::of(ratios.collect()) }
         };
         let ratios = targets[1..].iter().map(ratio).collect();
         let iops = targets.iter().map(|target| target.spread(|phase| phase.iops)).collect();
@@ -190,7 +189,10 @@ impl WorkloadReport {
         for (index, target) in self.targets.iter().enumerate() {
             let iops = self.iops[index];
             let ratio = match index.checked_sub(1).map(|other| self.ratios[other].spread) {
-                Some(Spread { median, min, max }) => format!("**{median:.2}** ({min:.2}–{max:.2})"),
+                Some(Spread { median, min, max }) => {
+                    let of = if self.workload.paced { " of p99.9" } else { "" };
+                    format!("**{median:.2}**{of} ({min:.2}–{max:.2})")
+                }
                 None => String::new(),
             };
             let name = if index == 0 { self.workload.name } else { "" };
@@ -257,7 +259,9 @@ impl Report {
         put(
             &mut out,
             format_args!(
-                "kIOPS and ratios: median (least–most) of the rounds. A row's ratio is that of {first} to its server.\n\n\
+                "kIOPS and ratios: median (least–most) of the rounds. A row's ratio is that of {first} to its server; \
+                 at half load, which is half of what qemu-storage-daemon can do, it is that of their p99.9, and less is \
+                 better.\n\n\
                  | workload | server | kIOPS | MiB/s | ratio | p50 / p99 / p99.9, µs | server CPU, µs per operation |\n\
                  | --- | --- | --- | --- | --- | --- | --- |"
             ),

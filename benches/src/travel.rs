@@ -160,6 +160,7 @@ fn write(ours: &Ours, writes: u64, range_bytes: u64) -> Result<()> {
         warmup: Duration::ZERO,
         time: Duration::from_secs(24 * 3600),
         limit_bytes: writes * BLOCK,
+        rate: None,
         seed: writes,
     };
     let outcome = drive::run(&mut Client::connect(&ours.place(), shape)?, &job, || ())?;

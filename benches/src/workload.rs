@@ -54,6 +54,8 @@ pub(crate) struct Workload {
     pub(crate) queues: usize,
     /// Whether it goes on until far more is written than any pool of prepared segments holds, rather than for a time.
     pub(crate) sustained: bool,
+    /// Whether requests are made at half the rate that qemu-storage-daemon reaches at this depth, for everybody.
+    pub(crate) paced: bool,
 }
 
 const KIB: usize = 1 << 10;
@@ -68,6 +70,7 @@ const fn random(name: &'static str, access: Access, depth: usize) -> Workload {
         depth,
         queues: 1,
         sustained: false,
+        paced: false,
     }
 }
 
@@ -87,12 +90,16 @@ const fn scattered(workload: Workload) -> Workload {
     Workload { layout: Layout::Scattered, ..workload }
 }
 
+const fn at_half_load(workload: Workload) -> Workload {
+    Workload { paced: true, ..workload }
+}
+
 const fn on_four_queues(workload: Workload) -> Workload {
     Workload { queues: 4, ..workload }
 }
 
 /// Reads first: writes use up what a store was filled with.
-pub(crate) const ALL: [Workload; 33] = [
+pub(crate) const ALL: [Workload; 36] = [
     random("rand-read-4k-d1", Access::Read, 1),
     random("rand-read-4k-d32", Access::Read, 32),
     random("rand-read-4k-d128", Access::Read, 128),
@@ -107,13 +114,16 @@ pub(crate) const ALL: [Workload; 33] = [
     large(sequential("seq-read-128k-d1", Access::Read, 1)),
     large(sequential("seq-read-128k-d32", Access::Read, 32)),
     large(sequential("seq-read-128k-d128", Access::Read, 128)),
+    at_half_load(random("rand-read-4k-half-load", Access::Read, 32)),
     scattered(random("rand-read-4k-d32-scattered", Access::Read, 32)),
     scattered(large(sequential("seq-read-128k-d32-scattered", Access::Read, 32))),
     random("rand-mixed-4k-d32", Access::Mixed, 32),
+    at_half_load(random("rand-mixed-4k-half-load", Access::Mixed, 32)),
     random("rand-write-4k-d1", Access::Write, 1),
     random("rand-write-4k-d32", Access::Write, 32),
     random("rand-write-4k-d128", Access::Write, 128),
     on_four_queues(random("rand-write-4k-d32x4", Access::Write, 32)),
+    at_half_load(random("rand-write-4k-half-load", Access::Write, 32)),
     zipf("zipf-write-4k-d32", Access::Write, 32),
     random("write-flush-4k-d1", Access::WriteFlush, 1),
     large(random("rand-write-128k-d1", Access::Write, 1)),

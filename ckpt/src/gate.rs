@@ -16,6 +16,8 @@ use cdp_store::{Epoch, EpochCut, Store};
 use cdp_types::{RingStop, VmControl};
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::firsts::Ahead;
+
 /// What a guard tells of trouble, in words.
 pub type OnTrouble = Box<dyn FnOnce(String) + Send>;
 
@@ -44,11 +46,12 @@ pub trait DiskGuard: Send + Sync {
     /// What is in the way, and what cures it.
     fn prepare(&self) -> Result<i32, Unguarded>;
 
-    /// Opens a window, which is closed when what this returns is dropped. Quick.
+    /// Opens a window, which is closed when what this returns is dropped, and has these pages touched while it is open,
+    /// by others. Quick.
     ///
     /// # Errors
     /// As `prepare`.
-    fn open(&self, on_trouble: OnTrouble) -> Result<Box<dyn Send>, String>;
+    fn open(&self, on_trouble: OnTrouble, ahead: &Ahead) -> Result<Box<dyn Send>, String>;
 }
 
 /// What happens at the gate while an epoch is armed.
@@ -89,6 +92,7 @@ struct Armed {
     sockets: Vec<PathBuf>,
     /// Of all disks, if memory is saved while the guest runs.
     guards: Vec<Arc<dyn DiskGuard>>,
+    ahead: Ahead,
     tell: UnboundedSender<GateEvent>,
     cut: bool,
     /// Whether a ring of the machine has run since the cut.
@@ -139,6 +143,8 @@ pub struct Arming {
     pub sockets: Vec<PathBuf>,
     /// Their guards, if memory is saved while the guest runs; else none.
     pub guards: Vec<Arc<dyn DiskGuard>>,
+    /// What is touched for the guest, by one of the guards.
+    pub ahead: Ahead,
     /// The machine stands still already: the cut is made at once.
     pub paused: bool,
     /// Who is told.
@@ -154,11 +160,12 @@ impl Gate {
 
     /// Arms an epoch: it is cut when the machine's last ring stops.
     pub fn arm(self: &Arc<Self>, arming: Arming) -> Ticket {
-        let Arming { epoch, sockets, guards, paused, tell } = arming;
+        let Arming { epoch, sockets, guards, ahead, paused, tell } = arming;
         let armed = Armed {
             epoch,
             sockets,
             guards,
+            ahead,
             tell,
             cut: false,
             went_on: false,
@@ -218,10 +225,12 @@ impl Gate {
 }
 
 fn open_windows(armed: &mut Armed) -> Result<(), String> {
+    // All disks share the guest's memory.
+    let mut ahead = std::mem::take(&mut armed.ahead);
     for guard in &armed.guards {
         let tell = armed.tell.clone();
         let on_trouble: OnTrouble = Box::new(move |why| drop(tell.send(GateEvent::failed(why))));
-        armed.windows.push(guard.open(on_trouble)?);
+        armed.windows.push(guard.open(on_trouble, &std::mem::take(&mut ahead))?);
     }
     Ok(())
 }

@@ -17,7 +17,8 @@
 //! - **No allocation for a page**, on its way in or out.
 //!
 //! Above these, [`take`] runs a checkpoint from QEMU's first byte to the record that commits it, [`gate`] cuts the disks'
-//! epoch in the middle of it, and [`restore`] puts a machine back. [`doctor`] says beforehand what is in the way.
+//! epoch in the middle of it, and [`restore`] puts a machine back. [`doctor`] says beforehand what is in the way, and
+//! [`firsts`] shortens what a guest waits for after its stop.
 //!
 //! Deliberately absent: which machines there are, and vhost-user. The guard of guest memory comes in as a trait.
 
@@ -26,6 +27,7 @@
 mod coverage;
 pub mod doctor;
 mod error;
+pub mod firsts;
 pub mod gate;
 pub mod memory;
 #[allow(unsafe_code)]

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use cdp_store::Store;
 use cdp_types::{BlockDevice, VmName};
 
+use crate::firsts::Watch;
 use crate::memory::{Control, MachineFacts, Progress, QueueStore, capacity_for, save_stream};
 use crate::stream::{Limits, StreamReader};
 use crate::{Error, ErrorKind, Place};
@@ -60,7 +61,8 @@ pub struct Receiver {
 
 impl Receiver {
     /// Listens at `path`, which must not be there, for this process's user alone, and stores what comes on the memory
-    /// volume of `vm`. One that drains reads to the end of the stream, whatever becomes of what it has read.
+    /// volume of `vm`. One that drains reads to the end of the stream, whatever becomes of what it has read. `watch` sees the
+    /// first pages.
     ///
     /// # Errors
     /// If the socket or the thread cannot be made.
@@ -70,6 +72,7 @@ impl Receiver {
         vm: VmName,
         facts: MachineFacts,
         drains: bool,
+        watch: Option<Watch>,
     ) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         let shared = Arc::new(Shared::default());
@@ -78,7 +81,7 @@ impl Receiver {
         listener.set_nonblocking(true)?;
         let thread = std::thread::Builder::new().name("ckpt".to_owned());
         receiver.thread =
-            Some(thread.spawn(move || receive(&listener, &shared, &store, &vm, facts, drains))?);
+            Some(thread.spawn(move || receive(&listener, &shared, &store, &vm, facts, drains, watch))?);
         Ok(receiver)
     }
 
@@ -139,6 +142,7 @@ fn receive(
     vm: &VmName,
     facts: MachineFacts,
     drains: bool,
+    watch: Option<Watch>,
 ) -> Result<Received, Error> {
     let failed = |error: io::Error| {
         Error::new(ErrorKind::Stream, Place::Nowhere, "QEMU did not connect").because(error)
@@ -147,7 +151,7 @@ fn receive(
     stream.set_nonblocking(false).map_err(failed)?;
     stream.set_read_timeout(Some(SETUP)).map_err(failed)?;
     *shared.stream() = Some(stream.try_clone().map_err(failed)?);
-    let stored = save(&stream, shared, store, vm, facts);
+    let stored = save(&stream, shared, store, vm, facts, watch);
     if drains && stored.is_err() {
         // What it says does not matter any more, nor that it breaks off.
         let _ = io::copy(&mut &stream, &mut io::sink());
@@ -162,12 +166,17 @@ fn save(
     store: &Store,
     vm: &VmName,
     facts: MachineFacts,
+    watch: Option<Watch>,
 ) -> Result<Received, Error> {
     if shared.cancel.load(Ordering::Relaxed) {
         return Err(Error::cancelled());
     }
     let limits = Limits::default();
     let reader = StreamReader::open(stream, limits)?;
+    let reader = match watch {
+        Some(watch) => reader.watched(watch),
+        None => reader,
+    };
     // Slots that earlier images have left stay where they are, so there is room for all of it once more.
     let wanted = capacity_for(reader.blocks(), limits.device_bytes as u64).saturating_mul(2);
     let full = |error: cdp_store::Error| {

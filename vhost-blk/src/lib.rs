@@ -51,6 +51,6 @@ mod worker;
 
 pub use config::ServerConfig;
 pub use error::{Error, ErrorKind};
-pub use guard::{Guard, GuardRefusal, GuardStats, GuardTarget, GuardTrouble, Window};
+pub use guard::{FilePage, Guard, GuardRefusal, GuardStats, GuardTarget, GuardTrouble, Window};
 pub use server::Server;
 pub use stats::{QueueStats, ServerStats};

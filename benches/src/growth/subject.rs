@@ -231,6 +231,7 @@ impl Plan {
             warmup: Duration::ZERO,
             time: LONG,
             limit_bytes: count * BLOCK,
+            rate: None,
             seed,
         }
     }
@@ -249,6 +250,7 @@ impl Plan {
             warmup: self.warmup,
             time: self.time,
             limit_bytes: if access == Access::Read { u64::MAX } else { self.phase_bytes },
+            rate: None,
             ..self.history(seed, 0)
         }
     }

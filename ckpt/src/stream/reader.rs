@@ -5,6 +5,7 @@ use std::io::Read;
 
 use super::input::Input;
 use super::{Content, Limits, MAGIC, Opaque, RAM, RAM_VERSION, RamBlock, VERSION, flag, section, tail};
+use crate::firsts::Watch;
 use crate::{Error, ErrorKind, PAGE_SIZE};
 
 /// The commands among sections of memory are a handful of bytes.
@@ -69,6 +70,7 @@ pub struct StreamReader<R> {
     block: Option<usize>,
     opaque: Opaque,
     state: State,
+    watch: Option<Watch>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,9 +110,15 @@ impl<R: Read> StreamReader<R> {
             by_name: HashMap::new(),
             block: None,
             state: State::Between { pages: false },
+            watch: None,
         };
         reader.read_ram_start()?;
         Ok(reader)
+    }
+
+    /// Has the order of the first pages looked at.
+    pub(crate) fn watched(self, watch: Watch) -> Self {
+        Self { watch: Some(watch), ..self }
     }
 
     /// What the stream says of its machine.
@@ -137,6 +145,8 @@ impl<R: Read> StreamReader<R> {
             match self.state {
                 State::Pages { last } => {
                     if let Some((block, offset, zero)) = self.read_entry(last)? {
+                        let blocks = &self.blocks;
+                        self.watch.take_if(|watch| !watch.note(blocks, block, offset));
                         return Ok(Some(self.page(block, offset, zero)));
                     }
                 }

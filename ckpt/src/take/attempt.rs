@@ -17,6 +17,7 @@ use super::stillness::Stillness;
 use super::told::Told;
 use super::{CutNotice, Hold, Machine, Order, TakeError, Taking, on_thread, whole};
 use crate::doctor;
+use crate::firsts::{Ahead, Watch};
 use crate::gate::{Arming, GateEvent, Ticket};
 use crate::receiver::{Received, Receiver};
 use crate::{ErrorKind, PAGE_SIZE};
@@ -53,6 +54,7 @@ pub(super) struct Attempt<'a> {
     patience: Patience,
     stillness: Stillness,
     told: Told,
+    ahead: Ahead,
 }
 
 impl<'a> Attempt<'a> {
@@ -87,6 +89,7 @@ impl<'a> Attempt<'a> {
             patience: Patience::new(order.give_up_after),
             stillness: Stillness::Never,
             told: Told::default(),
+            ahead: Ahead::default(),
         })
     }
 
@@ -119,7 +122,8 @@ impl<'a> Attempt<'a> {
         let path = self.machine.directory.join(format!("checkpoint-{id}.sock"));
         let (store, name) = (self.machine.store.clone(), self.machine.name.clone());
         let facts = self.prepared.facts.clone();
-        let receiver = Receiver::listen(&path, store, name, facts, self.drains());
+        let watch = (self.mode() == Mode::Hot).then(|| Watch::new(Arc::clone(&self.machine.firsts)));
+        let receiver = Receiver::listen(&path, store, name, facts, self.drains(), watch);
         self.receiver =
             Some(receiver.map_err(|error| TakeError::new(format!("{}: {error}", path.display())))?);
         self.prepared.plan.apply(&self.machine.qmp, &self.before).await.map_err(|e| whole(&e))?;
@@ -140,12 +144,15 @@ impl<'a> Attempt<'a> {
     fn arm(&mut self, epoch: cdp_store::Epoch) {
         let disks = &self.machine.disks;
         let guards = match self.mode() {
-            Mode::Hot => disks.iter().map(|disk| Arc::clone(&disk.guard)).collect(),
+            Mode::Hot => {
+                self.ahead = self.machine.firsts.expected();
+                disks.iter().map(|disk| Arc::clone(&disk.guard)).collect()
+            }
             Mode::Live | Mode::Pause => Vec::new(),
         };
         let sockets = disks.iter().map(|disk| disk.socket.clone()).collect();
-        let (paused, tell) = (!self.saved.running, self.tell.clone());
-        self.ticket = Some(self.machine.gate.arm(Arming { epoch, sockets, guards, paused, tell }));
+        let (paused, tell, ahead) = (!self.saved.running, self.tell.clone(), self.ahead.clone());
+        self.ticket = Some(self.machine.gate.arm(Arming { epoch, sockets, guards, ahead, paused, tell }));
     }
 
     /// Follows QEMU and the gate until the migration has ended.
@@ -158,6 +165,9 @@ impl<'a> Attempt<'a> {
                 vetoed = self.told.vetoed() => return Err(vetoed),
                 error = hold.cancelled() => return Err(error),
                 () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+            if self.seen.has_resumed() {
+                self.ahead.end();
             }
             let Some(receiver) = &self.receiver else { return Err(TakeError::new("nobody receives")) };
             let (received_pages, total_pages) = receiver.pages();

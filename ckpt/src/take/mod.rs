@@ -35,6 +35,7 @@ use qmp_bridge::Client;
 use serde_json::Value;
 use tokio::sync::watch;
 
+use crate::firsts::Firsts;
 use crate::gate::{DiskGuard, Gate};
 use attempt::Attempt;
 use prepare::Prepared;
@@ -109,6 +110,8 @@ pub struct Machine {
     pub qmp: Client,
     /// A directory for the socket of the migration, for this user alone.
     pub directory: PathBuf,
+    /// What earlier checkpoints have learned of it.
+    pub firsts: Arc<Firsts>,
 }
 
 /// What is to be taken.

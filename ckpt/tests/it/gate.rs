@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cdp_store::{CheckpointMode, CheckpointSpec, Store, StoreOptions, VmSpec, VolumeSpec};
 use cdp_types::{RingStop, VmControl};
+use ckpt::firsts::Ahead;
 use ckpt::gate::{Arming, DiskGuard, Gate, GateEvent, OnTrouble, Ticket, Unguarded};
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -27,7 +28,7 @@ impl DiskGuard for Windows {
         Ok(std::process::id() as i32)
     }
 
-    fn open(&self, _on_trouble: OnTrouble) -> Result<Box<dyn Send>, String> {
+    fn open(&self, _on_trouble: OnTrouble, _ahead: &Ahead) -> Result<Box<dyn Send>, String> {
         self.0.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(Open(Arc::clone(&self.0))))
     }
@@ -68,7 +69,8 @@ fn armed(hot: bool) -> Bed {
     let count = Arc::clone(&windows.0);
     let guards: Vec<Arc<dyn DiskGuard>> = if hot { vec![Arc::new(windows)] } else { Vec::new() };
     let sockets = disks().to_vec();
-    let ticket = Some(gate.arm(Arming { epoch, sockets, guards, paused: false, tell }));
+    let ticket =
+        Some(gate.arm(Arming { epoch, sockets, guards, ahead: Ahead::default(), paused: false, tell }));
     Bed { gate, ticket, events, windows: count, _directory: directory }
 }
 

@@ -17,8 +17,11 @@
 //! - If touches stop ending, or one cannot be made, whoever opened the window is told, once. Nothing is ever written
 //!   unguarded while the window is open.
 //!
+//! What the guest itself will write soon can be touched *ahead* ([`Window::touch_ahead`]); that is for speed alone.
+//!
 //! Each disk has a guard of its own. That is sound: a page that two of them touch is touched twice.
 
+mod ahead;
 mod helpers;
 mod owner;
 mod refusal;
@@ -33,6 +36,7 @@ use std::time::{Duration, Instant};
 use crate::eventfd::EventFd;
 use crate::guest::MemoryMap;
 
+pub use ahead::FilePage;
 use owner::Owner;
 pub(crate) use owner::{PAGE, Page, RegionGuard};
 pub use refusal::{GuardRefusal, GuardTrouble};

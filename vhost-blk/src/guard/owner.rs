@@ -1,5 +1,6 @@
 //! Whose memory it is: finding the process that maps it, and touching a page in that mapping.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -39,6 +40,18 @@ impl RegionGuard {
 
     pub(crate) fn len(&self) -> u64 {
         self.len
+    }
+
+    pub(super) fn user(&self) -> u64 {
+        self.user
+    }
+
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    pub(super) fn file(&self) -> Option<(u64, u64)> {
+        self.file
     }
 
     pub(crate) fn touched(&self) -> &Touched {
@@ -203,6 +216,30 @@ impl Owner {
                 _ => return Touch::Failed(error),
             }
         }
+    }
+
+    /// Has the kernel make a page of the owner writable, as a write to it would, and writes nothing. Blocks as
+    /// [`Owner::touch`] does.
+    ///
+    /// The kernel gets hold of the owner's page before it looks at what is to be written there, which is at an address
+    /// where nothing is: so the write fails, but not before it has met the protection.
+    pub(super) fn meet_protection(&self, address: u64) {
+        if self.gone() {
+            return;
+        }
+        let local = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 1 };
+        let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: 1 };
+        // SAFETY: nothing of ours is read, since nothing is ever mapped at address 0 (mmap_min_addr), and nothing is written.
+        // `remote` is an address of another process, which the kernel checks.
+        let written = unsafe { libc::process_vm_writev(self.pid(), &local, 1, &remote, 1, 0) };
+        debug_assert!(written < 1);
+    }
+
+    /// What the kernel knows of each of its pages (proc(5), `pagemap`).
+    pub(super) fn pagemap(&self) -> Option<File> {
+        let pagemap = File::open(format!("/proc/{}/pagemap", self.pid())).ok()?;
+        // The number may have been another's by then; once open, the file stays that process's.
+        (!self.gone()).then_some(pagemap)
     }
 
     /// What the process calls itself.

@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use super::Guard;
+use super::ahead::{self, FilePage};
+use super::{Guard, locked};
 
 /// An open window of a guard. It closes when this is dropped, so whoever opened it can end in any way without leaving
 /// requests parked; nobody else can close it, and it closes no other.
@@ -16,6 +18,14 @@ pub struct Window {
 impl Window {
     pub(super) fn new(guard: &Arc<Guard>, id: u64) -> Self {
         Self { guard: Arc::clone(guard), id }
+    }
+
+    /// Has pages touched that the guest is expected to write soon, in this order and as soon as QEMU has protected them, by
+    /// threads that end by themselves: when all are touched, one round after `over` was set, or with the window. Nothing
+    /// is written, and nobody waits for it. Quick.
+    pub fn touch_ahead(&self, pages: impl IntoIterator<Item = FilePage>, over: &Arc<AtomicBool>) {
+        let memory = Arc::clone(&locked(&self.guard.state).memory);
+        ahead::spawn(&self.guard, self.id, &memory.region_guards(), pages.into_iter(), over);
     }
 
     /// Closes the window: QEMU has saved everything, or has given up. What waits goes on. Does not block.

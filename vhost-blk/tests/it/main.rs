@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod ahead;
 mod clients;
 mod faulty;
 mod guard;

@@ -95,6 +95,7 @@ impl Bed {
             gate: Arc::clone(&self.qemu.gate),
             qmp: client,
             directory: self.directory.path().to_owned(),
+            firsts: Arc::default(),
         };
         let (progress, _) = watch::channel(Taking::default());
         let hold = Hold { cancel: cancelled, progress };

@@ -254,6 +254,7 @@ pub(super) async fn remove(
 ) -> Result<StatusCode, ApiError> {
     blocking(&app, move |app| {
         app.store.remove_vm(&name, delete_checkpoints)?;
+        app.machines.forget(&name);
         tracing::info!(vm = %name, "removed");
         Ok(StatusCode::NO_CONTENT)
     })

@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, Store, VmInfo};
 use cdp_types::{CheckpointId, VmId, VmName, VolumeId};
+use ckpt::firsts::{Ahead, Firsts};
 use ckpt::gate::{DiskGuard, Gate, OnTrouble, Unguarded};
 use ckpt::take::{Disk, GIVE_UP_AFTER, Hold, Machine, Order, Taking};
 use qmp_bridge::{Client, Options};
 use tokio::sync::{Notify, watch};
-use vhost_blk::Guard;
+use vhost_blk::{FilePage, Guard};
 
 use crate::api::{ApiError, ErrorKind, NewCheckpoint, Supervised};
 use crate::callback::Callback;
@@ -53,6 +54,8 @@ pub(crate) struct Machines {
     /// Who is told of each cut.
     callback: Option<Arc<Callback>>,
     running: Mutex<BTreeMap<VmName, Running>>,
+    /// What checkpoints have learned of each.
+    firsts: Mutex<BTreeMap<VmName, Arc<Firsts>>>,
     /// Who can start a machine's QEMU anew.
     pub(crate) supervisors: Arc<Supervisors>,
     /// Told when a machine gets a schedule.
@@ -71,9 +74,13 @@ impl DiskGuard for ServerGuard {
         })
     }
 
-    fn open(&self, on_trouble: OnTrouble) -> Result<Box<dyn Send>, String> {
+    fn open(&self, on_trouble: OnTrouble, ahead: &Ahead) -> Result<Box<dyn Send>, String> {
         let opened = self.0.open(move |trouble| on_trouble(trouble.to_string()));
-        opened.map(|window| Box::new(window) as Box<dyn Send>).map_err(|refusal| refusal.to_string())
+        let window = opened.map_err(|refusal| refusal.to_string())?;
+        let pages =
+            ahead.pages.iter().map(|page| FilePage { file_bytes: page.block_bytes, offset: page.offset });
+        window.touch_ahead(pages, &ahead.over);
+        Ok(Box::new(window))
     }
 }
 
@@ -87,11 +94,22 @@ impl Machines {
     ) -> Self {
         let (directory, running) = (directory.to_owned(), Mutex::default());
         let (supervisors, schedules_changed) = (Arc::default(), Notify::new());
-        Self { store, gate, directory, callback, running, supervisors, schedules_changed }
+        let firsts = Mutex::default();
+        Self { store, gate, directory, callback, running, firsts, supervisors, schedules_changed }
     }
 
     fn running(&self) -> MutexGuard<'_, BTreeMap<VmName, Running>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets what checkpoints have learned of a machine that is not there any more.
+    pub(crate) fn forget(&self, vm: &VmName) {
+        self.firsts.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
+    }
+
+    fn firsts(&self, vm: &VmName) -> Arc<Firsts> {
+        let mut firsts = self.firsts.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(firsts.entry(vm.clone()).or_default())
     }
 
     /// How far the checkpoint is that is being taken of a machine, in pages.
@@ -227,6 +245,7 @@ impl Machines {
             gate: Arc::clone(&self.gate),
             qmp,
             directory: self.directory.clone(),
+            firsts: self.firsts(&info.name),
         };
         let mut taken = ckpt::take::take(&machine, &order, hold.clone()).await;
         if let Err(error) = &taken
