@@ -51,7 +51,7 @@ struct Args {
 enum Command {
     /// Our server, qemu-storage-daemon on a raw file, and raw io_uring on that file, in turn on one file system
     Compare(compare::Args),
-    /// Draws reports of `compare`
+    /// Draws reports of `compare`, or one of `growth`
     Draw(plot::Args),
     /// How long cdpd takes from its start to its first read, after a kill in the middle of writing
     Recovery(recovery::Args),

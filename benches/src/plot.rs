@@ -9,6 +9,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::growth;
 use crate::report::Spread;
 
 const WIDTH: u32 = 900;
@@ -26,7 +27,7 @@ const COLOURS: [RGBColor; 3] = [RGBColor(0, 68, 136), RGBColor(221, 119, 34), RG
 /// Which reports to draw, and where.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Reports of `compare` (--json); workloads are drawn in this order
+    /// Reports of `compare` (--json), whose workloads are drawn in this order, or one of `growth`
     #[arg(value_name = "REPORT", required = true)]
     reports: Vec<PathBuf>,
     /// The file to draw into
@@ -69,7 +70,11 @@ struct Ratio {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let read = |path: &PathBuf| -> Result<Value> { Ok(serde_json::from_reader(File::open(path)?)?) };
     let reports = args.reports.iter().map(|path| read(path).with_context(|| path.display().to_string()));
-    ratios(reports.collect::<Result<_>>()?, &args.svg)
+    let mut reports: Vec<Value> = reports.collect::<Result<_>>()?;
+    match reports.first_mut().and_then(|report| report.get_mut("points")) {
+        Some(points) => growth::draw(points.take(), &args.svg),
+        None => ratios(reports, &args.svg),
+    }
 }
 
 /// Draws the ratios of reports into an SVG file; nothing if only one server was measured.

@@ -18,6 +18,7 @@ mod log;
 mod map;
 mod options;
 mod queue;
+mod reach;
 mod segments;
 mod shared;
 mod store;

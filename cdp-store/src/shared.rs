@@ -9,6 +9,7 @@ use crate::index::TimeIndex;
 use crate::leaves::LeafBudget;
 use crate::lineage::{Branches, Lineage};
 use crate::log::LogContext;
+use crate::reach::ReachTable;
 use crate::storage::Storage;
 
 /// Wakes a background thread, or tells it to stop.
@@ -71,6 +72,8 @@ pub struct Shared {
     pub index_bell: Bell,
     /// That thread has nothing to do, and waits to be told that it has.
     pub index_rests: AtomicBool,
+    /// Where volumes' logs end, for the next opening.
+    pub reach: Option<Arc<ReachTable>>,
     /// Set once when the store is closing: nothing new is taken.
     pub closing: AtomicBool,
 }

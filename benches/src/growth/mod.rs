@@ -13,11 +13,11 @@ mod segments;
 mod subject;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::home::Home;
 use crate::machine::{Machine, need_space};
@@ -120,7 +120,7 @@ struct Plan {
 }
 
 /// What is measured of any store with a past.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Figures {
     /// Starts after a kill: of the store with a past, and of the one without.
     openings: [Vec<Opening>; 2],
@@ -138,7 +138,7 @@ struct Figures {
 }
 
 /// A history of some length.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Point {
     writes: u64,
     index_bytes: u64,
@@ -152,6 +152,15 @@ struct Point {
 struct Branched {
     branches: usize,
     figures: Figures,
+}
+
+/// Draws the histories of a report into an SVG file.
+///
+/// # Errors
+/// It is no report of `growth`; the file system's.
+pub(crate) fn draw(points: serde_json::Value, path: &Path) -> Result<()> {
+    let points: Vec<Point> = serde_json::from_value(points).context("not a report of growth")?;
+    curve::draw(&points, path)
 }
 
 /// Measures and prints.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::Plan;
 use super::subject::{LEAF_BYTES, Subject};
@@ -18,7 +18,7 @@ const DEPTH: usize = 32;
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// One store, one round.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Phase {
     pub(super) iops: f64,
     pub(super) p50_us: f64,
@@ -28,7 +28,7 @@ pub(super) struct Phase {
 }
 
 /// All rounds of both.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Rounds {
     pub(super) aged: Vec<Phase>,
     pub(super) young: Vec<Phase>,
@@ -52,21 +52,21 @@ impl Rounds {
 }
 
 /// Random reads and writes of the working set, 32 in flight.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Rates {
     pub(super) reads: Rounds,
     pub(super) writes: Rounds,
 }
 
 /// Microseconds for one block at a time.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Touch {
     pub(super) p50_us: f64,
     pub(super) p99_us: f64,
 }
 
 /// Blocks of leaves that were in no cache, read one after the other; and then the same blocks again.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Cold {
     pub(super) blocks: usize,
     pub(super) first: Touch,

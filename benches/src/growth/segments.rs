@@ -30,7 +30,7 @@ struct Segment {
 }
 
 /// What a part of a log takes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct LogUse {
     /// Blocks that were written.
     pub(super) payload_bytes: u64,

@@ -47,7 +47,7 @@ pub(super) struct Subject {
 }
 
 /// What a start after a kill took.
-#[derive(Clone, Copy, Debug, serde::Serialize)]
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 pub(super) struct Opening {
     /// Requests in flight when it was killed.
     pub(super) in_flight: usize,

@@ -8,7 +8,7 @@ use cdp_types::{Ordinal, Seq};
 use super::scan::{BatchAt, ChainReader, Fence};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BatchPlace;
-use crate::index::Watermark;
+use crate::index::{LogPos, Watermark};
 use crate::segments::Segment;
 
 /// The last batch of a log.
@@ -68,11 +68,16 @@ pub struct Recovery {
     pub at_watermark: Option<BatchAt>,
     /// What is wrong with the log, if it is damaged: it goes on behind `end`, and cannot be read.
     pub damage: Option<String>,
+    /// Where `end` ends, if nothing but what is fenced off was ever placed behind it.
+    pub reached: Option<LogPos>,
 }
 
 /// Walks a log from the batch that `watermark` names, or from its start, to its end, and calls `visit` with every
 /// batch *after* the watermark that is part of it, in order, and whether it is known to be durable. Reads only headers up to the last ordinal that is known to
 /// be durable, and payloads beyond it: there, a batch may be torn.
+///
+/// If the walk ends exactly where `reached` says that the last batch ends which was ever placed ([`crate::reach`]), nothing
+/// is looked for behind that.
 ///
 /// Writes nothing: where the log ends is recorded in the store log, as its `fence` for later openings, and by a cut
 /// before the first append ([`super::LogState::cut`]).
@@ -85,6 +90,7 @@ pub fn recover(
     fence: Fence,
     watermark: Option<&Watermark>,
     known_durable: Ordinal,
+    reached: Option<LogPos>,
     visit: &mut dyn FnMut(BatchAt, bool) -> Result<()>,
 ) -> Result<Recovery> {
     let mut walk =
@@ -99,7 +105,11 @@ pub fn recover(
         walk.undecided.push_back(batch);
         walk.release(visit)?;
     }
-    let claimed = reader.claims_beyond()?.max(known_durable);
+    let ends_at = reader.position().and_then(|(s, offset)| LogPos::new(s.header.incarnation, offset));
+    let claimed = match reached {
+        Some(_) if ends_at == reached => known_durable,
+        _ => reader.claims_beyond()?.max(known_durable),
+    };
     let next = walk.undecided.back().map_or(walk.end.ordinal, |b| b.header.ordinal).next();
     let damage = (claimed >= next).then(|| describe(&reader, next, claimed));
     walk.durable = walk.durable.max(Ordinal(claimed.0.min(next.0 - 1)));
@@ -112,7 +122,8 @@ pub fn recover(
         visit(batch, false)?;
     }
     let Walk { end, durable, at_watermark, .. } = walk;
-    Ok(Recovery { end, durable, at_watermark, damage })
+    let is_whole = damage.is_none() && end.ordinal.next() == next;
+    Ok(Recovery { end, durable, at_watermark, damage, reached: ends_at.filter(|_| is_whole) })
 }
 
 fn describe(reader: &ChainReader<'_>, missing: Ordinal, claimed: Ordinal) -> String {

@@ -13,7 +13,9 @@ use super::recover::LogEnd;
 use crate::clock::StoreClock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BatchHeader, BatchPlace, Cut, Record, RecordKind, SegmentHeader, header_stride};
+use crate::index::LogPos;
 use crate::queue::Inbox;
+use crate::reach::Reach;
 use crate::segments::{Blank, Segment, Segments, Wish};
 use crate::storage::{AlignedBuf, File};
 
@@ -152,12 +154,14 @@ pub struct LogState {
     waited: bool,
     /// Blocks merged from partial writes and not yet acknowledged.
     overlay: HashMap<u64, (Ordinal, Box<[u8]>)>,
+    /// Where it is noted how far the log was written, if it is.
+    reach: Option<Reach>,
 }
 
 impl LogState {
     /// A log that goes on after `end`. Its first append will be a cut in a fresh segment, unless it is empty.
     #[must_use]
-    pub fn new(volume: VolumeId, branch: BranchId, end: &LogEnd) -> Self {
+    pub fn new(volume: VolumeId, branch: BranchId, end: &LogEnd, reach: Option<Reach>) -> Self {
         Self {
             volume,
             branch,
@@ -188,6 +192,7 @@ impl LogState {
             flushed_seq: None,
             waited: false,
             overlay: HashMap::new(),
+            reach,
         }
     }
 
@@ -401,6 +406,9 @@ impl LogState {
         let place = BatchPlace { incarnation: segment.header.incarnation, offset: open.offset };
         open.offset += total as u64;
         open.batches += 1;
+        if let Some(reach) = &self.reach {
+            reach.note(LogPos::new(place.incarnation, open.offset));
+        }
 
         let seqs = draft.records.iter().filter(|r| !r.flags.more()).count() as u64;
         let stamp = context.clock.stamp();

@@ -1,6 +1,6 @@
 //! Making and opening a store.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cdp_types::Generation;
@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{FormatError, SUPERBLOCK_LEN, Superblock};
 use crate::index::{Kv, RocksKv, RocksOptions};
 use crate::options::StoreOptions;
+use crate::reach;
 use crate::segments;
 use crate::storage::uring::DirectoryStorage;
 use crate::storage::{AlignedBuf, File, Storage};
@@ -36,6 +37,9 @@ pub struct Seams {
     pub clock: Arc<dyn Clock>,
     /// Random segment secrets.
     pub secrets: fn() -> u64,
+    /// A directory in memory for notes of how far each log was written, which spare a killed store's next opening some
+    /// reading. None is fine.
+    pub reach: Option<PathBuf>,
 }
 
 fn random() -> u64 {
@@ -125,7 +129,8 @@ impl Store {
             open_or_rebuild(&dir.join(INDEX_DIRECTORY), |p| RocksKv::open(p, &RocksOptions::default()))?;
         let catalogue = open_or_rebuild(&dir.join(CATALOGUE_DIRECTORY), |p| RocksKv::open_synced(p))?;
         let clock = Arc::new(SystemClock);
-        let seams = Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random };
+        let reach = Some(PathBuf::from(reach::DIRECTORY));
+        let seams = Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random, reach };
         let store = Opening::new(seams, options, Mode::Write)?.told_by(progress).run()?;
         store.start_background()?;
         Ok(store)
@@ -150,7 +155,8 @@ impl Store {
         let catalogue = RocksKv::open_synced_read_only(dir.join(CATALOGUE_DIRECTORY))
             .map_or_else(|_| empty(), |kv| Arc::new(kv));
         let clock = Arc::new(SystemClock);
-        let seams = Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random };
+        let seams =
+            Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random, reach: None };
         Opening::new(seams, StoreOptions::default(), Mode::Read)?.run()
     }
 

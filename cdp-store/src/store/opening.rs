@@ -18,6 +18,7 @@ use crate::leaves::LeafBudget;
 use crate::lineage::{Branches, Flattening};
 use crate::log::{Fence, LogContext, LogEnd, LogState, live_chain, recover};
 use crate::options::StoreOptions;
+use crate::reach::{self, ReachTable, Reached};
 use crate::segments::{self, Segment, Segments};
 use crate::shared::{Bell, Shared};
 use crate::volume::{Recovered, Volume, first_origin};
@@ -45,6 +46,8 @@ pub(super) struct Opening {
     found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>>,
     newest_time_ns: u64,
     leaf_budget: Arc<LeafBudget>,
+    /// Where the last process left its logs, if it was killed and the machine was not.
+    reached: Reached,
     told: Told,
 }
 
@@ -64,7 +67,11 @@ impl Opening {
             options.reserve_bytes,
         ));
         let discovered = segments.discover(superblock.store)?;
+        let mut reached = Reached::default();
         if mode == Mode::Write {
+            if let Some(directory) = &seams.reach {
+                reached = reach::take(directory, superblock.store, superblock.generation);
+            }
             let written =
                 discovered.iter().filter_map(|f| f.segment.as_ref()).map(|s| s.header.generation).max();
             superblock.generation = Generation(superblock.generation.max(written.unwrap_or_default()).0 + 1);
@@ -106,6 +113,7 @@ impl Opening {
             found,
             newest_time_ns: 0,
             leaf_budget,
+            reached,
             told: Told::default(),
         })
     }
@@ -142,7 +150,7 @@ impl Opening {
         }
         self.sort_out_leftovers(&catalogue)?;
         let shared = self.share(index, &catalogue)?;
-        let state = LogState::new(STORE_LOG, cdp_types::BranchId(0), &end);
+        let state = LogState::new(STORE_LOG, cdp_types::BranchId(0), &end, None);
         let mut ledger = Ledger::new(state, catalogue, Arc::clone(&self.seams.catalogue));
         if self.mode == Mode::Write {
             ledger.write_rows(rows);
@@ -190,7 +198,9 @@ impl Opening {
         rows.map(|row| {
             let fence = catalogue.fences.get(&row.id).copied().unwrap_or_default();
             let chain = self.chain_of(row.id, fence);
-            Log { row: row.clone(), branches: branches.remove(&row.id).unwrap_or_default(), chain, fence }
+            let reached = self.reached.get(&row.id).copied();
+            let branches = branches.remove(&row.id).unwrap_or_default();
+            Log { row: row.clone(), branches, chain, fence, reached }
         })
         .collect()
     }
@@ -232,6 +242,13 @@ impl Opening {
         }
         let clock = Arc::clone(&self.seams.clock);
         let tuning = self.options.tuning(self.superblock.segment_bytes);
+        let reach = self.seams.reach.as_deref().filter(|_| self.mode == Mode::Write).and_then(|directory| {
+            ReachTable::create(directory, self.superblock.store, generation)
+                .inspect_err(|e| {
+                    tracing::info!("{}: {e}; a restart after a kill takes longer", directory.display())
+                })
+                .ok()
+        });
         Ok(Arc::new(Shared {
             log: LogContext {
                 store: self.superblock.store,
@@ -252,6 +269,7 @@ impl Opening {
             pool_bell: Bell::default(),
             index_bell: Bell::default(),
             index_rests: AtomicBool::new(false),
+            reach,
             closing: AtomicBool::new(false),
         }))
     }
@@ -304,7 +322,7 @@ impl Opening {
         from: Option<&Watermark>,
     ) -> Result<(Catalogue, LogEnd, WriteBatch)> {
         let mut rows = WriteBatch::new();
-        let recovery = recover(chain, Fence::default(), from, Ordinal(0), &mut |batch, _| {
+        let recovery = recover(chain, Fence::default(), from, Ordinal(0), None, &mut |batch, _| {
             if batch.header.records.first().is_some_and(|r| r.kind == RecordKind::Store) {
                 let place = batch.header.place.offset;
                 let at = || format!("{}, byte {place}: a store record", batch.segment.file.name());

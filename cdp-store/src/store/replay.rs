@@ -11,7 +11,7 @@ use super::inspect::VerifyProgress;
 use super::opening::Mode;
 use crate::catalogue::{BranchRow, BranchState, VolumeRow};
 use crate::error::{Error, ErrorKind, Result};
-use crate::index::{IndexBatch, TimeIndex, Watermark};
+use crate::index::{IndexBatch, LogPos, TimeIndex, Watermark};
 use crate::leaves::LeafBudget;
 use crate::lineage::flattened;
 use crate::log::{BatchAt, Fence, Recovery, recover};
@@ -71,6 +71,8 @@ pub(super) struct Log {
     pub(super) branches: BTreeMap<BranchId, BranchRow>,
     pub(super) chain: Vec<Arc<Segment>>,
     pub(super) fence: Fence,
+    /// Where its last process left it.
+    pub(super) reached: Option<LogPos>,
 }
 
 /// Recovers volumes.
@@ -153,14 +155,14 @@ impl<'a> Replay<'a> {
     }
 
     fn replay(&self, log: &Log, watermark: Option<&Watermark>, known_durable: Ordinal) -> Result<Recovered> {
-        let Log { row, branches, chain, fence } = log;
+        let Log { row, branches, chain, fence, reached } = log;
         let indexed = watermark.map_or(Seq::ZERO, |w| w.seq);
         let (start, created_ns) =
             branches.get(&row.branch).map_or((Seq::ZERO, 0), |b| (b.start, b.created_ns));
         let mut map = HeadMap::new(indexed, row.branch, self.leaf_budget);
         let mut survived: Vec<Origin> = Vec::new();
         let writable = self.mode == Mode::Write;
-        let recovery = recover(chain, *fence, watermark, known_durable, &mut |batch, durable| {
+        let recovery = recover(chain, *fence, watermark, known_durable, *reached, &mut |batch, durable| {
             let told = || self.told.lock().unwrap_or_else(PoisonError::into_inner);
             told().read(batch.end() - batch.header.place.offset);
             collect_origins(&batch, &mut survived);
@@ -193,7 +195,7 @@ impl<'a> Replay<'a> {
         };
         map.switch(row.branch, start);
         let end = recovery.end.on_branch(start, created_ns);
-        Ok(Recovered { end, map, survived, read_only, damaged })
+        Ok(Recovered { end, map, survived, read_only, damaged, reached: recovery.reached })
     }
 }
 

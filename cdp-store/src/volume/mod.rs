@@ -19,7 +19,7 @@ use cdp_types::{
 use crate::catalogue::{BranchRow, VolumeRow};
 use crate::error::Result;
 use crate::format::data_start;
-use crate::index::FANOUT;
+use crate::index::{FANOUT, LogPos};
 use crate::leaves::States;
 use crate::lineage::At;
 use crate::log::{Acked, Append, Draft, Failed, LogEnd, LogState};
@@ -92,6 +92,8 @@ pub(crate) struct Recovered {
     pub survived: Vec<Origin>,
     pub read_only: Option<String>,
     pub damaged: bool,
+    /// Where its log ends, if nothing was ever placed behind that.
+    pub reached: Option<LogPos>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -106,6 +108,7 @@ impl Volume {
             // The lock is new, so this is its first value.
             let _ = read_only.set(why);
         }
+        let reach = shared.reach.as_ref().and_then(|table| table.slot(row.id, recovered.reached));
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             id: row.id,
@@ -113,7 +116,7 @@ impl Volume {
             logical_block_size: row.logical_block_size,
             unsynced_bytes: AtomicU64::new(0),
             armed: AtomicU32::new(0),
-            log: Mutex::new(LogState::new(row.id, row.branch, &recovered.end)),
+            log: Mutex::new(LogState::new(row.id, row.branch, &recovered.end, reach)),
             map: Mutex::new(recovered.map),
             waiters: Mutex::default(),
             survived: recovered.survived,

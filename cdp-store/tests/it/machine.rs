@@ -12,6 +12,7 @@ use cdp_types::{BlockDevice, ByteRange, DeviceQueue, Event, Instant, IoBuf, IoEr
 use cdp_types::{RequestId, Seq, VolumeName, Wait};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use tempfile::TempDir;
 
 use crate::branching::Reader;
 use crate::checkpointing::{Attempt, VmChange, VmMemory};
@@ -108,6 +109,8 @@ pub struct Machine {
     pub undecided: Vec<Undecided>,
     index: SimKv,
     catalogue: SimKv,
+    /// What a process can leave in the machine's memory.
+    pub memory: TempDir,
     /// What reads have returned.
     pub seen: Vec<Seen>,
     /// Flushes that have completed: of which volume, and when they were submitted.
@@ -156,6 +159,16 @@ fn secrets() -> u64 {
     })
 }
 
+/// The same files in another directory.
+fn copied(directory: &TempDir) -> TempDir {
+    let copy = tempfile::tempdir_in("/dev/shm").unwrap();
+    for entry in std::fs::read_dir(directory.path()).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    copy
+}
+
 impl Machine {
     /// A machine with an empty store on it.
     pub fn new(seed: u64) -> Self {
@@ -171,6 +184,7 @@ impl Machine {
             undecided: Vec::new(),
             index: SimKv::new(),
             catalogue: SimKv::synced(),
+            memory: tempfile::tempdir_in("/dev/shm").unwrap(),
             seen: Vec::new(),
             flushes: Vec::new(),
             most_sectors: 128,
@@ -194,6 +208,7 @@ impl Machine {
             undecided: self.undecided.clone(),
             index: self.index.fork(),
             catalogue: self.catalogue.fork(),
+            memory: copied(&self.memory),
             seen: Vec::new(),
             flushes: Vec::new(),
             most_sectors: self.most_sectors,
@@ -245,7 +260,10 @@ impl Machine {
     pub fn crash(&mut self, how: Crash) {
         match how {
             Crash::Kill => self.disk.kill_restart(),
-            Crash::PowerCut => self.disk.power_cut(),
+            Crash::PowerCut => {
+                self.disk.power_cut();
+                self.memory = tempfile::tempdir_in("/dev/shm").unwrap();
+            }
         }
         self.power_was_cut |= how == Crash::PowerCut;
         self.running = None;
@@ -268,6 +286,7 @@ impl Machine {
             catalogue: Arc::new(self.catalogue.clone()),
             clock: Arc::new(self.disk.clock()),
             secrets,
+            reach: Some(self.memory.path().to_owned()),
         };
         let store = Store::open_on(seams, options())?;
         self.running = Some(Running { guests: BTreeMap::new(), readers: Vec::new(), attempt: None, store });

@@ -178,3 +178,20 @@ fn what_a_guest_writes_is_never_taken_for_a_batch() {
     assert!(bench.machine.volume(&bench.name(0)).refusal().is_none());
     assert_eq!((bench.block(0, 9).unwrap(), bench.block(0, BLOCKS).unwrap()), (0, 100 + BLOCKS));
 }
+
+#[test]
+fn a_killed_process_spares_the_next_one_the_search_behind_the_end() {
+    let bench = with_flushed_blocks(9);
+    let steps = |forgets: bool| {
+        let mut machine = bench.machine.fork(3);
+        machine.crash(Crash::Kill);
+        if forgets {
+            machine.memory = tempfile::tempdir_in("/dev/shm").unwrap();
+        }
+        let before = machine.disk.io_steps();
+        machine.open().unwrap();
+        machine.disk.io_steps() - before
+    };
+    let (noted, forgotten) = (steps(false), steps(true));
+    assert!(noted < forgotten, "{noted} steps with notes, {forgotten} without");
+}
