@@ -11,8 +11,8 @@
 //! - They only ever spare a search, and only where a log ends in exactly the place that was noted. Where they are missing,
 //!   wrong or unreadable, everything is as it would be without.
 //!
-//! The file: a header of 64 bytes (magic, store, generation), then slots of 16 bytes (volume, and the
-//! place as [`LogPos`] has it; 0 for none), little-endian. It is no part of the store's format: a program that does not
+//! The file: a header of 64 bytes (magic, store, generation), then slots of 24 bytes (volume, the place as
+//! [`LogPos`] has it, 0 for none, and the secret of its segment, which tells copies of a store apart), little-endian. It is no part of the store's format: a program that does not
 //! know it loses nothing.
 
 use std::collections::HashMap;
@@ -34,7 +34,9 @@ use crate::index::LogPos;
 pub const DIRECTORY: &str = "/dev/shm";
 const MAGIC: [u8; 8] = *b"HSREACH1";
 const HEADER: usize = 64;
-const SLOT: usize = 16;
+const SLOT: usize = 24;
+/// For so many volumes the notes stay after a clean end, until the next opening or the machine's end.
+const WORTH_KEEPING: u64 = 32;
 /// What is asked of the memory at once, in bytes.
 const PIECE: usize = 4096;
 /// A table is so long, in bytes, next to all of it a hole; volumes without a slot are searched.
@@ -43,12 +45,22 @@ const SLOTS: u64 = ((LENGTH - HEADER) / SLOT) as u64;
 /// `<linux/magic.h>`
 const TMPFS: i64 = 0x0102_1994;
 
+/// Where a log's last batch ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// The byte behind it.
+    pub place: LogPos,
+    /// Of the segment that it is in.
+    pub secret: u64,
+}
+
 /// Where logs ended when their process ended.
-pub type Reached = HashMap<VolumeId, LogPos>;
+pub type Reached = HashMap<VolumeId, End>;
 
 /// The notes of the process that has a store open.
 #[derive(Debug)]
 pub struct ReachTable {
+    path: PathBuf,
     file: File,
     region: MmapRegion,
     /// Slots, and bytes that the memory has given.
@@ -84,7 +96,9 @@ pub fn take(directory: &Path, store: [u8; 16], generation: Generation) -> Reache
 }
 
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let file = OpenOptions::new().read(true).custom_flags(OFlags::NOFOLLOW.bits() as i32).open(path)?;
+    // Anybody may put something there: a pipe would wait for its other end.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
     let metadata = file.metadata()?;
     let is_ours = metadata.is_file() && metadata.uid() == rustix::process::geteuid().as_raw();
     if !is_ours || metadata.len() > LENGTH as u64 {
@@ -102,16 +116,12 @@ fn parse(bytes: &[u8], store: [u8; 16], generation: Generation) -> Option<Reache
         return None;
     }
     let slots = bytes.get(HEADER..)?.chunks_exact(SLOT).map(|slot| {
-        let (volume, place) = slot.split_at(8);
-        let number = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes).unwrap_or_default();
-        (VolumeId(number(volume)), number(place))
+        let number = |at: usize| slot[at..at + 8].try_into().map(u64::from_le_bytes).unwrap_or_default();
+        (VolumeId(number(0)), number(8), number(16))
     });
-    Some(
-        slots
-            .filter(|(_, bits)| *bits != 0)
-            .map(|(volume, bits)| (volume, LogPos::from_bits(bits)))
-            .collect(),
-    )
+    let noted = slots.filter(|(_, place, _)| *place != 0);
+    let end = |place, secret| End { place: LogPos::from_bits(place), secret };
+    Some(noted.map(|(volume, place, secret)| (volume, end(place, secret))).collect())
 }
 
 impl ReachTable {
@@ -122,13 +132,13 @@ impl ReachTable {
     pub fn create(directory: &Path, store: [u8; 16], generation: Generation) -> io::Result<Arc<Self>> {
         let path = path_of(directory, store);
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-        Self::begin(file, store, generation).inspect_err(|_| {
+        Self::begin(path.clone(), file, store, generation).inspect_err(|_| {
             // It is ours, and says nothing.
             let _ = std::fs::remove_file(&path);
         })
     }
 
-    fn begin(file: File, store: [u8; 16], generation: Generation) -> io::Result<Arc<Self>> {
+    fn begin(path: PathBuf, file: File, store: [u8; 16], generation: Generation) -> io::Result<Arc<Self>> {
         if fstatfs(&file)?.f_type != TMPFS {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "it is not in a tmpfs"));
         }
@@ -140,12 +150,12 @@ impl ReachTable {
         file.set_len(LENGTH as u64)?;
         let region = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), LENGTH);
         let region = region.map_err(io::Error::other)?;
-        Ok(Arc::new(Self { file, region, taken: Mutex::new((0, PIECE)) }))
+        Ok(Arc::new(Self { path, file, region, taken: Mutex::new((0, PIECE)) }))
     }
 
     /// A slot for a volume's log, which ends here if that is known; none if all are taken, or no memory is left.
     #[must_use]
-    pub fn slot(self: &Arc<Self>, volume: VolumeId, end: Option<LogPos>) -> Option<Reach> {
+    pub fn slot(self: &Arc<Self>, volume: VolumeId, end: Option<End>) -> Option<Reach> {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let (slot, given) = *taken;
         if slot >= SLOTS {
@@ -164,6 +174,16 @@ impl ReachTable {
         Some(reach)
     }
 
+    /// Removes the file at a clean end, if the next opening would gain nothing by it that anybody notices.
+    pub fn remove_if_small(&self) {
+        let few = self.taken.lock().unwrap_or_else(PoisonError::into_inner).0 < WORTH_KEEPING;
+        let is_ours = || Some(std::fs::metadata(&self.path).ok()?.ino() == self.file.metadata().ok()?.ino());
+        if few && is_ours() == Some(true) {
+            // It would be removed by the next opening.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
     fn put(&self, slot: u64, at: usize, value: u64) {
         let offset = HEADER + slot as usize * SLOT + at;
         let stored = self.region.as_volatile_slice().store(value.to_le(), offset, Ordering::Release);
@@ -173,8 +193,13 @@ impl ReachTable {
 
 impl Reach {
     /// Notes where the last batch ends that was placed: before it is written. None if that cannot be said.
-    pub fn note(&self, end: Option<LogPos>) {
-        self.table.put(self.slot, 8, end.map_or(0, LogPos::to_bits));
+    pub fn note(&self, end: Option<End>) {
+        // Whoever is killed in between has noted nothing.
+        self.table.put(self.slot, 8, 0);
+        if let Some(End { place, secret }) = end {
+            self.table.put(self.slot, 16, secret);
+            self.table.put(self.slot, 8, place.to_bits());
+        }
     }
 }
 
@@ -185,6 +210,10 @@ mod tests {
 
     const STORE: [u8; 16] = [7; 16];
 
+    fn end_at(offset: u64) -> Option<End> {
+        Some(End { place: LogPos::new(5, offset)?, secret: 77 })
+    }
+
     fn memory() -> tempfile::TempDir {
         tempfile::tempdir_in(DIRECTORY).unwrap()
     }
@@ -193,7 +222,7 @@ mod tests {
     fn what_was_noted_last_is_taken_once() {
         let directory = memory();
         let table = ReachTable::create(directory.path(), STORE, Generation(3)).unwrap();
-        let pos = |offset| LogPos::new(5, offset);
+        let pos = end_at;
         let first = table.slot(VolumeId(1), pos(4096)).unwrap();
         let _second = table.slot(VolumeId(9), None).unwrap();
         let third = table.slot(VolumeId(12), pos(512)).unwrap();
@@ -211,7 +240,7 @@ mod tests {
         let directory = memory();
         for (store, generation) in [(STORE, 4), (STORE, 2), ([8; 16], 3)] {
             let table = ReachTable::create(directory.path(), STORE, Generation(3)).unwrap();
-            let _slot = table.slot(VolumeId(1), LogPos::new(5, 512));
+            let _slot = table.slot(VolumeId(1), end_at(512));
             std::fs::rename(path_of(directory.path(), STORE), path_of(directory.path(), store)).unwrap();
             assert_eq!(take(directory.path(), store, Generation(generation)), HashMap::new());
             assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
@@ -225,13 +254,13 @@ mod tests {
         let taken = || std::fs::metadata(path_of(directory.path(), STORE)).unwrap().blocks() * 512;
         assert_eq!(taken(), PIECE as u64);
         let slots: Vec<_> =
-            (0..1000).map(|n| table.slot(VolumeId(n), LogPos::new(n + 1, 512)).unwrap()).collect();
+            (0..1000).map(|n| table.slot(VolumeId(n), end_at((n + 1) * 512)).unwrap()).collect();
         assert_eq!(taken(), (HEADER + 1000 * SLOT).next_multiple_of(PIECE) as u64);
         drop(slots);
         assert_eq!((1000..).find(|&n| table.slot(VolumeId(n), None).is_none()), Some(SLOTS));
         let reached = take(directory.path(), STORE, Generation(1));
         assert_eq!(reached.len(), 1000);
-        assert_eq!(reached[&VolumeId(999)], LogPos::new(1000, 512).unwrap());
+        assert_eq!(reached[&VolumeId(999)], end_at(512_000).unwrap());
     }
 
     #[test]
@@ -248,6 +277,9 @@ mod tests {
         std::os::unix::fs::symlink(&other, &path).unwrap();
         assert_eq!(take(directory.path(), STORE, Generation(0)), HashMap::new());
         assert_eq!(std::fs::read(&other).unwrap(), b"somebody's");
+        std::fs::remove_file(&other).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert_eq!(take(directory.path(), STORE, Generation(0)), HashMap::new(), "a pipe is not waited for");
         let on_disk = tempfile::tempdir_in("/var/tmp").unwrap();
         let refused = ReachTable::create(on_disk.path(), STORE, Generation(1)).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::Unsupported);

@@ -189,7 +189,9 @@ impl Segments {
         }
         let found = std::thread::scope(|scope| {
             let shares = slots.chunks(slots.len().div_ceil(THREADS));
-            let threads: Vec<_> = shares.map(|share| scope.spawn(move || look(share))).collect();
+            let begin = |share| std::thread::Builder::new().spawn_scoped(scope, move || look(share));
+            let threads = shares.map(begin).collect::<io::Result<Vec<_>>>();
+            let threads = threads.map_err(|e| Error::io("starting threads that read segments", e))?;
             let joined = threads.into_iter().map(|thread| thread.join());
             let found = joined.map(|found| found.unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
             found.collect::<Result<Vec<_>>>()

@@ -79,17 +79,17 @@ impl Firsts {
     }
 }
 
-/// Looks at a stream's pages as they come. QEMU sends memory from its beginning to its end; a page out of turn is one
-/// that somebody waits for.
+/// Looks at a stream's pages as they come. QEMU sends memory in its order and goes on behind whatever it has sent last
+/// (`get_queued_page`, migration/ram.c), so a page that does not follow the one before it is one that somebody waited for.
 ///
 /// What was seen is learned when this is dropped.
 #[derive(Debug)]
 pub struct Watch {
     firsts: Arc<Firsts>,
-    /// The page whose turn it is, by block and offset.
+    /// Behind the last page that came, by block and offset.
     turn: (usize, u64),
-    /// Out of turn, and the same in their order.
     came: HashSet<(usize, u64)>,
+    /// Those out of turn, in their order.
     asked: Vec<MemoryPage>,
     began: Option<Instant>,
 }
@@ -104,33 +104,43 @@ impl Watch {
     /// Takes in a page. Whether it is worth looking at more of them.
     pub(crate) fn note(&mut self, blocks: &[RamBlock], block: usize, offset: u64) -> bool {
         let began = *self.began.get_or_insert_with(Instant::now);
-        if self.is_in_turn(blocks, block, offset) {
-            self.turn = (block, offset + PAGE_SIZE as u64);
-        } else if let Some(RamBlock { length, .. }) = blocks.get(block)
-            && self.came.insert((block, offset))
+        let is_new = self.came.insert((block, offset));
+        if let Some(RamBlock { length, .. }) = blocks.get(block)
+            && is_new
+            && !self.is_in_turn(blocks, block, offset)
         {
             self.asked.push(MemoryPage { block_bytes: *length, offset });
         }
+        self.turn = (block, offset + PAGE_SIZE as u64);
         self.asked.len() < MOST && began.elapsed() < EARLY
     }
 
-    /// Whether this page comes after the last one, but for those that have come out of turn.
+    /// Whether this page follows the last one; what has come before is passed over.
     fn is_in_turn(&self, blocks: &[RamBlock], block: usize, offset: u64) -> bool {
-        let (at, next) = self.turn;
-        if block != at {
-            return offset == 0 && blocks.get(at).is_some_and(|block| block.length <= next);
+        let (mut at, mut next) = self.turn;
+        loop {
+            if (at, next) == (block, offset) {
+                return true;
+            }
+            if blocks.get(at).is_none_or(|block| next >= block.length) {
+                if at + 1 != block {
+                    return false;
+                }
+                (at, next) = (block, 0);
+            } else if self.came.contains(&(at, next)) {
+                next += PAGE_SIZE as u64;
+            } else {
+                return false;
+            }
         }
-        let skipped = offset.checked_sub(next).map(|bytes| bytes / PAGE_SIZE as u64);
-        skipped.is_some_and(|skipped| {
-            skipped <= self.came.len() as u64
-                && (0..skipped).all(|n| self.came.contains(&(at, next + n * PAGE_SIZE as u64)))
-        })
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.firsts.learn(std::mem::take(&mut self.asked));
+        if self.began.is_some() {
+            self.firsts.learn(std::mem::take(&mut self.asked));
+        }
     }
 }
 
@@ -161,19 +171,26 @@ mod tests {
     }
 
     #[test]
-    fn a_page_out_of_turn_was_asked_for() {
-        assert_eq!(
-            learned(&[(0, 0), (0, 1), (0, 40), (0, 2), (0, 3), (1, 2), (0, 30), (0, 4)]),
-            [(64, 40), (4, 2), (64, 30)]
-        );
+    fn a_page_that_does_not_follow_the_last_one_was_asked_for() {
+        let pages = [(0, 0), (0, 1), (0, 40), (0, 41), (0, 42), (1, 2), (1, 3), (0, 30), (0, 31)];
+        assert_eq!(learned(&pages), [(64, 40), (4, 2), (64, 30)]);
     }
 
     #[test]
-    fn the_turn_goes_on_behind_pages_that_came_before_and_into_the_next_block() {
+    fn what_came_before_is_passed_over_also_into_the_next_block() {
         let mut pages = vec![(0, 2), (0, 3), (0, 0), (0, 1), (0, 4)];
         pages.extend((5..64).map(|page| (0, page)));
         pages.extend([(1, 0), (1, 1)]);
-        assert_eq!(learned(&pages), [(64, 2), (64, 3)]);
+        assert_eq!(learned(&pages), [(64, 2), (64, 0)]);
+        assert_eq!(learned(&[(1, 0), (0, 63), (1, 1)]), [(4, 0), (64, 63)]);
+    }
+
+    #[test]
+    fn a_stream_that_never_came_teaches_nothing() {
+        let firsts = Arc::new(Firsts::default());
+        firsts.learn(vec![MemoryPage { block_bytes: 64 * PAGE, offset: 0 }]);
+        drop(Watch::new(Arc::clone(&firsts)));
+        assert_eq!(firsts.learned().pages.len(), 1);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::scan::{BatchAt, ChainReader, Fence};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BatchPlace;
 use crate::index::{LogPos, Watermark};
+use crate::reach::End;
 use crate::segments::Segment;
 
 /// The last batch of a log.
@@ -69,7 +70,7 @@ pub struct Recovery {
     /// What is wrong with the log, if it is damaged: it goes on behind `end`, and cannot be read.
     pub damage: Option<String>,
     /// Where `end` ends, if nothing but what is fenced off was ever placed behind it.
-    pub reached: Option<LogPos>,
+    pub reached: Option<End>,
 }
 
 /// Walks a log from the batch that `watermark` names, or from its start, to its end, and calls `visit` with every
@@ -90,7 +91,7 @@ pub fn recover(
     fence: Fence,
     watermark: Option<&Watermark>,
     known_durable: Ordinal,
-    reached: Option<LogPos>,
+    reached: Option<End>,
     visit: &mut dyn FnMut(BatchAt, bool) -> Result<()>,
 ) -> Result<Recovery> {
     let mut walk =
@@ -105,7 +106,10 @@ pub fn recover(
         walk.undecided.push_back(batch);
         walk.release(visit)?;
     }
-    let ends_at = reader.position().and_then(|(s, offset)| LogPos::new(s.header.incarnation, offset));
+    let ends_at = reader.position().and_then(|(segment, offset)| {
+        let place = LogPos::new(segment.header.incarnation, offset)?;
+        Some(End { place, secret: segment.header.secret })
+    });
     let claimed = match reached {
         Some(_) if ends_at == reached => known_durable,
         _ => reader.claims_beyond()?.max(known_durable),

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BatchHeader, BatchPlace, Cut, Record, RecordKind, SegmentHeader, header_stride};
 use crate::index::LogPos;
 use crate::queue::Inbox;
-use crate::reach::Reach;
+use crate::reach::{End, Reach};
 use crate::segments::{Blank, Segment, Segments, Wish};
 use crate::storage::{AlignedBuf, File};
 
@@ -407,7 +407,8 @@ impl LogState {
         open.offset += total as u64;
         open.batches += 1;
         if let Some(reach) = &self.reach {
-            reach.note(LogPos::new(place.incarnation, open.offset));
+            let end = LogPos::new(place.incarnation, open.offset);
+            reach.note(end.map(|place| End { place, secret: segment.header.secret }));
         }
 
         let seqs = draft.records.iter().filter(|r| !r.flags.more()).count() as u64;

@@ -256,6 +256,9 @@ impl Store {
         }
         shared.pool_bell.ring();
         shared.index_bell.ring();
+        if let Some(reach) = &shared.reach {
+            reach.remove_if_small();
+        }
         let threads = {
             let mut background = self.inner.background.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut background.threads)

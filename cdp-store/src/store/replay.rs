@@ -11,11 +11,12 @@ use super::inspect::VerifyProgress;
 use super::opening::Mode;
 use crate::catalogue::{BranchRow, BranchState, VolumeRow};
 use crate::error::{Error, ErrorKind, Result};
-use crate::index::{IndexBatch, LogPos, TimeIndex, Watermark};
+use crate::index::{IndexBatch, TimeIndex, Watermark};
 use crate::leaves::LeafBudget;
 use crate::lineage::flattened;
 use crate::log::{BatchAt, Fence, Recovery, recover};
 use crate::map::HeadMap;
+use crate::reach::End;
 use crate::segments::Segment;
 use crate::volume::Recovered;
 
@@ -72,7 +73,7 @@ pub(super) struct Log {
     pub(super) chain: Vec<Arc<Segment>>,
     pub(super) fence: Fence,
     /// Where its last process left it.
-    pub(super) reached: Option<LogPos>,
+    pub(super) reached: Option<End>,
 }
 
 /// Recovers volumes.

@@ -19,12 +19,13 @@ use cdp_types::{
 use crate::catalogue::{BranchRow, VolumeRow};
 use crate::error::Result;
 use crate::format::data_start;
-use crate::index::{FANOUT, LogPos};
+use crate::index::FANOUT;
 use crate::leaves::States;
 use crate::lineage::At;
 use crate::log::{Acked, Append, Draft, Failed, LogEnd, LogState};
 use crate::map::{HeadMap, apply_changes};
 use crate::queue::{HeadQueue, Inbox, Mail};
+use crate::reach::End;
 use crate::segments::{Blank, Segment};
 use crate::shared::Shared;
 
@@ -93,7 +94,7 @@ pub(crate) struct Recovered {
     pub read_only: Option<String>,
     pub damaged: bool,
     /// Where its log ends, if nothing was ever placed behind that.
-    pub reached: Option<LogPos>,
+    pub reached: Option<End>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -122,7 +122,8 @@ impl<'a> Attempt<'a> {
         let path = self.machine.directory.join(format!("checkpoint-{id}.sock"));
         let (store, name) = (self.machine.store.clone(), self.machine.name.clone());
         let facts = self.prepared.facts.clone();
-        let watch = (self.mode() == Mode::Hot).then(|| Watch::new(Arc::clone(&self.machine.firsts)));
+        let watch = (self.mode() == Mode::Hot && self.saved.running)
+            .then(|| Watch::new(Arc::clone(&self.machine.firsts)));
         let receiver = Receiver::listen(&path, store, name, facts, self.drains(), watch);
         self.receiver =
             Some(receiver.map_err(|error| TakeError::new(format!("{}: {error}", path.display())))?);
@@ -145,7 +146,9 @@ impl<'a> Attempt<'a> {
         let disks = &self.machine.disks;
         let guards = match self.mode() {
             Mode::Hot => {
-                self.ahead = self.machine.firsts.expected();
+                if self.saved.running {
+                    self.ahead = self.machine.firsts.expected();
+                }
                 disks.iter().map(|disk| Arc::clone(&disk.guard)).collect()
             }
             Mode::Live | Mode::Pause => Vec::new(),

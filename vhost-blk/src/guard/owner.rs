@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use vm_memory::mmap::MmapRegion;
 
@@ -221,16 +222,17 @@ impl Owner {
     /// Has the kernel make a page of the owner writable, as a write to it would, and writes nothing. Blocks as
     /// [`Owner::touch`] does.
     ///
-    /// The kernel gets hold of the owner's page before it looks at what is to be written there, which is at an address
-    /// where nothing is: so the write fails, but not before it has met the protection.
+    /// The kernel gets hold of the owner's page before it looks at what is to be written there, which nobody may read: so
+    /// the write fails, but not before it has met the protection.
     pub(super) fn meet_protection(&self, address: u64) {
         if self.gone() {
             return;
         }
-        let local = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 1 };
+        let Some(unreadable) = unreadable() else { return };
+        let local = libc::iovec { iov_base: unreadable as *mut libc::c_void, iov_len: 1 };
         let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: 1 };
-        // SAFETY: nothing of ours is read, since nothing is ever mapped at address 0 (mmap_min_addr), and nothing is written.
-        // `remote` is an address of another process, which the kernel checks.
+        // SAFETY: `local` is one byte of a mapping that nobody may read and that stays for ever: the kernel refuses, and
+        // writes nothing. `remote` is an address of another process, which the kernel checks.
         let written = unsafe { libc::process_vm_writev(self.pid(), &local, 1, &remote, 1, 0) };
         debug_assert!(written < 1);
     }
@@ -247,6 +249,18 @@ impl Owner {
         let path = format!("/proc/{}/comm", self.pid());
         std::fs::read_to_string(path).map_or_else(|_| String::new(), |comm| comm.trim_end().to_owned())
     }
+}
+
+/// The address of a page of ours that nobody may read; none if there is no memory for it.
+fn unreadable() -> Option<usize> {
+    static PAGE_OF_OURS: OnceLock<Option<usize>> = OnceLock::new();
+    *PAGE_OF_OURS.get_or_init(|| {
+        // SAFETY: a new mapping at an address of the kernel's choice; it is never given back, and no reference is made to it.
+        let page = unsafe {
+            mmap_anonymous(std::ptr::null_mut(), PAGE as usize, ProtFlags::empty(), MapFlags::PRIVATE)
+        };
+        page.ok().map(|page| page as usize)
+    })
 }
 
 fn all_processes() -> impl Iterator<Item = i32> {
