@@ -14,6 +14,8 @@ use crate::gate::GateEvent;
 pub(super) struct Seen {
     mode: Mode,
     pub(super) cut: Option<EpochCut>,
+    /// QEMU has said anything of this migration: before that, what it says is of an earlier one.
+    begun: bool,
     active: bool,
     stops: u32,
     pub(super) completed: bool,
@@ -29,6 +31,7 @@ impl Seen {
         Self {
             mode,
             cut: None,
+            begun: false,
             active: false,
             stops: 0,
             completed: false,
@@ -97,7 +100,10 @@ impl Seen {
     }
 
     async fn note_migration(&mut self, qmp: &Client, status: MigrationStatus) -> Result<(), TakeError> {
+        self.begun |= matches!(status, MigrationStatus::Setup | MigrationStatus::Active);
         match status {
+            // The end of the last attempt's, told late.
+            _ if !self.begun => {}
             MigrationStatus::Active => self.active = true,
             MigrationStatus::PreSwitchover => migration::proceed(qmp).await.map_err(|e| whole(&e))?,
             MigrationStatus::Completed => self.completed = true,

@@ -275,7 +275,7 @@ impl Qemu {
         let mut beginning = Draft::begin(&machine, &[]).bytes;
         let mut stream = UnixStream::connect(socket).ok();
         for act in script {
-            if self.state().migration == "cancelled" || self.state().migrations != number {
+            if self.is_over(number) {
                 return;
             }
             let sent = match act {
@@ -294,7 +294,7 @@ impl Qemu {
                     continue;
                 }
             };
-            if !matches!(sent, Some(Ok(()))) {
+            if !matches!(sent, Some(Ok(()))) && !self.is_over(number) {
                 self.act(Act::Fail("Unable to write to socket: Broken pipe"));
                 return;
             }
@@ -304,6 +304,12 @@ impl Qemu {
         while self.state().migration == "active" && Instant::now() < by {
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Whether a migration was cancelled, so that it says nothing more.
+    fn is_over(&self, number: u32) -> bool {
+        let state = self.state();
+        state.migration == "cancelled" || state.migrations != number
     }
 
     fn say_state(&self) {
