@@ -11,9 +11,9 @@
 //! - They only ever spare a search, and only where a log ends in exactly the place that was noted. Where they are missing,
 //!   wrong or unreadable, everything is as it would be without.
 //!
-//! The file: a header of 64 bytes (magic, store, generation), then slots of 24 bytes (volume, the place as
-//! [`LogPos`] has it, 0 for none, and the secret of its segment, which tells copies of a store apart), little-endian. It is no part of the store's format: a program that does not
-//! know it loses nothing.
+//! The file: a header of 64 bytes (magic, store, generation), then slots of 24 bytes (volume, the place as [`LogPos`] has
+//! it, 0 for none, and the secret of its segment, which tells copies of a store apart), little-endian. It is no part of the
+//! store's format: a program that does not know it loses nothing.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
