@@ -14,6 +14,7 @@ mod error;
 mod format;
 mod leaves;
 mod lineage;
+mod loaders;
 mod log;
 mod map;
 mod options;

@@ -8,6 +8,7 @@ use crate::clock::Clock;
 use crate::index::TimeIndex;
 use crate::leaves::LeafBudget;
 use crate::lineage::{Branches, Lineage};
+use crate::loaders::Loaders;
 use crate::log::LogContext;
 use crate::reach::ReachTable;
 use crate::storage::Storage;
@@ -60,6 +61,8 @@ pub struct Shared {
     pub clock: Arc<dyn Clock>,
     /// What the head maps may cache.
     pub leaf_budget: Arc<LeafBudget>,
+    /// Who looks up places that the head maps do not know.
+    pub loaders: Loaders,
     /// Limits.
     pub tuning: Tuning,
     /// All branches.

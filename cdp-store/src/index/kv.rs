@@ -188,6 +188,9 @@ pub struct KvStats {
 /// Reads rows in ascending order of their keys: (key, value) → whether to go on.
 pub type Visit<'a> = dyn FnMut(&[u8], &[u8]) -> bool + 'a;
 
+/// The same for several ranges: (which range, key, value) → whether to go on within it.
+pub type VisitEach<'a> = dyn FnMut(usize, &[u8], &[u8]) -> bool + 'a;
+
 /// A database of ordered rows.
 ///
 /// Errors are [`IndexError`](super::IndexError)s of these kinds: `Corrupt`, `NoSpace` and `Io` from any method,
@@ -217,7 +220,18 @@ pub trait Kv: Send + Sync + fmt::Debug {
     ///
     /// It sees the state of one moment. `visit` must not call back into the database. It is fastest when `from`
     /// and `to` agree in their first 17 bytes (the node, in [`Family::Map`]).
-    fn scan(&self, family: Family, from: &[u8], to: &[u8], visit: &mut Visit<'_>) -> IndexResult<()>;
+    fn scan(&self, family: Family, from: &[u8], to: &[u8], visit: &mut Visit<'_>) -> IndexResult<()> {
+        self.scan_each(family, &[(from, to)], &mut |_, key, value| visit(key, value))
+    }
+
+    /// Does the same for several ranges (`from`, `to`), one after the other, all in the state of one moment; when `visit`
+    /// returns false it goes on with the next range.
+    fn scan_each(
+        &self,
+        family: Family,
+        ranges: &[(&[u8], &[u8])],
+        visit: &mut VisitEach<'_>,
+    ) -> IndexResult<()>;
 
     /// Gives back the space of deleted rows between `from` and `to`, and rids later scans of the cost of having
     /// deleted them. It takes as long as rewriting the neighbouring rows: for background threads. No row in the
@@ -229,6 +243,12 @@ pub trait Kv: Send + Sync + fmt::Debug {
     /// # Durability
     /// On return. A power cut meanwhile leaves either the old rows or none.
     fn clear(&self) -> IndexResult<()>;
+
+    /// Makes the first reads after an opening faster, by what a background thread can do for them ahead; returns
+    /// early once `stop` says so.
+    fn preload(&self, stop: &dyn Fn() -> bool) {
+        let _ = stop;
+    }
 
     /// Figures for metrics.
     fn stats(&self) -> IndexResult<KvStats>;

@@ -27,6 +27,7 @@ mod keys;
 mod kv;
 mod leaf;
 mod place;
+mod preload;
 mod read;
 mod rocks;
 mod rocks_tuning;
@@ -262,6 +263,11 @@ impl TimeIndex {
         self.kv.clear()?;
         newest.clear();
         Ok(())
+    }
+
+    /// See [`Kv::preload`].
+    pub fn preload(&self, stop: &dyn Fn() -> bool) {
+        self.kv.preload(stop);
     }
 
     /// Figures for metrics.

@@ -83,18 +83,6 @@ impl Gathered {
         Ok(seq > self.base)
     }
 
-    fn node(&mut self, kv: &dyn Kv, node: NodeKey, child: Option<u16>) -> IndexResult<()> {
-        let mut failed = Ok(());
-        let from = keys::map(node, self.at, RowKind::Image);
-        kv.scan(Family::Map, &from, &keys::map_end(node), &mut |key, value| {
-            self.row(node, child, key, value).unwrap_or_else(|error| {
-                failed = Err(corrupt(kv, (node, keys::parse_map_suffix(key)), error));
-                false
-            })
-        })?;
-        failed
-    }
-
     fn into_leaf(mut self) -> LeafAt {
         // Rows came newest first, level by level; the sort keeps the order of the log within one `Seq`.
         self.effects.sort_by_key(|effect| effect.seq);
@@ -112,10 +100,24 @@ pub(super) fn leaf_at(kv: &dyn Kv, branch: BranchId, leaf: u64, at: Seq) -> Inde
     let mut gathered =
         Gathered { at, base: Seq::ZERO, image: None, effects: Vec::new(), deltas: 0, changes: 0 };
     // The leaf first: its image says how far back the levels above have to be read.
-    gathered.node(kv, NodeKey { branch, level: 0, node: leaf }, None)?;
-    for level in 1..LEVELS {
+    let nodes: [_; LEVELS as usize] = std::array::from_fn(|level| {
+        let level = level as u8;
+        if level == 0 {
+            return (NodeKey { branch, level, node: leaf }, None);
+        }
         let (node, child) = leaf::cover(leaf, level);
-        gathered.node(kv, NodeKey { branch, level, node }, Some(child))?;
-    }
-    Ok(gathered.into_leaf())
+        (NodeKey { branch, level, node }, Some(child))
+    });
+    let bounds = nodes.map(|(node, _)| (keys::map(node, at, RowKind::Image), keys::map_end(node)));
+    let ranges = bounds.each_ref().map(|(from, to)| (&from[..], &to[..]));
+    let mut failed = Ok(());
+    kv.scan_each(Family::Map, &ranges, &mut |which, key, value| {
+        let (node, child) = nodes[which];
+        failed.is_ok()
+            && gathered.row(node, child, key, value).unwrap_or_else(|error| {
+                failed = Err(corrupt(kv, (node, keys::parse_map_suffix(key)), error));
+                false
+            })
+    })?;
+    failed.map(|()| gathered.into_leaf())
 }

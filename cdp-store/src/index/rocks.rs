@@ -11,7 +11,8 @@ use rocksdb::{ColumnFamily, CompactOptions, DB, FlushOptions, ReadOptions, Write
 
 use super::error::{IndexError, IndexErrorKind, IndexResult};
 use super::keys::NODE_PREFIX_LEN;
-use super::kv::{Family, Kv, KvStats, Visit, WriteBatch, WriteOp};
+use super::kv::{Family, Kv, KvStats, VisitEach, WriteBatch, WriteOp};
+use super::preload::preload;
 use super::rocks_tuning::{self as tuning, Tuned};
 
 pub use super::rocks_tuning::RocksOptions;
@@ -303,28 +304,41 @@ impl Kv for RocksKv {
         open.db.get_cf(family, key).map_err(self.failed(OPERATION))
     }
 
-    fn scan(&self, family: Family, from: &[u8], to: &[u8], visit: &mut Visit<'_>) -> IndexResult<()> {
+    fn scan_each(
+        &self,
+        family: Family,
+        ranges: &[(&[u8], &[u8])],
+        visit: &mut VisitEach<'_>,
+    ) -> IndexResult<()> {
         const OPERATION: &str = "scan rows";
+        let Some(last) = ranges.iter().map(|(_, to)| *to).max() else { return Ok(()) };
         let open = self.opened(OPERATION)?;
         let handle = self.family(&open, family, OPERATION)?;
         let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(to);
-        let node = from.get(..NODE_PREFIX_LEN);
-        if family == Family::Map && node.is_some() && node == to.get(..NODE_PREFIX_LEN) {
+        options.set_iterate_upper_bound(last);
+        let in_one_node = |(from, to): &(&[u8], &[u8])| {
+            let node = from.get(..NODE_PREFIX_LEN);
+            node.is_some() && node == to.get(..NODE_PREFIX_LEN)
+        };
+        if family == Family::Map && ranges.iter().all(in_one_node) {
             // Files whose filter does not know the node are not even looked into.
             options.set_prefix_same_as_start(true);
         } else {
             options.set_total_order_seek(true);
         }
+        // To make it costs as much as to seek with it.
         let mut rows = open.db.raw_iterator_cf_opt(handle, options);
-        rows.seek(from);
-        while let Some((key, value)) = rows.item() {
-            if !visit(key, value) {
-                return Ok(());
+        for (which, (from, to)) in ranges.iter().enumerate() {
+            rows.seek(from);
+            while let Some((key, value)) = rows.item().filter(|(key, _)| key < to) {
+                if !visit(which, key, value) {
+                    break;
+                }
+                rows.next();
             }
-            rows.next();
+            rows.status().map_err(self.failed(OPERATION))?;
         }
-        rows.status().map_err(self.failed(OPERATION))
+        Ok(())
     }
 
     fn reclaim(&self, family: Family, from: &[u8], to: &[u8]) -> IndexResult<()> {
@@ -354,6 +368,16 @@ impl Kv for RocksKv {
         Self::destroy(&self.path)?;
         *guard = Some(Self::open_database(&self.path, &self.mode).map_err(self.failed(OPERATION))?);
         sync_parent(&self.path).map_err(|error| io_error(OPERATION, &self.path, error))
+    }
+
+    fn preload(&self, stop: &dyn Fn() -> bool) {
+        const OPERATION: &str = "preload";
+        let Mode::Index(options) = &self.mode else { return };
+        let most = usize::from(options.max_open_files) * 3 / 4;
+        let Ok(open) = self.opened(OPERATION) else { return };
+        if let Ok(family) = self.family(&open, Family::Map, OPERATION) {
+            preload(&open.db, family, Family::Map.name(), most, stop);
+        }
     }
 
     fn stats(&self) -> IndexResult<KvStats> {

@@ -279,3 +279,32 @@ fn a_family_of_the_other_database_is_refused() {
     assert_eq!(kv.write(&put(Family::Rows, b"k", b"v")).unwrap_err().kind(), IndexErrorKind::Invalid);
     assert_eq!(kv.get(Family::Rows, b"k").unwrap_err().kind(), IndexErrorKind::Invalid);
 }
+
+/// How many tables of a database this process has open.
+fn open_tables(path: &Path) -> usize {
+    let links = fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let targets = links.filter_map(|link| fs::read_link(link.path()).ok());
+    targets.filter(|to| to.starts_with(path) && to.extension().is_some_and(|e| e == "sst")).count()
+}
+
+#[test]
+fn preloading_opens_the_tables_that_reads_would_have_to_unless_it_is_told_to_stop() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().canonicalize().unwrap().join("index");
+    let kv = RocksKv::open(&path, &small()).unwrap();
+    // Fewer than make RocksDB compact them into one.
+    for number in 0..7_u8 {
+        kv.write(&put(Family::Map, &[number; 26], b"row")).unwrap();
+        kv.flush().unwrap();
+    }
+    drop(kv);
+    // With room for so few files RocksDB opens one or two by itself.
+    let kv = RocksKv::open(&path, &RocksOptions { max_open_files: 20, ..small() }).unwrap();
+    let before = open_tables(&path);
+    assert!(before < 7, "nothing is left to do: {before}");
+    kv.preload(&|| true);
+    assert_eq!(open_tables(&path), before);
+    kv.preload(&|| false);
+    assert!((7..=10).contains(&open_tables(&path)), "{before}, then {}", open_tables(&path));
+    assert_eq!(rows(&kv, Family::Map, &[3; 26], &[3; 27]).len(), 1);
+}

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rand::Rng;
 
 use super::error::{IndexError, IndexErrorKind, IndexResult};
-use super::kv::{Family, Kv, KvStats, Visit, WriteBatch, WriteOp};
+use super::kv::{Family, Kv, KvStats, VisitEach, WriteBatch, WriteOp};
 
 type Rows = BTreeMap<(Family, Vec<u8>), Vec<u8>>;
 
@@ -174,15 +174,17 @@ impl Kv for SimKv {
         Ok(self.state().rows.get(&(family, key.to_vec())).cloned())
     }
 
-    fn scan(&self, family: Family, from: &[u8], to: &[u8], visit: &mut Visit<'_>) -> IndexResult<()> {
-        if from < to {
-            let state = self.state();
+    fn scan_each(
+        &self,
+        family: Family,
+        ranges: &[(&[u8], &[u8])],
+        visit: &mut VisitEach<'_>,
+    ) -> IndexResult<()> {
+        let state = self.state();
+        for (which, (from, to)) in ranges.iter().enumerate().filter(|(_, (from, to))| from < to) {
             let range = (family, from.to_vec())..(family, to.to_vec());
-            for ((_, key), value) in state.rows.range(range) {
-                if !visit(key, value) {
-                    break;
-                }
-            }
+            let mut rows = state.rows.range(range);
+            while rows.next().is_some_and(|((_, key), value)| visit(which, key, value)) {}
         }
         Ok(())
     }

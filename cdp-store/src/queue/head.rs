@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering as Memory;
 use std::time::Duration;
 
 use cdp_types::{
-    ByteRange, DeviceQueue, Event, IoBuf, IoError, IoErrorKind, Op, Ordinal, Ranges, RequestId, Wait,
+    BlockRange, ByteRange, DeviceQueue, Event, IoBuf, IoError, IoErrorKind, Op, Ordinal, Ranges, RequestId,
+    Wait,
 };
 use slab::Slab;
 
@@ -17,6 +18,9 @@ use super::inbox::{Inbox, Mail};
 use super::partial::PartialWrite;
 use super::read::{READ_TOKEN, Reader};
 use super::write::is_partial;
+use crate::index::BlockState;
+use crate::leaves::States;
+use crate::loaders::Errand;
 use crate::log::{Draft, Pending};
 use crate::storage::{AlignedBuf, Done, Lane, Token};
 use crate::volume::Volume;
@@ -36,6 +40,14 @@ pub(super) enum Job {
     Sync,
     /// The old content of a block that is written in part.
     Base(usize),
+}
+
+/// A read whose blocks' places are being looked up.
+#[derive(Debug)]
+struct Seeking {
+    id: RequestId,
+    offset: u64,
+    into: IoBuf,
 }
 
 /// One queue of a volume's head. Passive between calls; everything happens on the caller's thread.
@@ -58,6 +70,8 @@ pub struct HeadQueue {
     pub(super) spare: Vec<AlignedBuf>,
     pub(super) flushes: Flushes,
     reader: Reader,
+    /// Reads that wait for where their blocks lie.
+    seeking: Slab<Seeking>,
     /// Batches whose completions were returned by the last `poll`.
     pub(super) handed_over: Vec<Ordinal>,
     mail: Vec<Mail>,
@@ -90,6 +104,7 @@ impl HeadQueue {
             spare: Vec::new(),
             flushes: Flushes::default(),
             reader: Reader::new(alignment),
+            seeking: Slab::new(),
             handed_over: Vec::new(),
             mail: Vec::new(),
             done: Vec::new(),
@@ -151,16 +166,56 @@ impl HeadQueue {
         if self.is_superseded() {
             return Err(IoError::new(IoErrorKind::Gone, SUPERSEDED));
         }
-        let states = self.volume.states(range.touched_blocks()).map_err(|e| {
-            tracing::error!(volume = %self.volume.id(), "{e}");
-            e.to_io()
-        })?;
+        let blocks = range.touched_blocks();
+        match self.volume.cached_states(blocks) {
+            Some(states) => self.read_from(id, offset, into, &states),
+            // Without anything else to do this thread is the quickest.
+            None if self.in_flight > 1 && self.send_for(id, offset, into, blocks) => {}
+            None => {
+                let states = self.volume.states(blocks).map_err(|e| self.unknown(&e))?;
+                self.read_from(id, offset, into, &states);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has somebody else find out where a read's blocks lie; says whether there is somebody.
+    fn send_for(&mut self, id: RequestId, offset: u64, into: &IoBuf, blocks: BlockRange) -> bool {
+        let ticket = self.seeking.insert(Seeking { id, offset, into: into.share() });
+        let errand = Errand::new(&self.volume, blocks, &self.inbox, ticket);
+        let sent = self.volume.shared().loaders.send(errand);
+        if let Err(errand) = sent {
+            self.seeking.remove(errand.withdraw());
+            return false;
+        }
+        true
+    }
+
+    /// Somebody has found out where a read's blocks lie.
+    fn located(&mut self, ticket: usize, states: crate::error::Result<Box<States>>) {
+        let Some(Seeking { id, offset, into }) = self.seeking.try_remove(ticket) else { return };
+        match states {
+            // What its blocks held before the revert is not what its reader wants to know.
+            _ if self.is_superseded() => self.finish(id, Err(IoError::new(IoErrorKind::Gone, SUPERSEDED))),
+            Ok(states) => self.read_from(id, offset, &into, &states),
+            Err(error) => {
+                let error = self.unknown(&error);
+                self.finish(id, Err(error));
+            }
+        }
+    }
+
+    fn unknown(&self, error: &crate::error::Error) -> IoError {
+        tracing::error!(volume = %self.volume.id(), "{error}");
+        error.to_io()
+    }
+
+    fn read_from(&mut self, id: RequestId, offset: u64, into: &IoBuf, states: &[BlockState]) {
         let counters = self.volume.counters();
         counters.reads.fetch_add(1, Memory::Relaxed);
-        counters.read_bytes.fetch_add(range.len, Memory::Relaxed);
+        counters.read_bytes.fetch_add(into.len() as u64, Memory::Relaxed);
         let segments = &self.volume.shared().log.segments;
-        self.reader.start(&mut *self.lane, segments, id, offset, into, &states, &mut self.events);
-        Ok(())
+        self.reader.start(&mut *self.lane, segments, id, offset, into, states, &mut self.events);
     }
 
     fn start_change(&mut self, id: RequestId, op: Op) -> Result<(), IoError> {
@@ -183,6 +238,7 @@ impl HeadQueue {
             match message {
                 Mail::Acked { ordinal, requests } => self.acknowledged(ordinal, requests),
                 Mail::Failed { error, requests } => self.batch_failed(error, requests),
+                Mail::Located { ticket, states } => self.located(ticket, states),
                 Mail::Retry => {}
             }
         }

@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cdp_types::{IoErrorKind, Ordinal};
 
+use crate::error::Result;
+use crate::leaves::States;
 use crate::log::Pending;
 use crate::storage::Waker;
 
@@ -24,6 +26,13 @@ pub enum Mail {
         error: Option<IoErrorKind>,
         /// Its requests.
         requests: Vec<Pending>,
+    },
+    /// Where the blocks of a read lie that waits for it.
+    Located {
+        /// The read's ticket.
+        ticket: usize,
+        /// The blocks' states.
+        states: Result<Box<States>>,
     },
     /// Something that this queue waits for may have come: a segment, a cut, a sync, an acknowledgement.
     Retry,

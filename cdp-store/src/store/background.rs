@@ -1,4 +1,5 @@
-//! What a store does by itself: supplying segments, zero-filling ahead, syncing, indexing.
+//! What a store does by itself: supplying segments, zero-filling ahead, syncing, indexing, and once, after its opening,
+//! preloading the index.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, Weak};
@@ -73,6 +74,14 @@ impl Store {
                 .map_err(|e| Error::io(format!("starting thread {}", task.name()), e))?;
             background.threads.push(thread);
         }
+        let loaders = self.inner.shared.loaders.start();
+        background.threads.extend(loaders.map_err(|e| Error::io("starting threads that read leaves", e))?);
+        let (shared, store) = (Arc::clone(&self.inner.shared), Arc::downgrade(&self.inner));
+        let thread = std::thread::Builder::new()
+            .name("cdp-preload".to_owned())
+            .spawn(move || shared.index.preload(&|| shared.is_closing() || store.strong_count() == 0))
+            .map_err(|e| Error::io("starting thread cdp-preload", e))?;
+        background.threads.push(thread);
         Ok(())
     }
 
@@ -82,6 +91,12 @@ impl Store {
     /// What the file system says, other than that it is full.
     pub fn pool_step(&self) -> Result<bool> {
         Ok(matches!(self.pool_progress()?, Progress::More | Progress::Filled))
+    }
+
+    /// Looks up the places that the read waits for which has waited the longest; says whether any did. For stores without
+    /// background threads.
+    pub fn load_step(&self) -> bool {
+        self.inner.shared.loaders.step()
     }
 
     fn pool_progress(&self) -> Result<Progress> {
@@ -256,6 +271,7 @@ impl Store {
         }
         shared.pool_bell.ring();
         shared.index_bell.ring();
+        shared.loaders.close();
         if let Some(reach) = &shared.reach {
             reach.remove_if_small();
         }

@@ -160,13 +160,15 @@ impl Store {
         Opening::new(seams, StoreOptions::default(), Mode::Read)?.run()
     }
 
-    /// Opens a store on any seams, without background threads: [`Store::pool_step`], [`Store::index_step`] and
-    /// [`Store::upkeep`] do their work.
+    /// Opens a store on any seams, without background threads: [`Store::pool_step`], [`Store::load_step`],
+    /// [`Store::index_step`] and [`Store::upkeep`] do their work.
     ///
     /// # Errors
     /// As [`Store::open`].
     pub fn open_on(seams: Seams, options: StoreOptions) -> Result<Self> {
-        Opening::new(seams, options, Mode::Write)?.run()
+        let store = Opening::new(seams, options, Mode::Write)?.run()?;
+        store.inner.shared.loaders.by_hand();
+        Ok(store)
     }
 }
 

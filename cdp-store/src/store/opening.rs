@@ -16,6 +16,7 @@ use crate::format::{BatchPlace, RecordKind, Superblock};
 use crate::index::{LogPos, TimeIndex, Watermark, WriteBatch};
 use crate::leaves::LeafBudget;
 use crate::lineage::{Branches, Flattening};
+use crate::loaders::Loaders;
 use crate::log::{Fence, LogContext, LogEnd, LogState, live_chain, recover};
 use crate::options::StoreOptions;
 use crate::reach::{self, ReachTable, Reached};
@@ -263,6 +264,7 @@ impl Opening {
             index,
             clock,
             leaf_budget: Arc::clone(&self.leaf_budget),
+            loaders: Loaders::default(),
             tuning,
             branches,
             next_origin: AtomicU64::new(first_origin(generation)),

@@ -419,6 +419,12 @@ impl Volume {
         }
     }
 
+    /// The same, if the map has them all.
+    pub(crate) fn cached_states(&self, blocks: BlockRange) -> Option<States> {
+        let mut states = States::new();
+        (self.map().cached_run(blocks, &mut states) == blocks.count).then_some(states)
+    }
+
     /// Brings a leaf into the head map's cache.
     fn load_leaf(&self, leaf: u64) -> Result<()> {
         self.counters.leaf_loads.fetch_add(1, Memory::Relaxed);

@@ -49,6 +49,7 @@ impl Bench {
             }
             self.machine.disk.clock().advance(std::time::Duration::from_millis(1));
             // Its errors are what some of these tests order.
+            self.machine.store().load_step();
             let _ = self.machine.store().pool_step();
         }
         let volumes = self.machine.store().volumes();

@@ -288,6 +288,7 @@ impl Machine {
             }
             let _ = self.disk.step();
             if round % 4 == 0 {
+                self.store().load_step();
                 let stepped = self.store().pool_step();
                 self.expect(stepped);
             }

@@ -331,7 +331,8 @@ impl Machine {
             350..380 => self.submit_read(),
             380..640 => self.poll_some(),
             640..860 => drop(self.disk.step()),
-            860..920 => {
+            860..880 => drop(self.store().load_step()),
+            880..920 => {
                 let stepped = self.store().pool_step();
                 self.expect(stepped);
             }
@@ -513,6 +514,7 @@ impl Machine {
             }
             let _ = self.disk.step();
             if round % 4 == 0 && self.is_alive() {
+                self.store().load_step();
                 let stepped = self.store().pool_step();
                 self.expect(stepped);
             }

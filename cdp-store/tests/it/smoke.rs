@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cdp_store::{Store, StoreOptions, VerifyProgress, VolumeSpec};
-use cdp_types::{BlockDevice, DeviceQueue, Event, Instant, IoBuf, Op, Origin, RequestId, Wait};
+use cdp_types::{BlockDevice, DeviceQueue, Event, Instant, IoBuf, IoErrorKind, Op, Origin, RequestId, Wait};
 
 fn options() -> StoreOptions {
     StoreOptions { segment_bytes: 4 << 20, pool_segments: 1, reserve_bytes: 0, ..StoreOptions::default() }
@@ -150,4 +150,70 @@ fn many_volumes_come_back_each_with_its_own_content() {
         assert_eq!(read(&*volume, 0, 512), vec![number; 512], "volume {number}");
     }
     store.close().unwrap();
+}
+
+/// Reads many blocks at once; each holds the number of its leaf throughout, or its read may fail if `or_gone`.
+fn read_leaves(queue: &mut Box<dyn DeviceQueue>, leaves: &[u64], or_gone: bool, meanwhile: impl FnOnce()) {
+    let landing: Vec<IoBuf> = leaves.iter().map(|_| IoBuf::zeroed(4096)).collect();
+    for (id, (leaf, into)) in leaves.iter().zip(&landing).enumerate() {
+        queue.submit(RequestId(id as u64), Op::Read { offset: leaf * LEAF_BYTES, into: into.share() });
+    }
+    meanwhile();
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    let mut ended = 0;
+    while ended < leaves.len() {
+        assert!(std::time::Instant::now() < deadline, "{} reads never ended", leaves.len() - ended);
+        let mut events = Vec::new();
+        queue.poll(Wait::For(Duration::from_millis(100)), &mut events).unwrap();
+        for event in events {
+            let Event::Completed { id, result } = event else { continue };
+            ended += 1;
+            match result {
+                Ok(()) => {
+                    let number = leaves[id.0 as usize];
+                    assert_eq!(landing[id.0 as usize].to_vec(), vec![number as u8; 4096], "leaf {number}");
+                }
+                Err(error) => assert!(or_gone && error.kind() == IoErrorKind::Gone, "{error}"),
+            }
+        }
+    }
+}
+
+/// What a leaf of the map covers.
+const LEAF_BYTES: u64 = 2 << 20;
+
+#[test]
+fn reads_of_more_leaves_than_the_map_may_keep_find_them_while_others_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let options = StoreOptions { map_budget_bytes: 0, ..options() };
+    Store::create(&path, &options).unwrap();
+    let name: cdp_types::VolumeName = "web1".parse().unwrap();
+    let store = Store::open(&path, options).unwrap();
+    let spec = VolumeSpec { size_bytes: 200 * LEAF_BYTES, logical_block_size: 512 };
+    let volume = store.create_volume(&name, spec).unwrap();
+    let mut queue = volume.open_queue().unwrap();
+    write(&mut queue, 0, 0, 4096);
+    let first = Instant::Seq(volume.head().seq);
+    (1..200).for_each(|leaf| write(&mut queue, leaf * LEAF_BYTES, leaf as u8, 4096));
+    drop((queue, volume));
+    store.close().unwrap();
+    drop(store);
+
+    let store = Store::open(&path, options).unwrap();
+    let volume = store.volume(&name).unwrap();
+    let mut queue = volume.open_queue().unwrap();
+    let leaves: Vec<u64> = (0..64).map(|nth| nth * 77 % 200).collect();
+    for round in 0..5 {
+        let some: Vec<u64> = leaves.iter().map(|leaf| (leaf + round * 31) % 200).collect();
+        read_leaves(&mut queue, &some, false, || ());
+    }
+    let loads = store.volumes()[0].stats.leaf_loads;
+    assert!(loads >= 200, "most of these leaves were not at hand: {loads}");
+    // Whoever reads while the volume is reverted, or the store closed, gets an answer.
+    let revert = || drop(store.revert(&[(name.clone(), first.clone())], true).unwrap());
+    read_leaves(&mut queue, &leaves, true, revert);
+    let mut queue = volume.open_queue().unwrap();
+    read_leaves(&mut queue, &[0; 64], false, || ());
+    read_leaves(&mut queue, &[0; 64], true, || store.close().unwrap());
 }

@@ -209,7 +209,8 @@ impl Config {
         let store = file.store;
         options.segment_bytes = store.segment_size.map_or(options.segment_bytes, |size| size.0);
         options.pool_segments = store.pool_segments.unwrap_or(options.pool_segments);
-        options.map_budget_bytes = store.map_budget.map_or(options.map_budget_bytes, |size| size.0 as usize);
+        let budget = store.map_budget.map_or_else(|| map_budget(memory_bytes()), |size| size.0);
+        options.map_budget_bytes = usize::try_from(budget).unwrap_or(usize::MAX);
         options.reserve_bytes = store.reserve.map_or(options.reserve_bytes, |size| size.0);
         options.full_wait = store.full_wait_s.map_or(options.full_wait, Duration::from_secs);
         self.create = store.create.unwrap_or(self.create);
@@ -233,6 +234,20 @@ impl Config {
     }
 }
 
+/// The map's budget where none is configured, in bytes: 1/128 of the machine's memory, from 48 MiB to 1 GiB. It is used
+/// only as far as guests work on so much; without it their reads would wait for the index.
+fn map_budget(memory_bytes: u64) -> u64 {
+    (memory_bytes / 128).clamp(48 << 20, 1 << 30)
+}
+
+/// The machine's memory, in bytes; 0 if it cannot be told.
+fn memory_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total =
+        text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.strip_suffix("kB")?.trim().parse().ok());
+    total.map_or(0, |kib: u64| kib << 10)
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -251,6 +266,16 @@ mod tests {
         let config = Config::load(directory.path(), &Overrides::default()).unwrap();
         assert!(config.create && config.http.is_none());
         assert_eq!(config.socket_mode, 0o600);
+    }
+
+    #[test]
+    fn the_map_may_have_more_where_there_is_more_memory() {
+        assert_eq!(map_budget(0), 48 << 20);
+        assert_eq!(map_budget(32 << 30), 256 << 20);
+        assert_eq!(map_budget(1 << 40), 1 << 30);
+        assert!(memory_bytes() > 64 << 20, "{}", memory_bytes());
+        let config = load("[store]\n", &Overrides::default()).unwrap();
+        assert_eq!(config.options.map_budget_bytes as u64, map_budget(memory_bytes()));
     }
 
     #[test]
