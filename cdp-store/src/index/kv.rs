@@ -250,6 +250,14 @@ pub trait Kv: Send + Sync + fmt::Debug {
         let _ = stop;
     }
 
+    /// Uses a time in which nothing is written to make reads shorter, in the background; the next write ends it.
+    ///
+    /// # Errors
+    /// Of the kinds above. Nothing is lost but the time.
+    fn tidy(&self) -> IndexResult<()> {
+        Ok(())
+    }
+
     /// Figures for metrics.
     fn stats(&self) -> IndexResult<KvStats>;
 }

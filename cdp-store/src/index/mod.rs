@@ -265,6 +265,14 @@ impl TimeIndex {
         Ok(())
     }
 
+    /// See [`Kv::tidy`].
+    ///
+    /// # Errors
+    /// As [`Kv`].
+    pub fn tidy(&self) -> IndexResult<()> {
+        self.kv.tidy()
+    }
+
     /// See [`Kv::preload`].
     pub fn preload(&self, stop: &dyn Fn() -> bool) {
         self.kv.preload(stop);

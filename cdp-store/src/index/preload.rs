@@ -1,35 +1,45 @@
 //! Getting a database that was just opened ready for reads that nobody has made yet.
 //!
 //! RocksDB opens 16 of its tables when it is opened, and each of the others when a read first needs it, which takes
-//! that read some five reads of the disk more. And a read of a leaf looks into every file of level 0: most of them were
-//! in the kernel's cache when the process ended, but are not after a reboot.
+//! that read some five reads of the disk more. A read of a leaf looks into every file of level 0 and into one of each other
+//! level, and needs a piece of each one's index first. Most of that was in the kernel's cache when the process ended, but is
+//! not after a reboot.
 
 use std::fs::File;
-use std::path::Path;
-use std::time::Duration;
+use std::io::Result;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use rocksdb::{ColumnFamily, DB, LiveFile, ReadOptions};
-use rustix::fs::Advice;
 
-/// How much of the newest files the kernel is asked to read. Level 0 rarely has more.
-const AHEAD_BYTES: u64 = 192 << 20;
-/// Bytes that it is asked for at a time.
-const PIECE_BYTES: u64 = 1 << 20;
-/// A pause after each piece and after each table: guests come first.
-const PAUSE: Duration = Duration::from_millis(2);
+/// How much of the newest files is read. Level 0 and the level that follows it rarely have more.
+const NEWEST_BYTES: u64 = 256 << 20;
+/// Which part of a table its index and its filters take at most: they are its end.
+const INDEX_SHARE: u64 = 128;
+/// Bytes that are read at a time.
+const PIECE_BYTES: u64 = 256 << 10;
+/// The shortest pause after a piece and after a table: guests come first. Where the disk takes longer, so does the pause.
+const PAUSE: Duration = Duration::from_micros(500);
 
-/// Has the newest tables of a family read by the kernel, and opens all, up to `most` of them, the largest levels first. Ends early once `stop` says so. What cannot be read is left to whoever needs it.
+/// Opens the tables of a family, up to `most` of them, the largest levels first, reads their indexes, and reads the newest
+/// tables whole, so that the kernel has them. Ends early once `stop` says so. What cannot be read is left to whoever needs it.
 pub(super) fn preload(db: &DB, family: &ColumnFamily, name: &str, most: usize, stop: &dyn Fn() -> bool) {
     let Ok(mut files) = db.live_files() else { return };
     files.retain(|file| file.column_family_name == name);
     // A new file's name is greater than all older ones'.
     files.sort_by(|a, b| (a.level, &b.name).cmp(&(b.level, &a.name)));
-    let mut left = AHEAD_BYTES;
-    for file in files.iter().take_while(|file| file.level <= 0) {
-        let bytes = (file.size as u64).min(left);
-        left -= bytes;
-        if stop() || read_ahead(db.path(), file, bytes, stop).is_err() {
+    let mut left = NEWEST_BYTES;
+    for file in &files {
+        let whole = left.min(file.size as u64);
+        left -= whole;
+        if stop() {
             return;
+        }
+        // One that was compacted away meanwhile is missing.
+        if let Err(error) = Reader::of(db, file).and_then(|mut table| table.read(whole, stop)) {
+            tracing::debug!(%error, "{} is not read ahead", file.name);
         }
     }
     for file in files.iter().rev().take(most) {
@@ -37,19 +47,41 @@ pub(super) fn preload(db: &DB, family: &ColumnFamily, name: &str, most: usize, s
             return;
         }
         open_table(db, family, file);
-        std::thread::sleep(PAUSE);
+        sleep(PAUSE);
     }
 }
 
-fn read_ahead(database: &Path, file: &LiveFile, bytes: u64, stop: &dyn Fn() -> bool) -> std::io::Result<()> {
-    let table = File::open(database.join(file.name.trim_start_matches('/')))?;
-    let mut at = 0;
-    while at < bytes && !stop() {
-        rustix::fs::fadvise(&table, at, std::num::NonZeroU64::new(PIECE_BYTES), Advice::WillNeed)?;
-        at += PIECE_BYTES;
-        std::thread::sleep(PAUSE);
+/// Reads a table, so that the kernel keeps it.
+struct Reader {
+    file: File,
+    bytes: u64,
+    scratch: Vec<u8>,
+}
+
+impl Reader {
+    fn of(db: &DB, table: &LiveFile) -> Result<Self> {
+        let path: PathBuf = db.path().join(table.name.trim_start_matches('/'));
+        let file = File::open(path)?;
+        Ok(Self { file, bytes: table.size as u64, scratch: vec![0; PIECE_BYTES as usize] })
     }
-    Ok(())
+
+    /// Its last part in any case, and as much of its beginning.
+    fn read(&mut self, whole: u64, stop: &dyn Fn() -> bool) -> Result<()> {
+        let index = (self.bytes / INDEX_SHARE).max(PIECE_BYTES).min(self.bytes);
+        self.range(self.bytes - index, self.bytes, stop)?;
+        self.range(0, whole, stop)
+    }
+
+    fn range(&mut self, mut from: u64, to: u64, stop: &dyn Fn() -> bool) -> Result<()> {
+        while from < to && !stop() {
+            let piece = &mut self.scratch[..PIECE_BYTES.min(to - from) as usize];
+            let begun = Instant::now();
+            self.file.read_exact_at(piece, from)?;
+            from += piece.len() as u64;
+            sleep(begun.elapsed().max(PAUSE));
+        }
+        Ok(())
+    }
 }
 
 /// Looks at the first row of a table, which leaves it open. The block that the row lies in is not kept.

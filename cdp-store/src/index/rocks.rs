@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use rocksdb::{ColumnFamily, CompactOptions, DB, FlushOptions, ReadOptions, WriteOptions, properties};
@@ -50,6 +51,8 @@ pub struct RocksKv {
     mode: Mode,
     /// `None` only after a failed [`Kv::clear`].
     open: RwLock<Option<Open>>,
+    /// It compacts more than it does while it is written.
+    tidying: AtomicBool,
 }
 
 /// The kind of an error that RocksDB reports, which has no codes through this interface, only texts.
@@ -178,7 +181,13 @@ impl RocksKv {
         }
         let open = Self::open_database(path, &mode)
             .map_err(|error| IndexError::new(classify(&error, true), "open", &*place).because(error))?;
-        Ok(Self { path: path.to_owned(), place, mode, open: RwLock::new(Some(open)) })
+        Ok(Self {
+            path: path.to_owned(),
+            place,
+            mode,
+            open: RwLock::new(Some(open)),
+            tidying: AtomicBool::new(false),
+        })
     }
 
     /// Opens it on a thread of that name: RocksDB's threads, of which one is without end, inherit it.
@@ -208,6 +217,12 @@ impl RocksKv {
 
     fn failed(&self, operation: &'static str) -> impl Fn(rocksdb::Error) -> IndexError + '_ {
         move |error| IndexError::new(classify(&error, false), operation, &*self.place).because(error)
+    }
+
+    /// Has files of the map's level 0 compacted when there are so many.
+    fn compact_from(&self, open: &Open, files: i32) -> Result<(), rocksdb::Error> {
+        let Some(map) = open.db.cf_handle(Family::Map.name()) else { return Ok(()) };
+        open.db.set_options_cf(map, &[("level0_file_num_compaction_trigger", &files.to_string())])
     }
 
     fn invalid(&self, operation: &'static str) -> IndexError {
@@ -278,6 +293,9 @@ impl Kv for RocksKv {
                 WriteOp::Delete { key } => rows.delete_cf(family, key),
                 WriteOp::DeleteRange { from, to } => rows.delete_range_cf(family, from, to),
             }
+        }
+        if self.tidying.load(Ordering::Relaxed) && self.tidying.swap(false, Ordering::Relaxed) {
+            self.compact_from(&open, tuning::LEVEL_ZERO_FILES).map_err(self.failed(OPERATION))?;
         }
         open.db.write_opt(rows, &options).map_err(self.failed(OPERATION))
     }
@@ -368,6 +386,19 @@ impl Kv for RocksKv {
         Self::destroy(&self.path)?;
         *guard = Some(Self::open_database(&self.path, &self.mode).map_err(self.failed(OPERATION))?);
         sync_parent(&self.path).map_err(|error| io_error(OPERATION, &self.path, error))
+    }
+
+    fn tidy(&self) -> IndexResult<()> {
+        const OPERATION: &str = "tidy";
+        let Mode::Index(_) = self.mode else { return Ok(()) };
+        let open = self.opened(OPERATION)?;
+        let map = self.family(&open, Family::Map, OPERATION)?;
+        let level_zero = open.db.property_int_value_cf(map, properties::num_files_at_level(0));
+        if level_zero.map_err(self.failed(OPERATION))?.unwrap_or(0) >= tuning::WORTH_TIDYING {
+            self.tidying.store(true, Ordering::Relaxed);
+            self.compact_from(&open, tuning::LEVEL_ZERO_FILES_IDLE).map_err(self.failed(OPERATION))?;
+        }
+        Ok(())
     }
 
     fn preload(&self, stop: &dyn Fn() -> bool) {

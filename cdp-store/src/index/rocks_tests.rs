@@ -280,6 +280,39 @@ fn a_family_of_the_other_database_is_refused() {
     assert_eq!(kv.get(Family::Rows, b"k").unwrap_err().kind(), IndexErrorKind::Invalid);
 }
 
+fn level_zero(kv: &RocksKv) -> u64 {
+    let open = kv.opened("look").unwrap();
+    let map = open.db.cf_handle(Family::Map.name()).unwrap();
+    open.db.property_int_value_cf(map, properties::num_files_at_level(0)).unwrap().unwrap()
+}
+
+#[test]
+fn files_are_compacted_sooner_while_nothing_is_written_and_only_then() {
+    let directory = tempfile::tempdir().unwrap();
+    let kv = RocksKv::open(directory.path().join("index"), &small()).unwrap();
+    let files = |some: std::ops::Range<u8>| {
+        for number in some {
+            kv.write(&put(Family::Map, &[number; 26], b"row")).unwrap();
+            kv.flush().unwrap();
+        }
+        settle(&kv);
+        level_zero(&kv)
+    };
+    assert_eq!(files(0..3), 3);
+    kv.tidy().unwrap();
+    settle(&kv);
+    assert_eq!(level_zero(&kv), 3, "too few to be worth it");
+    assert_eq!(files(3..5), 5);
+    kv.tidy().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while level_zero(&kv) > 0 {
+        assert!(Instant::now() < deadline, "still {} files", level_zero(&kv));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(files(5..11), 6, "it is written again");
+    assert_eq!(rows(&kv, Family::Map, &[0; 26], &[12; 26]).len(), 11);
+}
+
 /// How many tables of a database this process has open.
 fn open_tables(path: &Path) -> usize {
     let links = fs::read_dir("/proc/self/fd").unwrap().flatten();

@@ -10,6 +10,14 @@ use super::kv::Family;
 
 const MIB: usize = 1 << 20;
 
+/// Files of the map's level 0 that are compacted into the next level. Each read looks into all of them; half as many take
+/// a quarter more processor time while it is written.
+pub(super) const LEVEL_ZERO_FILES: i32 = 8;
+/// The same while nothing is written.
+pub(super) const LEVEL_ZERO_FILES_IDLE: i32 = 2;
+/// So many files are worth it: each time the next level is rewritten, too.
+pub(super) const WORTH_TIDYING: u64 = 4;
+
 /// What an operator can choose about the time index's database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RocksOptions {
@@ -142,7 +150,7 @@ impl Tuned {
         // Rows are never replaced, so that compaction only sorts. Little of it is enough, and a writer that waits
         // for it (it would hold up the index watermark) is worse than a read that looks into a few more files.
         options.set_level_compaction_dynamic_level_bytes(true);
-        options.set_level_zero_file_num_compaction_trigger(8);
+        options.set_level_zero_file_num_compaction_trigger(LEVEL_ZERO_FILES);
         options.set_level_zero_slowdown_writes_trigger(32);
         options.set_level_zero_stop_writes_trigger(64);
         options.set_max_bytes_for_level_base(256 * MIB as u64);

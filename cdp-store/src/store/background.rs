@@ -382,6 +382,9 @@ fn index(store: &Store) -> Duration {
     let done = !kept.failing && kept.chunks_since_flush == 0;
     drop(kept);
     let rests = done && store.may_rest();
+    if rests && let Err(error) = store.inner.shared.index.tidy() {
+        tracing::warn!("tidying the time index: {}", chain(&error));
+    }
     health().rested = rests;
     if rests { REST } else { interval }
 }
