@@ -9,6 +9,7 @@ pub mod clock;
 pub mod index;
 pub mod storage;
 
+mod backlog;
 mod catalogue;
 mod error;
 mod format;

@@ -16,7 +16,7 @@ use rocksdb::{ColumnFamily, DB, LiveFile, ReadOptions};
 
 /// How much of the newest files is read. Level 0 and the level that follows it rarely have more.
 const NEWEST_BYTES: u64 = 256 << 20;
-/// Which part of a table its index and its filters take at most: they are its end.
+/// Which part of a table its index takes, which is its end; where each node has but one short row it takes more.
 const INDEX_SHARE: u64 = 128;
 /// Bytes that are read at a time.
 const PIECE_BYTES: u64 = 256 << 10;

@@ -294,8 +294,12 @@ impl Kv for RocksKv {
                 WriteOp::DeleteRange { from, to } => rows.delete_range_cf(family, from, to),
             }
         }
-        if self.tidying.load(Ordering::Relaxed) && self.tidying.swap(false, Ordering::Relaxed) {
-            self.compact_from(&open, tuning::LEVEL_ZERO_FILES).map_err(self.failed(OPERATION))?;
+        if self.tidying.load(Ordering::Acquire) && self.tidying.swap(false, Ordering::AcqRel) {
+            // No row depends on it.
+            if let Err(error) = self.compact_from(&open, tuning::LEVEL_ZERO_FILES) {
+                tracing::warn!("{}: the options for writing are not set: {error}", self.place);
+                self.tidying.store(true, Ordering::Release);
+            }
         }
         open.db.write_opt(rows, &options).map_err(self.failed(OPERATION))
     }
@@ -395,8 +399,11 @@ impl Kv for RocksKv {
         let map = self.family(&open, Family::Map, OPERATION)?;
         let level_zero = open.db.property_int_value_cf(map, properties::num_files_at_level(0));
         if level_zero.map_err(self.failed(OPERATION))?.unwrap_or(0) >= tuning::WORTH_TIDYING {
-            self.tidying.store(true, Ordering::Relaxed);
-            self.compact_from(&open, tuning::LEVEL_ZERO_FILES_IDLE).map_err(self.failed(OPERATION))?;
+            let set = self.compact_from(&open, tuning::LEVEL_ZERO_FILES_IDLE);
+            // Only now, and even if it failed, which it may say of an option that is in force: a write that came in between
+            // has set nothing back, and the next one will.
+            self.tidying.store(true, Ordering::Release);
+            set.map_err(self.failed(OPERATION))?;
         }
         Ok(())
     }

@@ -28,6 +28,11 @@ use crate::volume::Volume;
 /// How long a queue that is being dropped sleeps at a time, while the kernel works on what it has begun.
 const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long a queue sleeps at a time while its requests wait for space.
+const STALLED_RETRY: Duration = Duration::from_millis(100);
+/// The same while they wait for the index to catch up.
+const BEHIND_RETRY: Duration = Duration::from_millis(5);
+
 /// What the queues are told that were open when their volume was reverted.
 const SUPERSEDED: &str = "the volume was reverted to another instant: connect again";
 
@@ -278,14 +283,20 @@ impl HeadQueue {
         Ok(())
     }
 
-    /// How long this queue may sleep: requests that wait for space have a deadline.
+    /// How long this queue may sleep: requests that wait for space have a deadline, and nobody tells those that wait for the
+    /// index.
     fn limit(&self, wait: Wait) -> Wait {
         let stalled = self.blocked.is_some() || (self.partial.is_some() && self.batches_in_flight == 0);
-        let step = Duration::from_millis(100);
+        let writes = !self.waiting.is_empty() || self.blocked.is_some() || self.partial.is_some();
+        let step = match (stalled, writes && self.batch_limit() == 0) {
+            (_, true) => BEHIND_RETRY,
+            (true, false) => STALLED_RETRY,
+            (false, false) => return wait,
+        };
         match wait {
-            Wait::Forever if stalled => Wait::For(step),
-            Wait::For(limit) if stalled => Wait::For(limit.min(step)),
-            other => other,
+            Wait::Forever => Wait::For(step),
+            Wait::For(limit) => Wait::For(limit.min(step)),
+            Wait::No => Wait::No,
         }
     }
 }
@@ -389,7 +400,10 @@ impl DeviceQueue for HeadQueue {
     }
 
     fn arm(&mut self) -> io::Result<Wait> {
-        let idle = self.events.is_empty() && self.done.is_empty() && self.lane.arm()?;
+        // `poll` may have taken the wake-up of a message that came after its last look. What comes after this look wakes
+        // the lane, which has said by then that it sleeps.
+        let nothing = self.events.is_empty() && self.done.is_empty();
+        let idle = nothing && self.lane.arm()? && !self.inbox.has_mail();
         Ok(if idle { self.limit(Wait::Forever) } else { Wait::No })
     }
 
@@ -397,3 +411,7 @@ impl DeviceQueue for HeadQueue {
         self.in_flight
     }
 }
+
+#[cfg(test)]
+#[path = "head_tests.rs"]
+mod tests;

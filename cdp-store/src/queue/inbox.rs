@@ -85,6 +85,12 @@ impl Inbox {
         true
     }
 
+    /// Whether there are messages.
+    #[must_use]
+    pub fn has_mail(&self) -> bool {
+        self.mail().as_ref().is_some_and(|list| !list.is_empty())
+    }
+
     /// Takes all messages, oldest first, into `out`, which is empty.
     pub fn take(&self, out: &mut Vec<Mail>) {
         if let Some(list) = &mut *self.mail() {

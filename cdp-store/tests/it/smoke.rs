@@ -217,3 +217,48 @@ fn reads_of_more_leaves_than_the_map_may_keep_find_them_while_others_wait() {
     read_leaves(&mut queue, &[0; 64], false, || ());
     read_leaves(&mut queue, &[0; 64], true, || store.close().unwrap());
 }
+
+/// Changes that the index does not have are memory: whoever writes faster than it is written has to wait for it.
+#[test]
+fn writers_wait_for_an_index_that_is_far_behind() {
+    const MOST: usize = 500;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    // Far more could be written in between than may be behind.
+    let options =
+        StoreOptions { most_unindexed: MOST, index_interval: Duration::from_millis(200), ..options() };
+    Store::create(&path, &options).unwrap();
+    let store = Store::open(&path, options).unwrap();
+    let spec = VolumeSpec { size_bytes: 64 << 20, logical_block_size: 512 };
+    let volume = store.create_volume(&"web1".parse().unwrap(), spec).unwrap();
+    let mut queue = volume.open_queue().unwrap();
+    write(&mut queue, 0, 1, 4096);
+    let behind = || store.volumes()[0].stats.pending_changes;
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while behind() > 0 {
+        assert!(std::time::Instant::now() < deadline, "nothing is indexed");
+        // What it returned counts as delivered when it is asked again, and is indexed only then.
+        queue.poll(Wait::For(Duration::from_millis(5)), &mut Vec::new()).unwrap();
+    }
+    let (mut submitted, mut ended, mut most) = (0, 0, 0);
+    while ended < 4000 {
+        assert!(std::time::Instant::now() < deadline, "{ended} writes have ended");
+        while submitted < 4000 && submitted - ended < 64 {
+            let from = IoBuf::from_bytes(&[7; 4096]);
+            let op = Op::Write { offset: submitted * 4096, from, origin: Origin(0), fua: false };
+            queue.submit(RequestId(submitted), op);
+            submitted += 1;
+        }
+        let mut events = Vec::new();
+        queue.poll(Wait::For(Duration::from_millis(100)), &mut events).unwrap();
+        for event in events {
+            let Event::Completed { result, .. } = event else { continue };
+            result.unwrap();
+            ended += 1;
+        }
+        most = most.max(behind());
+    }
+    // What was in flight when the limit was reached comes on top.
+    assert!((MOST / 2..MOST + 64).contains(&(most as usize)), "{most} changes were not in the index");
+    store.close().unwrap();
+}

@@ -234,14 +234,29 @@ impl Config {
     }
 }
 
-/// The map's budget where none is configured, in bytes: 1/128 of the machine's memory, from 48 MiB to 1 GiB. It is used
+/// The map's budget where none is configured, in bytes: 1/128 of the memory there is, from 48 MiB to 1 GiB. It is used
 /// only as far as guests work on so much; without it their reads would wait for the index.
 fn map_budget(memory_bytes: u64) -> u64 {
     (memory_bytes / 128).clamp(48 << 20, 1 << 30)
 }
 
-/// The machine's memory, in bytes; 0 if it cannot be told.
+/// The memory that this process can have, in bytes: the machine's, or what its control groups allow (`memory.max`, see
+/// "Memory Interface Files" in the kernel's `cgroup-v2.rst`); 0 if it cannot be told.
 fn memory_bytes() -> u64 {
+    let group = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let path = group.lines().find_map(|line| line.strip_prefix("0::/"));
+    let allowed = path.and_then(|path| memory_allowed(Path::new("/sys/fs/cgroup"), Path::new(path)));
+    allowed.map_or_else(machine_bytes, |allowed| machine_bytes().min(allowed))
+}
+
+/// The least that a control group and those above it allow, in bytes, if any of them does.
+fn memory_allowed(root: &Path, group: &Path) -> Option<u64> {
+    let limit =
+        |group: &Path| fs::read_to_string(root.join(group).join("memory.max")).ok()?.trim().parse().ok();
+    group.ancestors().filter_map(limit).min()
+}
+
+fn machine_bytes() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total =
         text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.strip_suffix("kB")?.trim().parse().ok());
@@ -273,7 +288,14 @@ mod tests {
         assert_eq!(map_budget(0), 48 << 20);
         assert_eq!(map_budget(32 << 30), 256 << 20);
         assert_eq!(map_budget(1 << 40), 1 << 30);
-        assert!(memory_bytes() > 64 << 20, "{}", memory_bytes());
+        assert!(machine_bytes() > 64 << 20, "{}", machine_bytes());
+        let groups = tempfile::tempdir().unwrap();
+        fs::create_dir_all(groups.path().join("a/b")).unwrap();
+        assert_eq!(memory_allowed(groups.path(), Path::new("a/b")), None);
+        for (group, limit) in [("a/b", "max\n"), ("a", "1048576\n"), ("", "4194304\n")] {
+            fs::write(groups.path().join(group).join("memory.max"), limit).unwrap();
+        }
+        assert_eq!(memory_allowed(groups.path(), Path::new("a/b")), Some(1 << 20));
         let config = load("[store]\n", &Overrides::default()).unwrap();
         assert_eq!(config.options.map_budget_bytes as u64, map_budget(memory_bytes()));
     }
