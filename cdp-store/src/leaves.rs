@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use cdp_types::BlockRange;
 use smallvec::SmallVec;
 
-use crate::backlog::Backlog;
 use crate::index::{BlockState, FANOUT, child_of};
 
 /// The states of a leaf's blocks.
@@ -29,8 +28,6 @@ const RECLAIMED: usize = 64;
 pub struct LeafBudget {
     limit: usize,
     used: AtomicUsize,
-    /// What the maps hold beside their leaves.
-    backlog: Backlog,
     /// Caches that are not empty.
     active: AtomicUsize,
     caches: Mutex<Vec<Weak<Mutex<LeafCache>>>>,
@@ -43,14 +40,13 @@ pub fn lock_leaves(cache: &Mutex<LeafCache>) -> MutexGuard<'_, LeafCache> {
 }
 
 impl LeafBudget {
-    /// A budget of so many bytes, beside a backlog of so many changes at most.
+    /// A budget of so many bytes.
     #[must_use]
-    pub fn new(bytes: usize, most_unindexed: usize) -> Arc<Self> {
+    pub fn new(bytes: usize) -> Arc<Self> {
         let leaf_bytes = size_of::<[BlockState; FANOUT]>() + 128;
         Arc::new(Self {
             limit: bytes / leaf_bytes,
             used: AtomicUsize::new(0),
-            backlog: Backlog::new(most_unindexed),
             active: AtomicUsize::new(0),
             caches: Mutex::default(),
         })
@@ -65,12 +61,6 @@ impl LeafBudget {
         caches.retain(|cache| cache.strong_count() > 0);
         caches.push(Arc::downgrade(&cache));
         cache
-    }
-
-    /// The changes that are not in the index yet.
-    #[must_use]
-    pub fn backlog(&self) -> &Backlog {
-        &self.backlog
     }
 
     fn caches(&self) -> MutexGuard<'_, Vec<Weak<Mutex<LeafCache>>>> {
@@ -216,7 +206,7 @@ mod tests {
     }
 
     fn budget_of(leaves: usize) -> Arc<LeafBudget> {
-        LeafBudget::new(leaves * (size_of::<[BlockState; FANOUT]>() + 128), 1000)
+        LeafBudget::new(leaves * (size_of::<[BlockState; FANOUT]>() + 128))
     }
 
     #[test]

@@ -9,7 +9,6 @@ pub mod clock;
 pub mod index;
 pub mod storage;
 
-mod backlog;
 mod catalogue;
 mod error;
 mod format;

@@ -60,7 +60,6 @@ pub struct HeadMap {
     /// Everything up to here is in the index and no longer here.
     indexed: Seq,
     cache: SharedLeaves,
-    budget: Arc<LeafBudget>,
     flushes: VecDeque<(Seq, u64)>,
 }
 
@@ -96,7 +95,6 @@ impl HeadMap {
             applied: indexed,
             indexed,
             cache: budget.cache(LEAVES_ALWAYS),
-            budget: Arc::clone(budget),
             flushes: VecDeque::new(),
         }
     }
@@ -122,7 +120,6 @@ impl HeadMap {
 
     /// Takes in an acknowledged batch. Batches come in the order of the log.
     pub fn apply(&mut self, header: &BatchHeader, crc: u32, payload_at: u64) {
-        let before = self.current.changes;
         let mut seq = header.first_seq;
         let mut payload_at = payload_at;
         let mut crcs = header.block_crcs.iter();
@@ -154,7 +151,6 @@ impl HeadMap {
                 seq = seq.plus(1);
             }
         }
-        self.budget.backlog().grow(self.current.changes - before);
         let entry = TimeEntry { time_ns: header.time_ns, seq: self.applied, ordinal: header.ordinal };
         let repeats =
             |(branch, last): &(BranchId, TimeEntry)| *branch == header.branch && last.seq == entry.seq;
@@ -327,9 +323,7 @@ impl HeadMap {
 
     /// Drops the oldest closed chunk, whose changes are in the index now.
     pub fn drop_oldest(&mut self) {
-        let Some(chunk) = self.closed.pop_front() else { return };
-        self.budget.backlog().shrink(chunk.changes);
-        if let Some(end) = &chunk.end {
+        if let Some(end) = self.closed.pop_front().and_then(|chunk| chunk.end) {
             self.indexed = self.indexed.max(end.seq);
         }
     }
@@ -364,12 +358,6 @@ impl HeadMap {
 
     fn times(&self, branch: BranchId) -> impl Iterator<Item = TimeEntry> {
         self.chunks().flat_map(|c| &c.times).filter(move |(b, _)| *b == branch).map(|&(_, entry)| entry)
-    }
-}
-
-impl Drop for HeadMap {
-    fn drop(&mut self) {
-        self.budget.backlog().shrink(self.pending_changes());
     }
 }
 

@@ -23,9 +23,6 @@ pub struct StoreOptions {
     pub batches_in_flight: usize,
     /// How long changes stay out of the index while little happens.
     pub index_interval: Duration,
-    /// Changes that the index may be behind, all volumes together, before writers wait for it; each is 32 bytes of memory,
-    /// up to 200 where each leaf has but one.
-    pub most_unindexed: usize,
 }
 
 impl Default for StoreOptions {
@@ -39,7 +36,6 @@ impl Default for StoreOptions {
             batch_bytes: 1 << 20,
             batches_in_flight: 3,
             index_interval: Duration::from_secs(1),
-            most_unindexed: 2 << 20,
         }
     }
 }

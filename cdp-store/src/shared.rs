@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::backlog::Pace;
 use crate::clock::Clock;
 use crate::index::TimeIndex;
 use crate::leaves::LeafBudget;
@@ -94,12 +93,6 @@ impl Shared {
         if self.index_rests.load(Ordering::SeqCst) && self.index_rests.swap(false, Ordering::SeqCst) {
             self.index_bell.ring();
         }
-    }
-
-    /// How fast whoever writes may go on.
-    #[must_use]
-    pub fn pace(&self) -> Pace {
-        self.leaf_budget.backlog().pace(|| self.clock.boot_ns())
     }
 
     /// Whether the store is being closed.

@@ -65,11 +65,11 @@ impl Reader {
         Ok(Self { file, bytes: table.size as u64, scratch: vec![0; PIECE_BYTES as usize] })
     }
 
-    /// Its last part in any case, and as much of its beginning.
-    fn read(&mut self, whole: u64, stop: &dyn Fn() -> bool) -> Result<()> {
+    /// So much of its beginning, and its last part in any case.
+    fn read(&mut self, beginning: u64, stop: &dyn Fn() -> bool) -> Result<()> {
         let index = (self.bytes / INDEX_SHARE).max(PIECE_BYTES).min(self.bytes);
-        self.range(self.bytes - index, self.bytes, stop)?;
-        self.range(0, whole, stop)
+        self.range(0, beginning, stop)?;
+        self.range(beginning.max(self.bytes - index), self.bytes, stop)
     }
 
     fn range(&mut self, mut from: u64, to: u64, stop: &dyn Fn() -> bool) -> Result<()> {

@@ -28,11 +28,6 @@ use crate::volume::Volume;
 /// How long a queue that is being dropped sleeps at a time, while the kernel works on what it has begun.
 const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long a queue sleeps at a time while its requests wait for space.
-const STALLED_RETRY: Duration = Duration::from_millis(100);
-/// The same while they wait for the index to catch up.
-const BEHIND_RETRY: Duration = Duration::from_millis(5);
-
 /// What the queues are told that were open when their volume was reverted.
 const SUPERSEDED: &str = "the volume was reverted to another instant: connect again";
 
@@ -283,20 +278,14 @@ impl HeadQueue {
         Ok(())
     }
 
-    /// How long this queue may sleep: requests that wait for space have a deadline, and nobody tells those that wait for the
-    /// index.
+    /// How long this queue may sleep: requests that wait for space have a deadline.
     fn limit(&self, wait: Wait) -> Wait {
         let stalled = self.blocked.is_some() || (self.partial.is_some() && self.batches_in_flight == 0);
-        let writes = !self.waiting.is_empty() || self.blocked.is_some() || self.partial.is_some();
-        let step = match (stalled, writes && self.batch_limit() == 0) {
-            (_, true) => BEHIND_RETRY,
-            (true, false) => STALLED_RETRY,
-            (false, false) => return wait,
-        };
+        let step = Duration::from_millis(100);
         match wait {
-            Wait::Forever => Wait::For(step),
-            Wait::For(limit) => Wait::For(limit.min(step)),
-            Wait::No => Wait::No,
+            Wait::Forever if stalled => Wait::For(step),
+            Wait::For(limit) if stalled => Wait::For(limit.min(step)),
+            other => other,
         }
     }
 }

@@ -57,7 +57,7 @@ impl HeadQueue {
 
     /// Whether the present request has left this stage.
     fn step_partial(&mut self) -> bool {
-        let limit = self.batch_limit();
+        let limit = self.volume.shared().tuning.batches_in_flight;
         let Some(mut work) = self.partial.take() else { return false };
         if work.reads > 0 || self.batches_in_flight >= limit {
             self.partial = Some(work);

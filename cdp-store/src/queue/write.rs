@@ -6,7 +6,6 @@ use std::sync::atomic::Ordering as Memory;
 use cdp_types::{BLOCK_SIZE, ByteRange, IoError, IoErrorKind, Op, Ordinal, Wait};
 
 use super::head::{HeadQueue, Job};
-use crate::backlog::Pace;
 use crate::format::RecordKind;
 use crate::log::{Append, Draft, Pending, Placement};
 use crate::storage::{AlignedBuf, Token};
@@ -22,7 +21,7 @@ impl HeadQueue {
     /// # Errors
     /// Only when the ring itself is broken.
     pub(super) fn pump_writes(&mut self) -> io::Result<()> {
-        let limit = self.batch_limit();
+        let limit = self.volume.shared().tuning.batches_in_flight;
         while self.batches_in_flight < limit {
             let draft = match self.blocked.take() {
                 Some(draft) => draft,
@@ -46,16 +45,6 @@ impl HeadQueue {
             }
         }
         Ok(())
-    }
-
-    /// How many batches may be in flight; none while the index has to catch up.
-    pub(super) fn batch_limit(&self) -> usize {
-        let shared = self.volume.shared();
-        match shared.pace() {
-            Pace::Full => shared.tuning.batches_in_flight,
-            Pace::Slow => 1,
-            Pace::Wait => 0,
-        }
     }
 
     /// Places a draft and starts its write; keeps it and says no if the log has no place for it.

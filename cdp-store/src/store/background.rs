@@ -138,8 +138,6 @@ impl Store {
     fn index_volume(&self, volume: &Arc<Volume>) -> Result<bool> {
         let worked = volume.index_step()?;
         if worked {
-            let shared = &self.inner.shared;
-            shared.leaf_budget.backlog().note_indexed(shared.clock.boot_ns());
             let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
             health.chunks_since_flush += 1;
         }

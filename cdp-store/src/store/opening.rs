@@ -104,7 +104,7 @@ impl Opening {
         for list in found.values_mut() {
             list.sort_by_key(|(_, s)| s.header.incarnation);
         }
-        let leaf_budget = LeafBudget::new(options.map_budget_bytes, options.most_unindexed);
+        let leaf_budget = LeafBudget::new(options.map_budget_bytes);
         Ok(Self {
             seams,
             options,

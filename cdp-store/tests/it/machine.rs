@@ -146,7 +146,6 @@ fn options() -> StoreOptions {
         batch_bytes: 64 << 10,
         batches_in_flight: 2,
         index_interval: Duration::from_secs(1),
-        most_unindexed: 2 << 20,
     }
 }
 
