@@ -13,6 +13,11 @@ const PREFIX: &str = "bench-blk.";
 /// Lines of each log that are shown.
 const LINES: usize = 30;
 
+/// Whether what a run has made stays when it ends.
+pub(crate) fn kept() -> bool {
+    std::env::var_os("KEEP").is_some()
+}
+
 /// A directory of this run's own; removed with it, unless `$KEEP` is set.
 #[derive(Debug)]
 pub(crate) struct Home(PathBuf);
@@ -50,7 +55,7 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
-        if std::env::var_os("KEEP").is_some() {
+        if kept() {
             eprintln!("bench-blk: {} is kept", self.0.display());
         } else if let Err(error) = fs::remove_dir_all(&self.0) {
             eprintln!("bench-blk: {} is left behind: {error}", self.0.display());

@@ -10,6 +10,7 @@ pub mod index;
 pub mod storage;
 
 mod catalogue;
+mod chunk;
 mod error;
 mod format;
 mod leaves;
@@ -23,6 +24,7 @@ mod reach;
 mod segments;
 mod shared;
 mod store;
+mod stretch;
 mod volume;
 
 pub use catalogue::{CheckpointMode, CheckpointState, Saved, SavedMember, SavedMemory};

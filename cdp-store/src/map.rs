@@ -1,50 +1,21 @@
 //! The head map: what the log has said of a volume's blocks since the index was last written, and a bounded
 //! cache of whole leaves as they are at the head.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use cdp_types::{BlockRange, BranchId, Ordinal, Seq};
-use foldhash::fast::RandomState;
 
-use crate::format::{BatchHeader, BatchPlace, RecordKind};
+use crate::chunk::{Chunk, ChunkEnd};
+use crate::format::{BatchHeader, RecordKind};
 use crate::index::{
     BlockState, Change, ChangeState, FANOUT, LEVELS, LogPos, NodeKey, NodeRun, Place, TimeEntry, child_of,
     decompose,
 };
 use crate::leaves::{Leaf, LeafBudget, LeafCache, SharedLeaves, States, lock_leaves};
 
-/// A stretch of a log that the index does not have yet: every change, by node, oldest first.
-///
-/// Every block that a guest writes is looked up here, so the hash is a quick one; guests choose the keys, so it has a seed.
-#[derive(Debug, Default)]
-pub struct Chunk {
-    /// All versions of every node that changed.
-    pub nodes: HashMap<NodeKey, Vec<Change>, RandomState>,
-    /// When each batch came.
-    pub times: Vec<(BranchId, TimeEntry)>,
-    /// The last batch in it.
-    pub end: Option<ChunkEnd>,
-    changes: usize,
-}
-
-/// The batch with which a chunk ends.
-#[derive(Clone, Copy, Debug)]
-pub struct ChunkEnd {
-    /// Its ordinal.
-    pub ordinal: Ordinal,
-    /// Its last `Seq`, or that of the last request before it.
-    pub seq: Seq,
-    /// Its header's checksum.
-    pub crc: u32,
-    /// Where it lies.
-    pub place: BatchPlace,
-    /// Its time.
-    pub time_ns: u64,
-}
-
 /// A chunk is closed once it has this many changes, so that one index write stays small.
-const CHUNK_CHANGES: usize = 64 << 10;
+const CHUNK_CHANGES: usize = 128 << 10;
 /// Flushes remembered for `flush:-N`.
 const FLUSHES_KEPT: usize = 4096;
 
@@ -168,7 +139,7 @@ impl HeadMap {
             place: header.place,
             time_ns: header.time_ns,
         });
-        if self.current.changes >= CHUNK_CHANGES {
+        if self.current.len() >= CHUNK_CHANGES {
             self.close_chunk();
         }
     }
@@ -177,8 +148,7 @@ impl HeadMap {
         let key = NodeKey::leaf_of(branch, block);
         let first = child_of(block);
         let change = Change { seq, first, count: 1, state: ChangeState::Mapped(place) };
-        self.current.nodes.entry(key).or_default().push(change);
-        self.current.changes += 1;
+        self.current.push(key, change);
         if branch == self.head
             && let Some(cached) = cache.get_mut(&key.node)
         {
@@ -190,8 +160,7 @@ impl HeadMap {
         for run in decompose(blocks) {
             let key = NodeKey { branch, level: run.level, node: run.node };
             let change = Change { seq, first: run.first, count: run.count, state: ChangeState::Zero };
-            self.current.nodes.entry(key).or_default().push(change);
-            self.current.changes += 1;
+            self.current.push(key, change);
         }
         if blocks.is_empty() || branch != self.head {
             return;
@@ -263,22 +232,25 @@ impl HeadMap {
 
     /// Adds the leaves of a branch of which something is not in the index yet.
     pub fn collect_leaves(&self, branch: BranchId, into: &mut BTreeSet<u64>) {
-        let here = |k: &&NodeKey| k.branch == branch && k.level == 0;
-        into.extend(self.chunks().flat_map(|c| c.nodes.keys()).filter(here).map(|k| k.node));
+        let here = |k: &NodeKey| k.branch == branch && k.level == 0;
+        into.extend(self.chunks().flat_map(Chunk::nodes).filter(here).map(|k| k.node));
     }
 
     /// The runs of children that nodes above a branch's leaves say were zeroed, up to and including `until`, of what
     /// is not in the index yet.
     #[must_use]
     pub fn zeroed_nodes(&self, branch: BranchId, until: Seq) -> Vec<NodeRun> {
-        let nodes = self.chunks().flat_map(|c| &c.nodes).filter(|(k, _)| k.branch == branch && k.level > 0);
-        let run = |key: &NodeKey, c: &Change| NodeRun {
+        let above = |k: &NodeKey| k.branch == branch && k.level > 0;
+        let run = |key: NodeKey, c: &Change| NodeRun {
             level: key.level,
             node: key.node,
             first: c.first,
             count: c.count,
         };
-        nodes.flat_map(|(k, changes)| changes.iter().filter(|c| c.seq <= until).map(|c| run(k, c))).collect()
+        let nodes = self.chunks().flat_map(|chunk| chunk.nodes().filter(above).map(move |k| (chunk, k)));
+        nodes
+            .flat_map(|(chunk, k)| chunk.changes(k).filter(|c| c.seq <= until).map(move |c| run(k, c)))
+            .collect()
     }
 
     fn chunks(&self) -> impl Iterator<Item = &Chunk> {
@@ -315,15 +287,24 @@ impl HeadMap {
         !self.closed.is_empty()
     }
 
-    /// The oldest closed chunk.
+    /// The oldest closed chunks, up to and including this batch: one, and more as long as they have no more changes than
+    /// this together.
     #[must_use]
-    pub fn oldest_closed(&self) -> Option<Arc<Chunk>> {
-        self.closed.front().cloned()
+    pub fn oldest_closed(&self, changes: usize, until: Ordinal) -> Vec<Arc<Chunk>> {
+        let ended = |chunk: &&Arc<Chunk>| chunk.end.is_some_and(|end| end.ordinal <= until);
+        let mut room = changes;
+        let fits = |chunk: &&Arc<Chunk>| {
+            let first = room == changes;
+            let fits = chunk.len() <= room;
+            room = room.saturating_sub(chunk.len().max(1));
+            first || fits
+        };
+        self.closed.iter().take_while(ended).take_while(fits).cloned().collect()
     }
 
-    /// Drops the oldest closed chunk, whose changes are in the index now.
-    pub fn drop_oldest(&mut self) {
-        if let Some(end) = self.closed.pop_front().and_then(|chunk| chunk.end) {
+    /// Drops so many of the oldest closed chunks, whose changes are in the index now.
+    pub fn drop_oldest(&mut self, chunks: usize) {
+        if let Some(end) = self.closed.drain(..chunks).next_back().and_then(|chunk| chunk.end) {
             self.indexed = self.indexed.max(end.seq);
         }
     }
@@ -331,7 +312,7 @@ impl HeadMap {
     /// Changes not in the index yet.
     #[must_use]
     pub fn pending_changes(&self) -> usize {
-        self.closed.iter().map(|c| c.changes).sum::<usize>() + self.current.changes
+        self.chunks().map(Chunk::len).sum()
     }
 
     /// The newest batch at or before a time, of those that are not in the index yet.
@@ -361,31 +342,31 @@ impl HeadMap {
     }
 }
 
+/// Adds what a chunk says of a leaf: of the changes of one node the oldest first.
 fn collect(chunk: &Chunk, branch: BranchId, leaf: u64, out: &mut Vec<LeafChange>) {
-    if let Some(changes) = chunk.nodes.get(&NodeKey { branch, level: 0, node: leaf }) {
-        out.extend(changes.iter().map(|c| LeafChange {
-            seq: c.seq,
-            first: c.first,
-            count: c.count,
-            state: match c.state {
-                ChangeState::Zero => BlockState::Zero,
-                ChangeState::Mapped(place) => BlockState::Mapped(place),
-            },
-        }));
-    }
+    let own = out.len();
+    out.extend(chunk.changes(NodeKey { branch, level: 0, node: leaf }).map(|c| LeafChange {
+        seq: c.seq,
+        first: c.first,
+        count: c.count,
+        state: match c.state {
+            ChangeState::Zero => BlockState::Zero,
+            ChangeState::Mapped(place) => BlockState::Mapped(place),
+        },
+    }));
+    out[own..].reverse();
     // A node above concerns the leaf if the run covers the child through which the leaf hangs below it.
     let mut child = leaf;
     for level in 1..LEVELS {
         let (node, index) = (child / FANOUT as u64, (child % FANOUT as u64) as u16);
-        if let Some(changes) = chunk.nodes.get(&NodeKey { branch, level, node }) {
-            let covers = |c: &&Change| c.first <= index && index - c.first < c.count;
-            out.extend(changes.iter().filter(covers).map(|c| LeafChange {
-                seq: c.seq,
-                first: 0,
-                count: FANOUT as u16,
-                state: BlockState::Zero,
-            }));
-        }
+        let covers = |c: &&Change| c.first <= index && index - c.first < c.count;
+        // All of one level say the same, so their order does not matter.
+        out.extend(chunk.changes(NodeKey { branch, level, node }).filter(covers).map(|c| LeafChange {
+            seq: c.seq,
+            first: 0,
+            count: FANOUT as u16,
+            state: BlockState::Zero,
+        }));
         child = node;
     }
 }

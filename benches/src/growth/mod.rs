@@ -19,7 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::home::Home;
+use crate::home::{self, Home};
 use crate::machine::{Machine, need_space};
 use crate::meter::{self, MemoryWatch};
 use pair::{Cold, Pair, Rates};
@@ -205,7 +205,7 @@ fn measure(args: &Args, home: &Home, report: &mut Report) -> Result<()> {
 
 fn point(home: &Home, plan: &Plan, writes: u64) -> Result<Point> {
     eprintln!("a history of {writes} writes");
-    let mut pair = new_pair(home, plan)?;
+    let mut pair = new_pair(home, plan, &writes.to_string())?;
     let watch = MemoryWatch::new(pair.aged.ours.pid()?);
     pair.aged.age(plan, writes)?;
     meter::settle(pair.aged.ours.pid()?)?;
@@ -219,7 +219,7 @@ fn point(home: &Home, plan: &Plan, writes: u64) -> Result<Point> {
 
 fn branched(home: &Home, plan: &Plan, branches: usize) -> Result<Branched> {
     eprintln!("a volume with {branches} branches");
-    let mut pair = new_pair(home, plan)?;
+    let mut pair = new_pair(home, plan, "branches")?;
     // What the branches inherit.
     prepare(&mut pair, plan)?;
     crowd::branch(&mut pair.aged, plan, branches)?;
@@ -228,16 +228,20 @@ fn branched(home: &Home, plan: &Plan, branches: usize) -> Result<Branched> {
     Ok(Branched { branches, figures })
 }
 
-fn new_pair(home: &Home, plan: &Plan) -> Result<Pair> {
-    let new = |name: &str| Subject::new(&home.dir().join(name), plan);
+fn new_pair(home: &Home, plan: &Plan, of: &str) -> Result<Pair> {
+    let new = |name: &str| Subject::new(&home.dir().join(format!("{name}-{of}")), plan);
     Ok(Pair { aged: new("aged")?, young: new("young")? })
 }
 
 fn end(pair: Pair) -> Result<()> {
-    for subject in [pair.aged, pair.young] {
+    for mut subject in [pair.aged, pair.young] {
         let complaints = subject.ours.complaints()?;
         ensure!(complaints.is_empty(), "cdpd complains: {}", complaints.join("\n"));
-        subject.ours.destroy()?;
+        if home::kept() {
+            subject.ours.stop()?;
+        } else {
+            subject.ours.destroy()?;
+        }
     }
     Ok(())
 }

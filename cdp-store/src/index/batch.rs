@@ -10,6 +10,9 @@ use super::keys::{self, RowKind};
 use super::kv::{Family, WriteBatch};
 use super::leaf::{Change, ChangeState, LEVELS, NodeKey, NodeRun};
 
+/// So many changes of a node are put into one row: a reader decodes a whole row for the one change that it wants.
+const ROW_CHANGES: usize = 1024;
+
 /// What a time stands for: every request acknowledged at or before `time_ns` has a `Seq` up to `seq`, and every
 /// later one a greater `Seq`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +43,17 @@ pub struct IndexBatch {
     pub(super) spans: HashMap<BranchId, Span>,
 }
 
+/// Splits a node's changes into what single rows take. A request's changes stay together: a row's key is its first `Seq`.
+fn rows(mut changes: &[Change]) -> impl Iterator<Item = &[Change]> {
+    std::iter::from_fn(move || {
+        let last = changes.get(..ROW_CHANGES.min(changes.len()))?.last()?;
+        let end = changes.partition_point(|change| change.seq <= last.seq);
+        let (row, rest) = changes.split_at(end);
+        changes = rest;
+        Some(row)
+    })
+}
+
 impl IndexBatch {
     /// An empty batch.
     #[must_use]
@@ -67,8 +81,10 @@ impl IndexBatch {
         let span = self.spans.entry(node.branch).or_insert(Span { first: first.seq, last: last.seq });
         span.first = span.first.min(first.seq);
         span.last = span.last.max(last.seq);
-        let key = keys::map(node, first.seq, RowKind::Delta);
-        self.rows.put_with(Family::Map, &key, |out| codec::encode_delta(&key, changes, out));
+        for row in rows(changes) {
+            let key = keys::map(node, row[0].seq, RowKind::Delta);
+            self.rows.put_with(Family::Map, &key, |out| codec::encode_delta(&key, row, out));
+        }
         Ok(())
     }
 

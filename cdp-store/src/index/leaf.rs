@@ -80,7 +80,7 @@ impl Change {
 pub struct LeafAt {
     /// Each block's state.
     pub states: Box<[BlockState; FANOUT]>,
-    /// Delta rows, of all levels, that had to be read on top of the last image; for [`image_due`].
+    /// Delta rows, of all levels, that had to be read on top of the last image.
     pub deltas_since_image: u32,
     /// Changes in those rows.
     pub changes_since_image: u32,
@@ -90,18 +90,6 @@ pub struct LeafAt {
 #[must_use]
 pub fn unsaid() -> Box<[BlockState; FANOUT]> {
     Box::new([BlockState::Unsaid; FANOUT])
-}
-
-/// See [`image_due`].
-pub const IMAGE_AFTER_DELTAS: u32 = 64;
-/// See [`image_due`].
-pub const IMAGE_AFTER_CHANGES: u32 = 1024;
-
-/// Whether the next index write should add an image of a leaf that has had so many rows and changes since the
-/// last one: [`IMAGE_AFTER_DELTAS`] bounds the rows that a read has to visit, [`IMAGE_AFTER_CHANGES`] the bytes.
-#[must_use]
-pub fn image_due(deltas_since_image: u32, changes_since_image: u32) -> bool {
-    deltas_since_image >= IMAGE_AFTER_DELTAS || changes_since_image >= IMAGE_AFTER_CHANGES
 }
 
 /// The node of `level` that covers a leaf, and which child of it does; `level` is at least 1.

@@ -12,7 +12,7 @@
 //! - only what was written before a `flush` that has returned counts as indexed.
 //!
 //! Here there are no logs, no branches' parents (a block that is [`BlockState::Unsaid`] is the caller's to look
-//! up at the fork) and no policy but [`image_due`]. The same seam ([`Kv`]) carries the catalogue's database.
+//! up at the fork) and no policy. The same seam ([`Kv`]) carries the catalogue's database.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -40,10 +40,7 @@ pub use batch::{IndexBatch, TimeEntry};
 pub use codec::Watermark;
 pub use error::{IndexError, IndexErrorKind, IndexResult};
 pub use kv::{Family, Kv, KvStats, Visit, WriteBatch, WriteOp};
-pub use leaf::{
-    Change, ChangeState, FANOUT, IMAGE_AFTER_CHANGES, IMAGE_AFTER_DELTAS, LEVELS, LeafAt, NodeKey, NodeRun,
-    child_of, decompose, image_due, unsaid,
-};
+pub use leaf::{Change, ChangeState, FANOUT, LEVELS, LeafAt, NodeKey, NodeRun, child_of, decompose, unsaid};
 pub use place::{BlockState, LogPos, Place};
 pub use rocks::{RocksKv, RocksOptions};
 pub use sim::SimKv;
@@ -104,7 +101,7 @@ impl TimeIndex {
 
     /// What a branch says about a leaf's 512 blocks at an instant: after every change up to and including `at`.
     ///
-    /// It costs four short scans; how long the first is, [`image_due`] bounds.
+    /// It costs four scans; how long the first is depends on how often images of the leaf are written.
     ///
     /// # Errors
     /// `Corrupt` if a row is damaged; otherwise as [`Kv`].

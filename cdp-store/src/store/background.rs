@@ -12,8 +12,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::segments::PoolStep;
 use crate::volume::Volume;
 
-/// Chunks written to the index between two index flushes: what a recovery replays is bounded by it.
-const CHUNKS_PER_FLUSH: u32 = 4;
+/// Changes written to the index between two index flushes: what a recovery replays is bounded by it.
+const CHANGES_PER_FLUSH: usize = 256 << 10;
 /// Nothing indexed stays unflushed for longer than this.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(5);
 /// A volume without writes for this long gets a "durable" record.
@@ -56,7 +56,8 @@ pub(super) struct Background {
 /// What the index thread has done and left undone.
 #[derive(Debug, Default)]
 pub(super) struct IndexHealth {
-    chunks_since_flush: u32,
+    /// Changes that were written since the last index flush, and chunks without any count as one.
+    changes_since_flush: usize,
     flushed_at_ns: u64,
     closed_at_ns: u64,
     failing: bool,
@@ -123,7 +124,7 @@ impl Store {
         }
     }
 
-    /// Brings the index closer to the logs, by at most one chunk of every volume; says whether it did anything.
+    /// Brings the index closer to the logs, by one step of every volume; says whether it did anything.
     ///
     /// # Errors
     /// If a log cannot be synced or the index not written.
@@ -136,12 +137,16 @@ impl Store {
     }
 
     fn index_volume(&self, volume: &Arc<Volume>) -> Result<bool> {
-        let worked = volume.index_step()?;
-        if worked {
-            let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
-            health.chunks_since_flush += 1;
-        }
-        Ok(worked)
+        let Some(changes) = volume.index_step()? else { return Ok(false) };
+        let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
+        health.changes_since_flush += changes.max(1);
+        Ok(true)
+    }
+
+    /// Ends the chunks that changes are gathered in, as the index thread does every
+    /// [`crate::StoreOptions::index_interval`], so that [`Store::index_step`] takes them. For stores without background threads.
+    pub fn close_chunks(&self) {
+        self.all_volumes().iter().for_each(|volume| volume.close_chunk());
     }
 
     /// Writes everything acknowledged into the index, as far as it is delivered, and flushes it.
@@ -152,8 +157,8 @@ impl Store {
     /// # Errors
     /// If a log cannot be synced or the index not written.
     pub fn flush_index(&self) -> Result<()> {
+        self.close_chunks();
         for volume in self.all_volumes() {
-            volume.close_chunk();
             while self.index_volume(&volume)? {}
         }
         self.index_flush()
@@ -163,13 +168,14 @@ impl Store {
         let flushed = self.inner.shared.index.flush();
         flushed.map_err(|e| Error::new(ErrorKind::Io, "flushing the time index").with(e))?;
         let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
-        health.chunks_since_flush = 0;
+        health.changes_since_flush = 0;
         health.flushed_at_ns = self.inner.shared.clock.boot_ns();
         Ok(())
     }
 
-    /// A round of the index thread, every [`crate::StoreOptions::index_interval`] or when enough has gathered.
-    fn index_round(&self) -> Result<()> {
+    /// A round of the index thread, every [`crate::StoreOptions::index_interval`] or when enough has gathered; says whether
+    /// there may be more to do at once.
+    fn index_round(&self) -> Result<bool> {
         let now = self.inner.shared.clock.boot_ns();
         let close = {
             let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
@@ -184,22 +190,28 @@ impl Store {
             if volume.has_unsynced() {
                 volume.sync_in_background()?;
             }
-            if close {
-                volume.close_chunk();
-            }
         }
-        while self.index_step()? {}
-        let due = {
-            let health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
-            let age = self.inner.shared.clock.boot_ns().saturating_sub(health.flushed_at_ns);
-            health.chunks_since_flush >= CHUNKS_PER_FLUSH
-                || (health.chunks_since_flush > 0 && u128::from(age) >= FLUSH_INTERVAL.as_nanos())
-        };
-        if due {
+        if close {
+            self.close_chunks();
+        }
+        // Guests may always have written more meanwhile: what comes after this must have its turn all the same.
+        let mut more = true;
+        while more && !self.index_flush_is_due() {
+            more = self.index_step()?;
+        }
+        if self.index_flush_is_due() {
             self.index_flush()?;
         }
         self.upkeep()?;
-        self.note_idle_volumes()
+        self.note_idle_volumes()?;
+        Ok(more)
+    }
+
+    fn index_flush_is_due(&self) -> bool {
+        let health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
+        let age = self.inner.shared.clock.boot_ns().saturating_sub(health.flushed_at_ns);
+        health.changes_since_flush >= CHANGES_PER_FLUSH
+            || (health.changes_since_flush > 0 && u128::from(age) >= FLUSH_INTERVAL.as_nanos())
     }
 
     /// Gives back what its last reader has left, and keeps reads of heads short.
@@ -367,8 +379,9 @@ fn index(store: &Store) -> Duration {
     }
     let outcome = store.index_round();
     let mut kept = health();
+    let more = matches!(outcome, Ok(true));
     match outcome {
-        Ok(()) => {
+        Ok(_) => {
             if std::mem::take(&mut kept.failing) {
                 tracing::info!("the time index is being written again");
             }
@@ -379,14 +392,18 @@ fn index(store: &Store) -> Duration {
         }
         Err(_) => {}
     }
-    let done = !kept.failing && kept.chunks_since_flush == 0;
+    let done = !kept.failing && kept.changes_since_flush == 0;
     drop(kept);
     let rests = done && store.may_rest();
     if rests && let Err(error) = store.inner.shared.index.tidy() {
         tracing::warn!("tidying the time index: {}", chain(&error));
     }
     health().rested = rests;
-    if rests { REST } else { interval }
+    match (rests, more) {
+        (true, _) => REST,
+        (_, true) => Duration::ZERO,
+        (_, false) => interval,
+    }
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

@@ -161,7 +161,7 @@ impl Store {
     }
 
     /// Opens a store on any seams, without background threads: [`Store::pool_step`], [`Store::load_step`],
-    /// [`Store::index_step`] and [`Store::upkeep`] do their work.
+    /// [`Store::close_chunks`], [`Store::index_step`] and [`Store::upkeep`] do their work.
     ///
     /// # Errors
     /// As [`Store::open`].

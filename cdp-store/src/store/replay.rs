@@ -18,6 +18,7 @@ use crate::log::{BatchAt, Fence, Recovery, recover};
 use crate::map::HeadMap;
 use crate::reach::End;
 use crate::segments::Segment;
+use crate::stretch::Stretch;
 use crate::volume::Recovered;
 
 /// How much of the logs is read between two words of how far an opening has come.
@@ -173,9 +174,12 @@ impl<'a> Replay<'a> {
                 map.pass(&batch.header, batch.crc);
             }
             // A long replay, after the index was lost, is written to it on the way: memory stays bounded.
-            while let Some(chunk) = map.oldest_closed().filter(|_| durable && writable) {
-                crate::volume::write_chunk(self.index, row.id, &chunk)?;
-                map.drop_oldest();
+            if durable && writable {
+                let chunks = map.oldest_closed(usize::MAX, Ordinal(u64::MAX));
+                if let Some(stretch) = Stretch::new(&chunks) {
+                    stretch.write(self.index, row.id)?;
+                    map.drop_oldest(chunks.len());
+                }
             }
             Ok(())
         })?;

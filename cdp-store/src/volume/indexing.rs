@@ -4,24 +4,20 @@
 //! durable, because RocksDB may make rows durable at any moment; and only when the front end has seen its
 //! completions, because recovery recognises requests in flight by replaying what lies behind the watermark.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cdp_types::{BranchId, Ordinal, Seq, VolumeId};
+use cdp_types::{Ordinal, Seq};
 
 use super::Volume;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Record, RecordKind};
-use crate::index::{IndexBatch, LogPos, NodeKey, TimeIndex, Watermark, image_due};
-use crate::map::{Chunk, ChunkEnd};
 use crate::queue::Inbox;
+use crate::stretch::Stretch;
 
 /// How long a sync may take before whoever waits for it is told.
 const SYNC_PATIENCE: Duration = Duration::from_secs(60);
-/// One in so many leaves that get a delta is looked at for whether it is due an image.
-const IMAGE_SAMPLE: u64 = 16;
-/// Images at which the sample aims: more rows or changes than this cost reads more than images cost space.
-const SAMPLED_DELTAS: u32 = 16;
+/// Chunks that are written together have about so many changes at most: a step's rows are in memory several times.
+const STEP_CHANGES: usize = 512 << 10;
 
 impl Volume {
     /// Closes the changes gathered so far, so that [`Volume::index_step`] will take them.
@@ -29,49 +25,27 @@ impl Volume {
         self.map().close_chunk();
     }
 
-    /// Writes one chunk into the index, if there is one and it may be written; says whether it did.
-    pub(crate) fn index_step(&self) -> Result<bool> {
-        let Some(chunk) = self.map().oldest_closed() else { return Ok(false) };
-        let Some(end) = chunk.end else { return Ok(false) };
+    /// Writes the oldest closed chunks into the index, as many as may be written and make one step; says how many changes
+    /// that were, if there was any chunk.
+    pub(crate) fn index_step(&self) -> Result<Option<usize>> {
         if self.is_read_only() {
-            return Ok(false);
+            return Ok(None);
         }
-        {
-            let log = self.log();
-            if end.ordinal > log.delivered() {
-                return Ok(false);
-            }
-            if end.ordinal > log.durable() {
-                drop(log);
-                self.sync_in_background()?;
-                if end.ordinal > self.log().durable() {
-                    return Ok(false);
-                }
-            }
+        let delivered = self.log().delivered();
+        let chunks = self.map().oldest_closed(STEP_CHANGES, delivered);
+        let Some(last) = chunks.last().and_then(|chunk| chunk.end) else { return Ok(None) };
+        if last.ordinal > self.log().durable() {
+            self.sync_in_background()?;
         }
-        write_chunk(&self.shared().index, self.id(), &chunk)?;
-        self.map().drop_oldest();
-        self.write_images(&chunk, &end)?;
-        Ok(true)
-    }
-
-    /// Writes images of some of the leaves that a chunk touched, so that no leaf's chain of deltas grows for ever.
-    fn write_images(&self, chunk: &Arc<Chunk>, end: &ChunkEnd) -> Result<()> {
+        let durable = self.log().durable();
+        let written = chunks.partition_point(|chunk| chunk.end.is_some_and(|end| end.ordinal <= durable));
+        let chunks = &chunks[..written];
+        let Some(stretch) = Stretch::new(chunks) else { return Ok(None) };
         let index = &self.shared().index;
-        let failed = |e| Error::new(ErrorKind::Io, "writing images into the time index").with(e);
-        let mut batch = IndexBatch::new();
-        let mut sampled: Vec<&NodeKey> =
-            chunk.nodes.keys().filter(|k| k.level == 0 && is_sampled(k, end.ordinal)).collect();
-        sampled.sort_unstable();
-        for key in sampled {
-            let found = index.leaf_at(key.branch, key.node, end.seq).map_err(failed)?;
-            if found.deltas_since_image >= SAMPLED_DELTAS
-                || image_due(found.deltas_since_image, found.changes_since_image)
-            {
-                batch.image(key.branch, key.node, end.seq, &found.states);
-            }
-        }
-        if batch.is_empty() { Ok(()) } else { index.write(&batch).map_err(failed) }
+        let looks = stretch.write(index, self.id())?;
+        self.map().drop_oldest(written);
+        stretch.write_images(index, &looks)?;
+        Ok(Some(chunks.iter().map(|chunk| chunk.len()).sum()))
     }
 
     /// Makes what is acknowledged durable, from a background thread; does nothing, and says so, while a queue is at it.
@@ -169,36 +143,4 @@ impl Volume {
     pub fn indexed(&self) -> Seq {
         self.map().indexed()
     }
-}
-
-/// Writes a chunk's rows and the watermark that covers them, all or none.
-///
-/// # Durability
-/// None before the next index flush, but possible at once: the chunk's part of the log must be durable.
-pub(crate) fn write_chunk(index: &TimeIndex, volume: VolumeId, chunk: &Arc<Chunk>) -> Result<()> {
-    let mut batch = IndexBatch::new();
-    let failed = |e| Error::new(ErrorKind::Io, "writing the time index").with(e);
-    let mut keys: Vec<&NodeKey> = chunk.nodes.keys().collect();
-    keys.sort_unstable();
-    for key in keys {
-        batch.changes(*key, &chunk.nodes[key]).map_err(failed)?;
-    }
-    for &(branch, entry) in &chunk.times {
-        batch.time(branch, entry);
-    }
-    if let Some(end) = &chunk.end
-        && let Some(pos) = LogPos::new(end.place.incarnation, end.place.offset)
-    {
-        let watermark =
-            Watermark { ordinal: end.ordinal, seq: end.seq, pos, header_crc: end.crc, time_ns: end.time_ns };
-        batch.watermark(volume, &watermark);
-    }
-    index.write(&batch).map_err(failed)
-}
-
-fn is_sampled(key: &NodeKey, ordinal: Ordinal) -> bool {
-    let BranchId(branch) = key.branch;
-    let mixed =
-        (key.node ^ branch.rotate_left(32) ^ ordinal.0.rotate_left(17)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    (mixed >> 32).is_multiple_of(IMAGE_SAMPLE)
 }

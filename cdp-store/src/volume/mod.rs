@@ -31,7 +31,6 @@ use crate::shared::Shared;
 
 pub(crate) use epochs::PlacedEpoch;
 pub use extents::ChangedRun;
-pub(crate) use indexing::write_chunk;
 pub use info::{
     BranchInfo, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, VolumeInfo,
     VolumeState, VolumeStats,

@@ -336,7 +336,8 @@ impl Machine {
                 let stepped = self.store().pool_step();
                 self.expect(stepped);
             }
-            920..945 => {
+            920..930 => self.store().close_chunks(),
+            930..945 => {
                 let stepped = self.store().index_step();
                 self.expect(stepped);
             }

@@ -1,0 +1,219 @@
+//! From closed chunks to index rows.
+//!
+//! Chunks that follow each other are written as one *stretch*. A row costs the index about as much for one change as for ten,
+//! so the further it is behind, the less a change costs it: that is how it catches up with guests that write faster than it
+//! can take small steps.
+
+use std::sync::Arc;
+
+use cdp_types::{BranchId, Ordinal, Seq, VolumeId};
+
+use crate::chunk::{Chunk, ChunkEnd};
+use crate::error::{Error, ErrorKind, Result};
+use crate::index::{Change, IndexBatch, LogPos, NodeKey, TimeIndex, Watermark};
+
+/// One in so many leaves that get a row is looked at for whether it is due an image, and one in so many changes.
+const LOOK_PER_ROWS: u64 = 16;
+const LOOK_PER_CHANGES: u64 = 128;
+/// Images at which the looks aim: more rows than this cost reads more than images cost space, and so many changes take as
+/// many bytes as an image.
+const IMAGE_AFTER_DELTAS: u32 = 16;
+const IMAGE_AFTER_CHANGES: u32 = 256;
+
+/// Consecutive chunks of one log, at least one, and the batch with which the last one ends.
+#[derive(Debug)]
+pub struct Stretch<'a> {
+    chunks: &'a [Arc<Chunk>],
+    end: ChunkEnd,
+}
+
+impl<'a> Stretch<'a> {
+    /// All of these; `None` if the last of them has no end yet, or there is none.
+    #[must_use]
+    pub fn new(chunks: &'a [Arc<Chunk>]) -> Option<Self> {
+        Some(Self { chunks, end: chunks.last()?.end? })
+    }
+
+    /// Calls this with every node that changed, in the order of keys, and all its changes, oldest first.
+    fn each_node(&self, mut call: impl FnMut(NodeKey, &[Change]) -> Result<()>) -> Result<()> {
+        let mut keys: Vec<NodeKey> = self.chunks.iter().flat_map(|chunk| chunk.nodes()).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let mut changes = Vec::new();
+        for key in keys {
+            changes.clear();
+            self.chunks.iter().rev().for_each(|chunk| changes.extend(chunk.changes(key)));
+            changes.reverse();
+            call(key, &changes)?;
+        }
+        Ok(())
+    }
+
+    /// Writes its rows and the watermark that covers them, all or none. Returns the leaves that are to be looked at.
+    ///
+    /// # Durability
+    /// None before the next index flush, but possible at once: the stretch's part of the log must be durable.
+    ///
+    /// # Errors
+    /// If the index cannot be written.
+    pub fn write(&self, index: &TimeIndex, volume: VolumeId) -> Result<Vec<NodeKey>> {
+        let mut batch = IndexBatch::new();
+        let mut looks = Vec::new();
+        let failed = |e| Error::new(ErrorKind::Io, "writing the time index").with(e);
+        self.each_node(|key, changes| {
+            if key.level == 0 && is_sampled(key, self.end.ordinal, changes.len()) {
+                looks.push(key);
+            }
+            batch.changes(key, changes).map_err(failed)
+        })?;
+        for &(branch, entry) in self.chunks.iter().flat_map(|chunk| &chunk.times) {
+            batch.time(branch, entry);
+        }
+        let ChunkEnd { ordinal, seq, crc, place, time_ns } = self.end;
+        if let Some(pos) = LogPos::new(place.incarnation, place.offset) {
+            batch.watermark(volume, &Watermark { ordinal, seq, pos, header_crc: crc, time_ns });
+        }
+        index.write(&batch).map_err(failed)?;
+        Ok(looks)
+    }
+
+    /// Writes images of those of these leaves that are due one, so that no leaf's chain of deltas grows for ever.
+    ///
+    /// # Errors
+    /// If the index cannot be read or written.
+    pub fn write_images(&self, index: &TimeIndex, leaves: &[NodeKey]) -> Result<()> {
+        let failed = |e| Error::new(ErrorKind::Io, "writing images into the time index").with(e);
+        let mut batch = IndexBatch::new();
+        let seq = self.seq();
+        for key in leaves {
+            let found = index.leaf_at(key.branch, key.node, seq).map_err(failed)?;
+            if found.deltas_since_image >= IMAGE_AFTER_DELTAS
+                || found.changes_since_image >= IMAGE_AFTER_CHANGES
+            {
+                batch.image(key.branch, key.node, seq, &found.states);
+            }
+        }
+        if batch.is_empty() { Ok(()) } else { index.write(&batch).map_err(failed) }
+    }
+
+    /// The last `Seq` in it.
+    #[must_use]
+    pub fn seq(&self) -> Seq {
+        self.end.seq
+    }
+}
+
+/// Whether a leaf that got so many changes is looked at. Leaves are chosen by their number and the ordinal together, so that
+/// each gets its turn; all bits of both count, since either may be a multiple of a power of two.
+fn is_sampled(key: NodeKey, ordinal: Ordinal, changes: usize) -> bool {
+    let BranchId(branch) = key.branch;
+    let mixed =
+        (key.node ^ branch.rotate_left(32) ^ ordinal.0.rotate_left(17)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let share = (LOOK_PER_CHANGES / LOOK_PER_ROWS).max(changes as u64);
+    (mixed >> 32) % LOOK_PER_CHANGES < share
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+    use crate::format::BatchPlace;
+    use crate::index::{BlockState, ChangeState, FANOUT, Place, SimKv};
+
+    const BRANCH: BranchId = BranchId(3);
+
+    fn leaf(node: u64) -> NodeKey {
+        NodeKey { branch: BRANCH, level: 0, node }
+    }
+
+    /// Chunks of single-block writes to a few leaves; `Seq` n is the n-th write.
+    fn chunks(rng: &mut SmallRng, count: usize, writes: u64) -> Vec<Arc<Chunk>> {
+        let mut seq = Seq::ZERO;
+        let mut chunk = |ordinal| {
+            let mut chunk = Chunk::default();
+            for _ in 0..writes {
+                seq = seq.plus(1);
+                let pos = LogPos::new(1, seq.0 << 12).unwrap();
+                let state = ChangeState::Mapped(Place { pos, crc: seq.0 as u32 });
+                let first = rng.random_range(0..4) * 100;
+                chunk.push(leaf(rng.random_range(0..3)), Change { seq, first, count: 1, state });
+            }
+            let place = BatchPlace { incarnation: 1, offset: ordinal << 12 };
+            let ordinal = Ordinal(ordinal);
+            chunk.end = Some(ChunkEnd { ordinal, seq, crc: 7, place, time_ns: seq.0 });
+            Arc::new(chunk)
+        };
+        (1..=count as u64).map(&mut chunk).collect()
+    }
+
+    fn index() -> TimeIndex {
+        TimeIndex::new(Arc::new(SimKv::new()))
+    }
+
+    /// Writes a stretch, and images of all leaves that it wants looked at; returns how many those are.
+    fn write(index: &TimeIndex, chunks: &[Arc<Chunk>]) -> usize {
+        let stretch = Stretch::new(chunks).unwrap();
+        let looks = stretch.write(index, VolumeId(1)).unwrap();
+        stretch.write_images(index, &looks).unwrap();
+        looks.len()
+    }
+
+    #[test]
+    fn a_stretch_of_many_chunks_reads_as_its_chunks_one_by_one_do_at_every_instant() {
+        let chunks = chunks(&mut SmallRng::seed_from_u64(1), 5, 40);
+        let (one, single) = (index(), index());
+        write(&one, &chunks);
+        chunks.chunks(1).for_each(|chunk| drop(write(&single, chunk)));
+        for at in 0..=200 {
+            for node in 0..3 {
+                let read = |index: &TimeIndex| index.leaf_at(BRANCH, node, Seq(at)).unwrap().states;
+                assert_eq!(read(&one), read(&single), "leaf {node} at {at}");
+            }
+        }
+        assert!(
+            one.leaf_at(BRANCH, 0, Seq(200)).unwrap().states[..].iter().any(|s| *s != BlockState::Unsaid)
+        );
+        assert_eq!(one.watermark(VolumeId(1)).unwrap(), single.watermark(VolumeId(1)).unwrap());
+        assert_eq!(one.watermark(VolumeId(1)).unwrap().map(|mark| mark.ordinal), Some(Ordinal(5)));
+    }
+
+    #[test]
+    fn a_leaf_that_changes_much_gets_an_image_at_once_and_others_in_turn() {
+        let mut rng = SmallRng::seed_from_u64(2);
+        let much = chunks(&mut rng, 1, 3 * u64::from(IMAGE_AFTER_CHANGES) + 200);
+        let hot = index();
+        assert_eq!(write(&hot, &much), 3);
+        let found = hot.leaf_at(BRANCH, 1, Seq(u64::MAX)).unwrap();
+        assert_eq!((found.deltas_since_image, found.changes_since_image), (0, 0));
+
+        let little = index();
+        let looks: usize = chunks(&mut rng, 400, 6).chunks(1).map(|chunk| write(&little, chunk)).sum();
+        assert!((20..200).contains(&looks), "{looks} looks");
+        for node in 0..3 {
+            let found = little.leaf_at(BRANCH, node, Seq(u64::MAX)).unwrap();
+            assert!(found.deltas_since_image < 150, "{} deltas", found.deltas_since_image);
+        }
+    }
+
+    #[test]
+    fn many_changes_of_a_leaf_are_several_rows_and_no_request_is_split() {
+        let mut chunk = Chunk::default();
+        for block in 0..4000u16 {
+            // Requests of 300 blocks, which no row's length is a multiple of.
+            let seq = Seq(1 + u64::from(block) / 300);
+            let state = ChangeState::Zero;
+            chunk.push(leaf(0), Change { seq, first: block % FANOUT as u16, count: 1, state });
+        }
+        let place = BatchPlace { incarnation: 1, offset: 4096 };
+        chunk.end = Some(ChunkEnd { ordinal: Ordinal(1), seq: Seq(14), crc: 0, place, time_ns: 0 });
+        let index = index();
+        Stretch::new(&[Arc::new(chunk)]).unwrap().write(&index, VolumeId(1)).unwrap();
+        let found = index.leaf_at(BRANCH, 0, Seq(14)).unwrap();
+        assert_eq!((found.deltas_since_image, found.changes_since_image), (4, 4000));
+        let found = index.leaf_at(BRANCH, 0, Seq(1)).unwrap();
+        let zeroes = found.states.iter().filter(|state| **state == BlockState::Zero).count();
+        assert_eq!((zeroes, found.changes_since_image), (300, 300));
+    }
+}
