@@ -54,12 +54,14 @@ fn cpu_of_stat(text: &str) -> Result<(&str, f64)> {
     Ok((name, (user + system) as f64 / rustix::param::clock_ticks_per_second() as f64))
 }
 
-/// Bytes that a process has sent to the disk.
+/// Bytes that a process has sent to the disk, and had the disk send.
 ///
 /// # Errors
 /// It has ended.
-pub(crate) fn written_bytes(pid: u32) -> Result<u64> {
-    number(&read(pid, "io")?, "write_bytes:").context("/proc does not count bytes written")
+fn moved_bytes(pid: u32) -> Result<u64> {
+    let io = read(pid, "io")?;
+    let of = |field| number(&io, field).context("/proc does not count bytes read and written");
+    Ok(of("write_bytes:")? + of("read_bytes:")?)
 }
 
 /// Anonymous resident memory of a process, in bytes: its own, without what it maps of others and of files.
@@ -88,7 +90,7 @@ fn number(text: &str, key: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// Waits until a process neither writes nor computes, so that its background work does not burden whoever is
+/// Waits until a process neither reads nor writes nor computes, so that its background work does not burden whoever is
 /// measured next. Returns whether that came to pass.
 ///
 /// # Errors
@@ -96,13 +98,13 @@ fn number(text: &str, key: &str) -> Option<u64> {
 pub(crate) fn settle(pid: u32) -> Result<bool> {
     let deadline = Instant::now() + SETTLE;
     let mut busy_at = Instant::now();
-    let mut before = (written_bytes(pid)?, cpu_seconds(pid)?);
+    let mut before = (moved_bytes(pid)?, cpu_seconds(pid)?);
     while Instant::now() < deadline {
         if busy_at.elapsed() >= QUIET {
             return Ok(true);
         }
         thread::sleep(LOOK);
-        let now = (written_bytes(pid)?, cpu_seconds(pid)?);
+        let now = (moved_bytes(pid)?, cpu_seconds(pid)?);
         if now.0 != before.0 || now.1 - before.1 > 0.015 {
             busy_at = Instant::now();
         }
@@ -166,7 +168,7 @@ mod tests {
             assert!(start.elapsed() < Duration::from_secs(30), "no CPU time counted");
         }
         assert!(rss_anon(pid).unwrap() > 100 << 10);
-        written_bytes(pid).unwrap();
+        moved_bytes(pid).unwrap();
         while watch.most() == 0 {
             assert!(start.elapsed() < Duration::from_secs(30), "no memory seen");
         }

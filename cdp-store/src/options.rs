@@ -13,6 +13,8 @@ pub struct StoreOptions {
     pub pool_segments: usize,
     /// Bytes of map leaves that the volumes may keep in memory together.
     pub map_budget_bytes: usize,
+    /// Memory of the time index's database, in bytes: rows that are not in a file yet, and cached blocks.
+    pub index_memory_bytes: usize,
     /// How long writes wait while the store is full before they fail.
     pub full_wait: Duration,
     /// Bytes of the file system that only opening, destroying and recovering may use.
@@ -31,6 +33,7 @@ impl Default for StoreOptions {
             segment_bytes: 256 << 20,
             pool_segments: 4,
             map_budget_bytes: 48 << 20,
+            index_memory_bytes: 48 << 20,
             full_wait: Duration::from_secs(10),
             reserve_bytes: 256 << 20,
             batch_bytes: 1 << 20,

@@ -114,6 +114,7 @@ fn is_sampled(key: NodeKey, ordinal: Ordinal, changes: usize) -> bool {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
@@ -165,7 +166,9 @@ mod tests {
         let chunks = chunks(&mut SmallRng::seed_from_u64(1), 5, 40);
         let (one, single) = (index(), index());
         write(&one, &chunks);
-        chunks.chunks(1).for_each(|chunk| drop(write(&single, chunk)));
+        for chunk in chunks.chunks(1) {
+            write(&single, chunk);
+        }
         for at in 0..=200 {
             for node in 0..3 {
                 let read = |index: &TimeIndex| index.leaf_at(BRANCH, node, Seq(at)).unwrap().states;

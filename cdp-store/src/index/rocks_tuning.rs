@@ -153,7 +153,8 @@ impl Tuned {
         options.set_level_zero_file_num_compaction_trigger(LEVEL_ZERO_FILES);
         options.set_level_zero_slowdown_writes_trigger(32);
         options.set_level_zero_stop_writes_trigger(64);
-        options.set_max_bytes_for_level_base(256 * MIB as u64);
+        // Each level costs a read one more block, whatever lies in it.
+        options.set_max_bytes_for_level_base(512 * MIB as u64);
         options.set_target_file_size_base(32 * MIB as u64);
         options.set_soft_pending_compaction_bytes_limit(16 << 30);
         options.set_hard_pending_compaction_bytes_limit(64 << 30);

@@ -125,8 +125,8 @@ impl Store {
         }
         let storage =
             DirectoryStorage::open(dir).map_err(|e| Error::io(format!("opening the store {at}"), e))?;
-        let index =
-            open_or_rebuild(&dir.join(INDEX_DIRECTORY), |p| RocksKv::open(p, &RocksOptions::default()))?;
+        let tuning = RocksOptions { memory_bytes: options.index_memory_bytes, ..RocksOptions::default() };
+        let index = open_or_rebuild(&dir.join(INDEX_DIRECTORY), |p| RocksKv::open(p, &tuning))?;
         let catalogue = open_or_rebuild(&dir.join(CATALOGUE_DIRECTORY), |p| RocksKv::open_synced(p))?;
         let clock = Arc::new(SystemClock);
         let reach = Some(PathBuf::from(reach::DIRECTORY));

@@ -141,6 +141,7 @@ fn options() -> StoreOptions {
         segment_bytes: 1 << 20,
         pool_segments: 1,
         map_budget_bytes: 0,
+        index_memory_bytes: 0,
         full_wait: Duration::from_millis(200),
         reserve_bytes: 256 << 10,
         batch_bytes: 64 << 10,

@@ -113,6 +113,7 @@ struct StoreSection {
     segment_size: Option<ByteSize>,
     pool_segments: Option<usize>,
     map_budget: Option<ByteSize>,
+    index_memory: Option<ByteSize>,
     reserve: Option<ByteSize>,
     full_wait_s: Option<u64>,
 }
@@ -211,6 +212,8 @@ impl Config {
         options.pool_segments = store.pool_segments.unwrap_or(options.pool_segments);
         let budget = store.map_budget.map_or_else(|| map_budget(memory_bytes()), |size| size.0);
         options.map_budget_bytes = usize::try_from(budget).unwrap_or(usize::MAX);
+        let memory = store.index_memory.map_or_else(|| index_memory(memory_bytes()), |size| size.0);
+        options.index_memory_bytes = usize::try_from(memory).unwrap_or(usize::MAX);
         options.reserve_bytes = store.reserve.map_or(options.reserve_bytes, |size| size.0);
         options.full_wait = store.full_wait_s.map_or(options.full_wait, Duration::from_secs);
         self.create = store.create.unwrap_or(self.create);
@@ -238,6 +241,12 @@ impl Config {
 /// only as far as guests work on so much; without it their reads would wait for the index.
 fn map_budget(memory_bytes: u64) -> u64 {
     (memory_bytes / 128).clamp(48 << 20, 1 << 30)
+}
+
+/// The time index's memory where none is configured, in bytes: 1/256 of the memory there is, from 48 to 512 MiB. Half of it
+/// caches what a look into the index needs first, the indexes of its tables.
+fn index_memory(memory_bytes: u64) -> u64 {
+    (memory_bytes / 256).clamp(48 << 20, 512 << 20)
 }
 
 /// The memory that this process can have, in bytes: the machine's, or what its control groups allow (`memory.max`, see
@@ -288,6 +297,7 @@ mod tests {
         assert_eq!(map_budget(0), 48 << 20);
         assert_eq!(map_budget(32 << 30), 256 << 20);
         assert_eq!(map_budget(1 << 40), 1 << 30);
+        assert_eq!([0, 32 << 30, 1 << 40].map(index_memory), [48 << 20, 128 << 20, 512 << 20]);
         assert!(machine_bytes() > 64 << 20, "{}", machine_bytes());
         let groups = tempfile::tempdir().unwrap();
         fs::create_dir_all(groups.path().join("a/b")).unwrap();
@@ -307,6 +317,7 @@ mod tests {
             create = true
             segment_size = "64M"
             map_budget = 1048576
+            index_memory = "64M"
             full_wait_s = 3
             [control]
             mode = "0660"
@@ -323,7 +334,7 @@ mod tests {
         let flags = Overrides { http, no_create: true, ..Overrides::default() };
         let config = load(text, &flags).unwrap();
         assert_eq!(config.options.segment_bytes, 64 << 20);
-        assert_eq!(config.options.map_budget_bytes, 1 << 20);
+        assert_eq!((config.options.map_budget_bytes, config.options.index_memory_bytes), (1 << 20, 64 << 20));
         assert_eq!(config.options.full_wait, Duration::from_secs(3));
         assert_eq!((config.socket_mode, config.log_format), (0o660, LogFormat::Json));
         assert_eq!(config.limits, Limits { streams: 2, ..Limits::default() });

@@ -12,11 +12,31 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    limit_arenas();
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("cdpd: {error:#}");
             ExitCode::from(2)
+        }
+    }
+}
+
+/// How many heaps glibc's allocator may have.
+///
+/// It gives each thread one of its own, up to eight for each processor. Here much is allocated by one thread and freed by
+/// another (changes by a queue's, which the index's frees; blocks of RocksDB's cache by whoever reads), so that each heap keeps
+/// holes. With 8 million random writes, 16 heaps and four took 160 and 110 MiB, at the same rate.
+#[cfg(target_env = "gnu")]
+const ARENAS: i32 = 4;
+
+fn limit_arenas() {
+    // SAFETY: no other thread runs yet, and the call changes nothing but a limit (mallopt(3)).
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        // An operator's own choice in the environment has been made before; it is kept.
+        if std::env::var_os("MALLOC_ARENA_MAX").is_none() {
+            libc::mallopt(libc::M_ARENA_MAX, ARENAS);
         }
     }
 }
