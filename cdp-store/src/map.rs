@@ -293,18 +293,20 @@ impl HeadMap {
     pub fn oldest_closed(&self, changes: usize, until: Ordinal) -> Vec<Arc<Chunk>> {
         let ended = |chunk: &&Arc<Chunk>| chunk.end.is_some_and(|end| end.ordinal <= until);
         let mut room = changes;
-        let fits = |chunk: &&Arc<Chunk>| {
-            let first = room == changes;
-            let fits = chunk.len() <= room;
-            room = room.saturating_sub(chunk.len().max(1));
-            first || fits
+        let fits = |(number, chunk): &(usize, &Arc<Chunk>)| {
+            let fits = *number == 0 || chunk.len() <= room;
+            room = room.saturating_sub(chunk.len());
+            fits
         };
-        self.closed.iter().take_while(ended).take_while(fits).cloned().collect()
+        let chunks = self.closed.iter().take_while(ended).enumerate().take_while(fits);
+        chunks.map(|(_, chunk)| Arc::clone(chunk)).collect()
     }
 
     /// Drops so many of the oldest closed chunks, whose changes are in the index now.
     pub fn drop_oldest(&mut self, chunks: usize) {
-        if let Some(end) = self.closed.drain(..chunks).next_back().and_then(|chunk| chunk.end) {
+        if let Some(end) =
+            self.closed.drain(..chunks.min(self.closed.len())).next_back().and_then(|chunk| chunk.end)
+        {
             self.indexed = self.indexed.max(end.seq);
         }
     }
@@ -368,5 +370,50 @@ fn collect(chunk: &Chunk, branch: BranchId, leaf: u64, out: &mut Vec<LeafChange>
             state: BlockState::Zero,
         }));
         child = node;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::chunk::ChunkEnd;
+    use crate::format::BatchPlace;
+
+    use super::*;
+
+    /// A map with closed chunks of so many changes each; they end with batches 1, 2, and so on.
+    fn with_closed(changes: &[u64]) -> HeadMap {
+        let mut map = HeadMap::new(Seq::ZERO, BranchId(1), &LeafBudget::new(0));
+        let mut seq = Seq::ZERO;
+        for (ordinal, &changes) in (1..).zip(changes) {
+            for _ in 0..changes {
+                seq = seq.plus(1);
+                let change = Change { seq, first: 0, count: 1, state: ChangeState::Zero };
+                map.current.push(NodeKey::leaf_of(BranchId(1), seq.0), change);
+            }
+            let place = BatchPlace { incarnation: 1, offset: 0 };
+            map.current.end = Some(ChunkEnd { ordinal: Ordinal(ordinal), seq, crc: 0, place, time_ns: 0 });
+            map.close_chunk();
+        }
+        map
+    }
+
+    #[test]
+    fn chunks_are_taken_from_the_oldest_as_far_as_they_fit_and_may_be_written() {
+        let map = with_closed(&[5, 3, 0, 4]);
+        let taken = |changes, until| map.oldest_closed(changes, Ordinal(until)).len();
+        assert_eq!((taken(12, 4), taken(usize::MAX, 9)), (4, 4));
+        assert_eq!((taken(11, 4), taken(8, 4), taken(7, 4)), (3, 3, 1));
+        assert_eq!((taken(1, 4), taken(12, 2), taken(12, 0)), (1, 2, 0));
+    }
+
+    #[test]
+    fn what_is_dropped_counts_as_indexed() {
+        let mut map = with_closed(&[5, 3, 4]);
+        map.drop_oldest(2);
+        assert_eq!((map.indexed(), map.pending_changes()), (Seq(8), 4));
+        assert!(map.pending(BranchId(1), 0, Seq::ZERO, Seq(8)).is_empty());
+        assert_eq!(map.pending(BranchId(1), 0, Seq::ZERO, Seq(11)).len(), 3);
+        map.drop_oldest(9);
+        assert_eq!((map.indexed(), map.pending_changes()), (Seq(12), 0));
     }
 }

@@ -20,6 +20,9 @@ const LOOK_PER_CHANGES: u64 = 128;
 const IMAGE_AFTER_DELTAS: u32 = 16;
 const IMAGE_AFTER_CHANGES: u32 = 256;
 
+/// Bytes of images that are written together.
+const IMAGES_BYTES: usize = 1 << 20;
+
 /// Consecutive chunks of one log, at least one, and the batch with which the last one ends.
 #[derive(Debug)]
 pub struct Stretch<'a> {
@@ -36,15 +39,19 @@ impl<'a> Stretch<'a> {
 
     /// Calls this with every node that changed, in the order of keys, and all its changes, oldest first.
     fn each_node(&self, mut call: impl FnMut(NodeKey, &[Change]) -> Result<()>) -> Result<()> {
-        let mut keys: Vec<NodeKey> = self.chunks.iter().flat_map(|chunk| chunk.nodes()).collect();
+        // Many small chunks gather while the index cannot be written: each is asked only for what it has.
+        let each = self.chunks.iter().enumerate();
+        let mut keys: Vec<(NodeKey, usize)> =
+            each.flat_map(|(number, chunk)| chunk.nodes().map(move |node| (node, number))).collect();
         keys.sort_unstable();
-        keys.dedup();
         let mut changes = Vec::new();
-        for key in keys {
+        for of_node in keys.chunk_by(|(a, _), (b, _)| a == b) {
             changes.clear();
-            self.chunks.iter().rev().for_each(|chunk| changes.extend(chunk.changes(key)));
+            for &(node, chunk) in of_node.iter().rev() {
+                changes.extend(self.chunks[chunk].changes(node));
+            }
             changes.reverse();
-            call(key, &changes)?;
+            call(of_node[0].0, &changes)?;
         }
         Ok(())
     }
@@ -92,6 +99,11 @@ impl<'a> Stretch<'a> {
             {
                 batch.image(key.branch, key.node, seq, &found.states);
             }
+            // Each image is true by itself.
+            if batch.size_bytes() >= IMAGES_BYTES {
+                index.write(&batch).map_err(failed)?;
+                batch.clear();
+            }
         }
         if batch.is_empty() { Ok(()) } else { index.write(&batch).map_err(failed) }
     }
@@ -104,7 +116,7 @@ impl<'a> Stretch<'a> {
 }
 
 /// Whether a leaf that got so many changes is looked at. Leaves are chosen by their number and the ordinal together, so that
-/// each gets its turn; all bits of both count, since either may be a multiple of a power of two.
+/// each gets its turn; not by their low bits alone, since either may be a multiple of a power of two.
 fn is_sampled(key: NodeKey, ordinal: Ordinal, changes: usize) -> bool {
     let BranchId(branch) = key.branch;
     let mixed =
@@ -149,6 +161,17 @@ mod tests {
         (1..=count as u64).map(&mut chunk).collect()
     }
 
+    /// What the chunks make of a leaf's blocks: the `Seq` of the last write to each up to `at`, zero if there is none.
+    fn expected(chunks: &[Arc<Chunk>], node: u64, at: u64) -> Vec<u64> {
+        let mut blocks = vec![0; FANOUT];
+        let changes = chunks.iter().flat_map(|chunk| chunk.changes(leaf(node)));
+        for change in changes.filter(|change| change.seq.0 <= at) {
+            let newest = &mut blocks[usize::from(change.first)];
+            *newest = change.seq.0.max(*newest);
+        }
+        blocks
+    }
+
     fn index() -> TimeIndex {
         TimeIndex::new(Arc::new(SimKv::new()))
     }
@@ -164,22 +187,28 @@ mod tests {
     #[test]
     fn a_stretch_of_many_chunks_reads_as_its_chunks_one_by_one_do_at_every_instant() {
         let chunks = chunks(&mut SmallRng::seed_from_u64(1), 5, 40);
+        assert_eq!(chunks.iter().map(|chunk| chunk.len()).sum::<usize>(), 200);
         let (one, single) = (index(), index());
         write(&one, &chunks);
         for chunk in chunks.chunks(1) {
             write(&single, chunk);
         }
-        for at in 0..=200 {
+        for (index, at) in [&one, &single].into_iter().flat_map(|index| (0..=200).map(move |at| (index, at)))
+        {
             for node in 0..3 {
-                let read = |index: &TimeIndex| index.leaf_at(BRANCH, node, Seq(at)).unwrap().states;
-                assert_eq!(read(&one), read(&single), "leaf {node} at {at}");
+                let found = index.leaf_at(BRANCH, node, Seq(at)).unwrap().states;
+                // Places tell which write a block is of.
+                let seq_of = |state: &BlockState| match state {
+                    BlockState::Mapped(place) => u64::from(place.crc),
+                    BlockState::Zero | BlockState::Unsaid => 0,
+                };
+                let found: Vec<u64> = found.iter().map(seq_of).collect();
+                assert_eq!(found, expected(&chunks, node, at), "leaf {node} at {at}");
             }
         }
-        assert!(
-            one.leaf_at(BRANCH, 0, Seq(200)).unwrap().states[..].iter().any(|s| *s != BlockState::Unsaid)
-        );
-        assert_eq!(one.watermark(VolumeId(1)).unwrap(), single.watermark(VolumeId(1)).unwrap());
-        assert_eq!(one.watermark(VolumeId(1)).unwrap().map(|mark| mark.ordinal), Some(Ordinal(5)));
+        let mark = one.watermark(VolumeId(1)).unwrap();
+        assert_eq!(mark, single.watermark(VolumeId(1)).unwrap());
+        assert_eq!(mark.map(|mark| (mark.ordinal, mark.seq)), Some((Ordinal(5), Seq(200))));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! It is derived from the volumes' logs and can be rebuilt from them. A branch's map is a tree of nodes
 //! ([`NodeKey`]) of which only what happened to them is stored, as rows under (branch, level, node, newest
-//! first): a *delta* has all changes of a node in one stretch of the log, an *image* a whole leaf as of a
+//! first): a *delta* has changes of a node in one stretch of the log, an *image* a whole leaf as of a
 //! `Seq`. A leaf at any instant is the newest image at or before it, and the deltas since, of the leaf and of
 //! the three nodes above it. Beside the map the index has each branch's times and each volume's watermark.
 //!

@@ -12,7 +12,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::segments::PoolStep;
 use crate::volume::Volume;
 
-/// Changes written to the index between two index flushes: what a recovery replays is bounded by it.
+/// Changes written to the index until the next index flush, and what one step writes beyond: so much more than what is not
+/// indexed a recovery replays.
 const CHANGES_PER_FLUSH: usize = 256 << 10;
 /// Nothing indexed stays unflushed for longer than this.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(5);
@@ -137,10 +138,11 @@ impl Store {
     }
 
     fn index_volume(&self, volume: &Arc<Volume>) -> Result<bool> {
-        let Some(changes) = volume.index_step()? else { return Ok(false) };
+        let Some(step) = volume.index_step()? else { return Ok(false) };
         let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
-        health.changes_since_flush += changes.max(1);
-        Ok(true)
+        health.changes_since_flush += step.changes.max(1);
+        drop(health);
+        step.images.map(|()| true)
     }
 
     /// Ends the chunks that changes are gathered in, as the index thread does every
@@ -149,7 +151,7 @@ impl Store {
         self.all_volumes().iter().for_each(|volume| volume.close_chunk());
     }
 
-    /// Writes everything acknowledged into the index, as far as it is delivered, and flushes it.
+    /// Writes everything acknowledged into the index, as far as it is delivered, and flushes it. Not beside the index thread.
     ///
     /// # Durability
     /// What was indexed is not replayed by later openings.

@@ -17,7 +17,16 @@ use crate::stretch::Stretch;
 /// How long a sync may take before whoever waits for it is told.
 const SYNC_PATIENCE: Duration = Duration::from_secs(60);
 /// Chunks that are written together have about so many changes at most: a step's rows are in memory several times.
-const STEP_CHANGES: usize = 512 << 10;
+const STEP_CHANGES: usize = 256 << 10;
+
+/// What one step has put into the index.
+#[derive(Debug)]
+pub(crate) struct Step {
+    /// Changes that are in it now.
+    pub changes: usize,
+    /// What became of the images after that.
+    pub images: Result<()>,
+}
 
 impl Volume {
     /// Closes the changes gathered so far, so that [`Volume::index_step`] will take them.
@@ -26,8 +35,8 @@ impl Volume {
     }
 
     /// Writes the oldest closed chunks into the index, as many as may be written and make one step; says how many changes
-    /// that were, if there was any chunk.
-    pub(crate) fn index_step(&self) -> Result<Option<usize>> {
+    /// that were, if there was any chunk, and whether images could be written, too.
+    pub(crate) fn index_step(&self) -> Result<Option<Step>> {
         if self.is_read_only() {
             return Ok(None);
         }
@@ -44,8 +53,8 @@ impl Volume {
         let index = &self.shared().index;
         let looks = stretch.write(index, self.id())?;
         self.map().drop_oldest(written);
-        stretch.write_images(index, &looks)?;
-        Ok(Some(chunks.iter().map(|chunk| chunk.len()).sum()))
+        let images = stretch.write_images(index, &looks);
+        Ok(Some(Step { changes: chunks.iter().map(|chunk| chunk.len()).sum(), images }))
     }
 
     /// Makes what is acknowledged durable, from a background thread; does nothing, and says so, while a queue is at it.
