@@ -10,6 +10,7 @@ use crate::leaves::LeafBudget;
 use crate::lineage::{Branches, Lineage};
 use crate::loaders::Loaders;
 use crate::log::LogContext;
+use crate::queue::Landings;
 use crate::reach::ReachTable;
 use crate::storage::Storage;
 
@@ -63,6 +64,8 @@ pub struct Shared {
     pub leaf_budget: Arc<LeafBudget>,
     /// Who looks up places that the head maps do not know.
     pub loaders: Loaders,
+    /// Where large reads land.
+    pub landings: Arc<Landings>,
     /// Limits.
     pub tuning: Tuning,
     /// All branches.

@@ -88,7 +88,7 @@ impl HeadQueue {
         let lane = volume.shared().storage.lane()?;
         let tenure = volume.enter();
         let inbox = Inbox::new(lane.waker(), tenure);
-        let alignment = volume.shared().log.segments.alignment();
+        let reader = Reader::new(volume.shared());
         Ok(Self {
             volume,
             tenure,
@@ -103,7 +103,7 @@ impl HeadQueue {
             batches_in_flight: 0,
             spare: Vec::new(),
             flushes: Flushes::default(),
-            reader: Reader::new(alignment),
+            reader,
             seeking: Slab::new(),
             handed_over: Vec::new(),
             mail: Vec::new(),
@@ -245,13 +245,14 @@ impl HeadQueue {
         self.mail = mail;
     }
 
+    /// Takes in what the lane's operations have brought. Reads are only noted.
     fn take_done(&mut self) {
         let mut done = std::mem::take(&mut self.done);
         for one in done.drain(..) {
             match one {
                 Done::Ready { tag } => self.events.push(Event::Ready { tag }),
                 Done::Io { token, result, buffer: _ } if token & READ_TOKEN != 0 => {
-                    self.reader.done(&mut *self.lane, token, result, &mut self.events);
+                    self.reader.ended(token, result);
                 }
                 Done::Io { token, result, buffer } => self.job_done(token, result, buffer),
             }
@@ -276,6 +277,11 @@ impl HeadQueue {
         self.pump_flushes();
         self.take_mail();
         Ok(())
+    }
+
+    /// Whether there is nothing to be reported, nor to be looked at before that.
+    fn has_nothing(&self) -> bool {
+        self.events.is_empty() && self.done.is_empty() && !self.reader.has_unchecked()
     }
 
     /// How long this queue may sleep: requests that wait for space have a deadline.
@@ -364,16 +370,15 @@ impl DeviceQueue for HeadQueue {
             self.deliver();
         }
         // The last `poll` ended by asking the kernel once more: what that brought must not be slept over.
-        if !self.done.is_empty() {
-            self.take_done();
-        }
+        self.take_done();
+        self.reader.check_some(&mut *self.lane, &mut self.events);
         self.pump()?;
         // What is ready goes out at once, but the kernel is asked all the same: that starts what was pumped.
-        let idle = self.events.is_empty() && self.done.is_empty();
-        let wait = if idle { self.limit(wait) } else { Wait::No };
+        let wait = if self.has_nothing() { self.limit(wait) } else { Wait::No };
         self.lane.poll(wait, &mut self.done)?;
-        if !self.done.is_empty() {
-            self.take_done();
+        self.take_done();
+        if self.events.is_empty() {
+            self.reader.check_some(&mut *self.lane, &mut self.events);
         }
         self.pump()?;
         self.lane.poll(Wait::No, &mut self.done)?;
@@ -391,8 +396,7 @@ impl DeviceQueue for HeadQueue {
     fn arm(&mut self) -> io::Result<Wait> {
         // `poll` may have taken the wake-up of a message that came after its last look. What comes after this look wakes
         // the lane, which has said by then that it sleeps.
-        let nothing = self.events.is_empty() && self.done.is_empty();
-        let idle = nothing && self.lane.arm()? && !self.inbox.has_mail();
+        let idle = self.has_nothing() && self.lane.arm()? && !self.inbox.has_mail();
         Ok(if idle { self.limit(Wait::Forever) } else { Wait::No })
     }
 

@@ -3,6 +3,7 @@
 mod flush;
 mod head;
 mod inbox;
+mod landing;
 mod partial;
 mod past;
 mod read;
@@ -10,4 +11,5 @@ mod write;
 
 pub use head::HeadQueue;
 pub use inbox::{Inbox, Mail};
+pub use landing::Landings;
 pub use past::PastQueue;

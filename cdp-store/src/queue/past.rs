@@ -37,7 +37,7 @@ impl PastQueue {
     /// If the operating system gives no lane.
     pub fn new(volume: Arc<Volume>, at: At, leaves: SharedLeaves, capacity: u64) -> io::Result<Self> {
         let lane = volume.shared().storage.lane()?;
-        let reader = Reader::new(volume.shared().log.segments.alignment());
+        let reader = Reader::new(volume.shared());
         Ok(Self {
             _branch: volume.shared().branches.get(at.branch),
             volume,
@@ -65,6 +65,10 @@ impl PastQueue {
             let loaded = self.volume.shared().lineage().leaf_at(self.at, leaf)?;
             lock_leaves(&self.leaves).insert(leaf, loaded);
         }
+    }
+
+    fn has_nothing(&self) -> bool {
+        self.events.is_empty() && !self.reader.has_unchecked()
     }
 
     fn start(&mut self, id: RequestId, op: &Op) -> std::result::Result<(), IoError> {
@@ -107,16 +111,15 @@ impl DeviceQueue for PastQueue {
     }
 
     fn poll(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
-        let wait = if self.events.is_empty() { wait } else { Wait::No };
+        let wait = if self.has_nothing() { wait } else { Wait::No };
         self.lane.poll(wait, &mut self.done)?;
-        for one in std::mem::take(&mut self.done) {
+        for one in self.done.drain(..) {
             match one {
                 Done::Ready { tag } => self.events.push(Event::Ready { tag }),
-                Done::Io { token, result, .. } => {
-                    self.reader.done(&mut *self.lane, token, result, &mut self.events);
-                }
+                Done::Io { token, result, .. } => self.reader.ended(token, result),
             }
         }
+        self.reader.check_some(&mut *self.lane, &mut self.events);
         let completed = self.events.iter().filter(|e| matches!(e, Event::Completed { .. })).count();
         self.in_flight -= completed;
         events.append(&mut self.events);
@@ -128,7 +131,7 @@ impl DeviceQueue for PastQueue {
     }
 
     fn arm(&mut self) -> io::Result<Wait> {
-        let idle = self.events.is_empty() && self.lane.arm()?;
+        let idle = self.has_nothing() && self.lane.arm()?;
         Ok(if idle { Wait::Forever } else { Wait::No })
     }
 

@@ -1,14 +1,18 @@
 //! Reading blocks whose places are known: from the log straight into the request's memory, each block checked.
 
+use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 
 use cdp_types::{BLOCK_SIZE, Event, IoBuf, IoError, IoErrorKind, RequestId};
 use slab::Slab;
 use smallvec::SmallVec;
 
+use super::landing::{Landings, WORTH_BYTES};
 use crate::format::block_crc;
 use crate::index::BlockState;
 use crate::segments::{Segment, Segments};
+use crate::shared::Shared;
 use crate::storage::{Alignment, Lane, Token};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
@@ -16,12 +20,19 @@ const BLOCK: usize = BLOCK_SIZE as usize;
 /// Marks a lane token as one of a [`Reader`].
 pub(super) const READ_TOKEN: Token = 1 << 63;
 
+/// So many bytes are checked before their readers hear of it. A disk may end all that it had at once; whoever waits for the
+/// first of it goes on, and asks for more, while the rest is being checked.
+const CHECKED_AT_ONCE: usize = 32 << 10;
+
 /// Reads that are under way on one lane.
 #[derive(Debug)]
 pub struct Reader {
     alignment: Alignment,
+    landings: Arc<Landings>,
     requests: Slab<Request>,
     parts: Slab<Part>,
+    /// Lane operations that have ended, to be checked.
+    ended: VecDeque<(Token, io::Result<()>)>,
     scratch: Box<[u8; BLOCK]>,
 }
 
@@ -51,6 +62,17 @@ struct Copy {
     skip: usize,
 }
 
+impl Copy {
+    /// Takes over what is wanted of a block, which lies at `at` in the landing.
+    fn take(&self, at: usize, block: &[u8]) {
+        let from = self.skip.max(at);
+        let until = (self.skip + self.to.len()).min(at + block.len());
+        if from < until {
+            self.to.copy_in(from - self.skip, &block[from - at..until - at]);
+        }
+    }
+}
+
 impl Part {
     /// Where it lies, for people.
     fn at(&self) -> String {
@@ -59,10 +81,17 @@ impl Part {
 }
 
 impl Reader {
-    /// A reader for lanes whose I/O keeps to `alignment`.
+    /// A reader for lanes of a store.
     #[must_use]
-    pub fn new(alignment: Alignment) -> Self {
-        Self { alignment, requests: Slab::new(), parts: Slab::new(), scratch: Box::new([0; BLOCK]) }
+    pub fn new(shared: &Shared) -> Self {
+        Self {
+            alignment: shared.log.segments.alignment(),
+            landings: Arc::clone(&shared.landings),
+            requests: Slab::new(),
+            parts: Slab::new(),
+            ended: VecDeque::new(),
+            scratch: Box::new([0; BLOCK]),
+        }
     }
 
     /// Starts a read of `into.len()` bytes from `offset`; `states` are those of the blocks that it touches.
@@ -127,10 +156,15 @@ impl Reader {
         let unit = self.alignment.memory as usize;
         let direct = whole
             && part.segments().iter().all(|s| (s.base as usize).is_multiple_of(unit) && s.len % 512 == 0);
-        let (landing, copy) = if direct {
-            (part, None)
-        } else {
-            (IoBuf::zeroed(crcs.len() * BLOCK), Some(Copy { to: part, skip }))
+        let len = crcs.len() * BLOCK;
+        let own = match direct {
+            true if part.is_foreign() && len >= WORTH_BYTES => self.landings.lend(len),
+            true => None,
+            false => Some(IoBuf::zeroed(len)),
+        };
+        let (landing, copy) = match own {
+            Some(own) => (own, Some(Copy { to: part, skip })),
+            None => (part, None),
         };
         let target = landing.share();
         let file = Arc::clone(&segment.file);
@@ -139,43 +173,65 @@ impl Reader {
         lane.read(READ_TOKEN | token as Token, &file, offset, target);
     }
 
-    /// Takes in the end of one of its lane operations.
-    pub fn done(
-        &mut self,
-        lane: &mut dyn Lane,
-        token: Token,
-        result: std::io::Result<()>,
-        events: &mut Vec<Event>,
-    ) {
-        let token = (token & !READ_TOKEN) as usize;
-        let Some(part) = self.parts.try_remove(token) else { return };
-        if let Err(error) = result {
-            let why = format!("reading {}: {error}", part.at());
-            self.fail(part.request, IoError::new(IoErrorKind::Device, why));
-        } else if self.is_whole(&part) {
-            if let Some(copy) = &part.copy {
-                copy_across(&part.landing, copy, &mut self.scratch);
-            }
-        } else if part.copy.is_none() {
+    /// Takes note that one of its lane operations has ended.
+    pub fn ended(&mut self, token: Token, result: io::Result<()>) {
+        self.ended.push_back((token, result));
+    }
+
+    /// Whether there is something to be checked.
+    #[must_use]
+    pub fn has_unchecked(&self) -> bool {
+        !self.ended.is_empty()
+    }
+
+    /// Checks a portion of what has ended, and reports the requests that are complete with it.
+    pub fn check_some(&mut self, lane: &mut dyn Lane, events: &mut Vec<Event>) {
+        let mut checked = 0;
+        while checked < CHECKED_AT_ONCE
+            && let Some((token, result)) = self.ended.pop_front()
+        {
+            let token = (token & !READ_TOKEN) as usize;
+            let Some(part) = self.parts.try_remove(token) else { continue };
+            checked += part.landing.len();
+            self.check(lane, part, result, events);
+        }
+    }
+
+    fn check(&mut self, lane: &mut dyn Lane, part: Part, result: io::Result<()>, events: &mut Vec<Event>) {
+        let error = match result {
+            Ok(()) if self.pass_on(&part) => None,
             // The guest may have written to its buffer while we checked it: look again in memory of our own.
-            let landing = IoBuf::zeroed(part.landing.len());
-            let copy = Some(Copy { to: part.landing, skip: 0 });
-            let (file, offset, target) = (Arc::clone(&part.segment.file), part.offset, landing.share());
-            let token = self.parts.insert(Part { landing, copy, ..part });
-            lane.read(READ_TOKEN | token as Token, &file, offset, target);
-            return;
-        } else {
-            let at = part.at();
-            tracing::error!("{at}: a block does not match its checksum; its reader gets an error");
-            self.fail(part.request, IoError::new(IoErrorKind::Corrupt, format!("checksum mismatch at {at}")));
+            Ok(()) if part.copy.is_none() => return self.read_again(lane, part),
+            Ok(()) => {
+                let at = part.at();
+                tracing::error!("{at}: a block does not match its checksum; its reader gets an error");
+                Some(IoError::new(IoErrorKind::Corrupt, format!("checksum mismatch at {at}")))
+            }
+            Err(error) => Some(IoError::new(IoErrorKind::Device, format!("reading {}: {error}", part.at()))),
+        };
+        if let Some(error) = error {
+            self.fail(part.request, error);
         }
         self.end_part(part.request, events);
     }
 
-    fn is_whole(&mut self, part: &Part) -> bool {
-        part.crcs.iter().enumerate().all(|(index, &crc)| {
-            part.landing.copy_out(index * BLOCK, &mut self.scratch[..]);
-            block_crc(&self.scratch[..]) == crc
+    fn read_again(&mut self, lane: &mut dyn Lane, part: Part) {
+        let landing = IoBuf::zeroed(part.landing.len());
+        let copy = Some(Copy { to: part.landing, skip: 0 });
+        let (file, offset, target) = (Arc::clone(&part.segment.file), part.offset, landing.share());
+        let token = self.parts.insert(Part { landing, copy, ..part });
+        lane.read(READ_TOKEN | token as Token, &file, offset, target);
+    }
+
+    /// Checks block after block, and passes on what is good; says whether all are.
+    fn pass_on(&mut self, part: &Part) -> bool {
+        part.crcs.iter().zip((0..).step_by(BLOCK)).all(|(&crc, at)| {
+            part.landing.copy_out(at, &mut self.scratch[..]);
+            let good = block_crc(&self.scratch[..]) == crc;
+            if let Some(copy) = part.copy.as_ref().filter(|_| good) {
+                copy.take(at, &self.scratch[..]);
+            }
+            good
         })
     }
 
@@ -208,16 +264,6 @@ fn run_length(states: &[BlockState]) -> usize {
         BlockState::Unsaid | BlockState::Zero => {
             states.iter().take_while(|s| !matches!(s, BlockState::Mapped(_))).count()
         }
-    }
-}
-
-fn copy_across(landing: &IoBuf, copy: &Copy, scratch: &mut [u8; BLOCK]) {
-    let mut done = 0;
-    while done < copy.to.len() {
-        let step = BLOCK.min(copy.to.len() - done);
-        landing.copy_out(copy.skip + done, &mut scratch[..step]);
-        copy.to.copy_in(done, &scratch[..step]);
-        done += step;
     }
 }
 

@@ -265,6 +265,7 @@ impl Opening {
             clock,
             leaf_budget: Arc::clone(&self.leaf_budget),
             loaders: Loaders::default(),
+            landings: Arc::default(),
             tuning,
             branches,
             next_origin: AtomicU64::new(first_origin(generation)),

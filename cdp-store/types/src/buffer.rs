@@ -24,6 +24,7 @@ pub struct IoSegment {
 pub struct IoBuf {
     segments: SmallVec<[IoSegment; 4]>,
     len: usize,
+    foreign: bool,
     owner: Arc<dyn Any + Send + Sync>,
 }
 
@@ -34,7 +35,7 @@ unsafe impl Send for IoBuf {}
 unsafe impl Sync for IoBuf {}
 
 impl IoBuf {
-    /// A buffer over memory that `owner` keeps alive.
+    /// A buffer over memory that `owner` keeps alive, and that somebody else may change: see [`IoBuf::is_foreign`].
     ///
     /// # Safety
     /// For as long as any clone of `owner` lives, every segment must be mapped, readable and writable, and no
@@ -42,7 +43,7 @@ impl IoBuf {
     #[must_use]
     pub unsafe fn new(segments: SmallVec<[IoSegment; 4]>, owner: Arc<dyn Any + Send + Sync>) -> Self {
         let len = segments.iter().map(|s| s.len).sum();
-        Self { segments, len, owner }
+        Self { segments, len, foreign: true, owner }
     }
 
     /// A buffer of its own, `bytes` long and zeroed, aligned to 4096 bytes; for tests, NBD and inspection.
@@ -50,8 +51,17 @@ impl IoBuf {
     pub fn zeroed(len: usize) -> Self {
         let memory = Arc::new(AlignedBuf::zeroed(len));
         let segment = IoSegment { base: memory.base(), len };
-        // SAFETY: the memory is freed when the last Arc goes, and nobody takes a reference to it out of there.
-        unsafe { Self::new(smallvec![segment], memory) }
+        // Nobody takes a reference to the memory out of there.
+        Self { segments: smallvec![segment], len, foreign: false, owner: memory }
+    }
+
+    /// These buffers, one behind the other. `keeper` is dropped when the last handle on what comes of it goes.
+    #[must_use]
+    pub fn gathered(parts: Vec<Self>, keeper: Arc<dyn Any + Send + Sync>) -> Self {
+        let segments: SmallVec<_> = parts.iter().flat_map(|part| part.segments.iter().copied()).collect();
+        let len = parts.iter().map(Self::len).sum();
+        let foreign = parts.iter().any(Self::is_foreign);
+        Self { segments, len, foreign, owner: Arc::new((parts, keeper)) }
     }
 
     /// A buffer of its own with these bytes.
@@ -65,7 +75,8 @@ impl IoBuf {
     /// A second handle on the same memory, to read it after a request has consumed the first.
     #[must_use]
     pub fn share(&self) -> Self {
-        Self { segments: self.segments.clone(), len: self.len, owner: Arc::clone(&self.owner) }
+        let (segments, owner) = (self.segments.clone(), Arc::clone(&self.owner));
+        Self { segments, len: self.len, foreign: self.foreign, owner }
     }
 
     /// Its length, in bytes.
@@ -78,6 +89,12 @@ impl IoBuf {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Whether it is somebody else's memory, such as a guest's: it may change at any moment, and lies in pages of any size.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        self.foreign
     }
 
     /// Its pieces, in order.
@@ -94,7 +111,7 @@ impl IoBuf {
     pub fn slice(&self, offset: usize, len: usize) -> Self {
         let mut segments = SmallVec::new();
         self.for_each(offset, len, |base, len, _| segments.push(IoSegment { base, len }));
-        Self { segments, len, owner: Arc::clone(&self.owner) }
+        Self { segments, len, foreign: self.foreign, owner: Arc::clone(&self.owner) }
     }
 
     /// Copies from `offset` into `to`.
@@ -194,6 +211,19 @@ mod tests {
         assert_eq!(scattered.slice(8, 6).to_vec(), [108, 7, 7, 7, 7, 200]);
         part.fill_zero(4, 2);
         assert_eq!(part.to_vec(), [108, 7, 7, 7, 0, 0]);
+    }
+
+    #[test]
+    fn gathered_buffers_are_one_and_keep_their_keeper() {
+        let (first, second) = (IoBuf::from_bytes(&[1, 2, 3]), IoBuf::from_bytes(&[4, 5]));
+        let keeper = Arc::new(());
+        let both = IoBuf::gathered(vec![first.slice(1, 2), second], keeper.clone());
+        assert_eq!((both.to_vec(), both.is_foreign()), (vec![2, 3, 4, 5], false));
+        let part = both.slice(1, 2);
+        drop(both);
+        assert_eq!((part.to_vec(), Arc::strong_count(&keeper)), (vec![3, 4], 2));
+        drop(part);
+        assert_eq!(Arc::strong_count(&keeper), 1);
     }
 
     #[test]

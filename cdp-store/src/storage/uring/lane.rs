@@ -21,6 +21,8 @@ use crate::storage::{AlignedBuf, Done, File, Lane, Token, Waker};
 const MOST_SEGMENTS: usize = 1024;
 /// Each has a read in flight, and their completions should fit into the ring at once.
 const MOST_WATCHES: usize = 512;
+/// So many reads are handed over without waiting for more: the disk begins while the next ones are being prepared.
+const READS_AT_ONCE: usize = 8;
 
 pub(super) struct UringLane {
     ring: Ring,
@@ -235,6 +237,12 @@ impl Lane for UringLane {
             Memory::Through { bounce: AlignedBuf::zeroed(into.len()), into }
         };
         self.start(Operation::Transfer(Transfer::new(token, Arc::clone(file), fd, offset, memory)));
+        if self.ring.queued() >= READS_AT_ONCE
+            && let Err(error) = self.ring.submit()
+        {
+            // The next poll meets it again, and returns it.
+            tracing::debug!(%error, "reads could not be handed over");
+        }
     }
 
     fn write(

@@ -54,6 +54,11 @@ impl Ring {
         }
     }
 
+    /// Entries that were not handed over yet.
+    pub(super) fn queued(&mut self) -> usize {
+        self.ring.submission().len() + self.backlog.len()
+    }
+
     /// Whether `submit` would do anything: entries to hand over, or completions that the kernel will only post when
     /// it is entered.
     pub(super) fn wants_kernel(&mut self) -> bool {
