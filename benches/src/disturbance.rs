@@ -22,7 +22,7 @@ const AT: Duration = Duration::from_secs(2);
 /// What is compared, before and after.
 const WINDOW: Duration = Duration::from_secs(1);
 /// Rounds on one store, which takes what they write; and what that is at most, in bytes.
-const ROUNDS_ON_ONE: u64 = 3;
+const ROUNDS_ON_ONE: u64 = 3; // as many as there are happenings: each gets each turn once
 const ROUND_BYTES: u64 = 9 << 30;
 const DEPTH: usize = 32;
 const BLOCK: usize = 4096;
@@ -104,7 +104,9 @@ fn measure(args: &Args, home: &Home) -> Result<DisturbanceReport> {
             store = Some(ours);
         }
         let ours = store.as_ref().context("made in the first round")?;
-        for row in &mut rows {
+        for turn in 0..all.len() {
+            // Each comes as often first, second and third on a store, which is in another state then.
+            let row = &mut rows[(round as usize + turn) % all.len()];
             meter::settle(ours.pid()?)?;
             let ratio = phase(ours, row.happening, round, size_bytes)?;
             eprintln!("round {}: {:?} {ratio:.2}", round + 1, row.happening);
