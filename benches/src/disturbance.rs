@@ -21,8 +21,9 @@ use crate::workload::{Access, Order};
 const AT: Duration = Duration::from_secs(2);
 /// What is compared, before and after.
 const WINDOW: Duration = Duration::from_secs(1);
-/// Rounds on one store, which takes what they write; and what that is at most, in bytes.
-const ROUNDS_ON_ONE: u64 = 3; // as many as there are happenings: each gets each turn once
+/// Rounds on one store, which takes what they write: each happening is once the first, the second and the third in them.
+const ROUNDS_ON_ONE: u64 = HAPPENINGS.len() as u64;
+/// What a round writes at most, in bytes.
 const ROUND_BYTES: u64 = 9 << 30;
 const DEPTH: usize = 32;
 const BLOCK: usize = 4096;
@@ -33,8 +34,8 @@ pub(crate) struct Args {
     /// The working set, in GiB
     #[arg(long, value_name = "GIB", default_value_t = 1)]
     size_gib: u64,
-    /// Rounds: each has a mark, a clone, and nothing at all
-    #[arg(long, value_name = "N", default_value_t = 7)]
+    /// Rounds: each has a mark, a clone, and nothing at all; best a multiple of three
+    #[arg(long, value_name = "N", default_value_t = 9)]
     rounds: u64,
     /// Where stores are made
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
@@ -53,6 +54,8 @@ enum Happening {
     Mark,
     Clone,
 }
+
+const HAPPENINGS: [Happening; 3] = [Happening::Nothing, Happening::Mark, Happening::Clone];
 
 #[derive(Debug, Serialize)]
 struct Row {
@@ -92,8 +95,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn measure(args: &Args, home: &Home) -> Result<DisturbanceReport> {
     let machine = Machine::look(home.dir())?;
     let size_bytes = args.size_gib << 30;
-    let all = [Happening::Nothing, Happening::Mark, Happening::Clone];
-    let mut rows = all.map(|happening| Row { happening, ratios: Vec::new(), spread: Spread::of(Vec::new()) });
+    let mut rows =
+        HAPPENINGS.map(|happening| Row { happening, ratios: Vec::new(), spread: Spread::of(Vec::new()) });
     let mut store: Option<Ours> = None;
     for round in 0..args.rounds {
         if round % ROUNDS_ON_ONE == 0 {
@@ -104,9 +107,8 @@ fn measure(args: &Args, home: &Home) -> Result<DisturbanceReport> {
             store = Some(ours);
         }
         let ours = store.as_ref().context("made in the first round")?;
-        for turn in 0..all.len() {
-            // Each comes as often first, second and third on a store, which is in another state then.
-            let row = &mut rows[(round as usize + turn) % all.len()];
+        for turn in 0..rows.len() {
+            let row = &mut rows[(round as usize + turn) % HAPPENINGS.len()];
             meter::settle(ours.pid()?)?;
             let ratio = phase(ours, row.happening, round, size_bytes)?;
             eprintln!("round {}: {:?} {ratio:.2}", round + 1, row.happening);

@@ -371,12 +371,18 @@ impl DeviceQueue for HeadQueue {
         }
         // The last `poll` ended by asking the kernel once more: what that brought must not be slept over.
         self.take_done();
-        self.reader.check_some(&mut *self.lane, &mut self.events);
+        if self.reader.has_unchecked() {
+            // The disk first: it has something to do while this is being checked.
+            self.lane.poll(Wait::No, &mut self.done)?;
+            self.take_done();
+            self.reader.check_some(&mut *self.lane, &mut self.events);
+        }
         self.pump()?;
         // What is ready goes out at once, but the kernel is asked all the same: that starts what was pumped.
         let wait = if self.has_nothing() { self.limit(wait) } else { Wait::No };
         self.lane.poll(wait, &mut self.done)?;
         self.take_done();
+        // One portion a poll, unless it had nothing before.
         if self.events.is_empty() {
             self.reader.check_some(&mut *self.lane, &mut self.events);
         }

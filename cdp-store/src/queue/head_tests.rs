@@ -19,22 +19,21 @@ fn store_with_volume(directory: &Path) -> (Store, Arc<Volume>) {
     (store, volume)
 }
 
-/// Has the queue do all of this, and returns how many requests each poll has ended.
-fn run(queue: &mut HeadQueue, ops: Vec<Op>) -> Result<Vec<usize>, IoError> {
+/// Has the queue do all of this.
+fn run(queue: &mut HeadQueue, ops: Vec<Op>) -> Result<(), IoError> {
     let mut left = ops.len();
     (0..).zip(ops).for_each(|(id, op)| queue.submit(RequestId(id), op));
-    let (mut events, mut portions) = (Vec::new(), Vec::new());
+    let mut events = Vec::new();
     while left > 0 {
         queue.poll(Wait::Forever, &mut events).unwrap();
         left -= events.len();
-        portions.push(events.len());
         for event in events.drain(..) {
             if let Event::Completed { result, .. } = event {
                 result?;
             }
         }
     }
-    Ok(portions)
+    Ok(())
 }
 
 fn pattern(blocks: usize) -> Vec<u8> {
@@ -52,8 +51,34 @@ fn foreign(len: usize) -> IoBuf {
     unsafe { IoBuf::new(memory.segments().iter().copied().collect(), Arc::new(memory.share())) }
 }
 
+/// Reads of the first blocks, one by one.
+fn reads(buffers: &[IoBuf]) -> impl Iterator<Item = (RequestId, Op)> {
+    let reads =
+        (0..).zip(buffers).map(|(nth, into)| (nth, Op::Read { offset: nth * 4096, into: into.share() }));
+    reads.map(|(nth, op)| (RequestId(nth), op))
+}
+
+/// Waits until the queue's lane has ended so many operations.
+fn gather(queue: &mut HeadQueue, operations: usize) {
+    while queue.done.len() < operations {
+        queue.lane.poll(Wait::Forever, &mut queue.done).unwrap();
+    }
+}
+
+/// How many requests the next polls end, while the queue says that it has something.
+fn portions(queue: &mut dyn DeviceQueue, requests: usize) -> Vec<usize> {
+    let (mut events, mut portions) = (Vec::new(), Vec::new());
+    while portions.iter().sum::<usize>() < requests {
+        assert_eq!(queue.arm().unwrap(), Wait::No, "after {portions:?} of {requests}");
+        queue.poll(Wait::Forever, &mut events).unwrap();
+        assert!(events.iter().all(|e| matches!(e, Event::Completed { result: Ok(()), .. })), "{events:?}");
+        portions.push(events.drain(..).count());
+    }
+    portions
+}
+
 #[test]
-fn reads_that_end_together_are_reported_in_portions_and_none_is_slept_over() {
+fn reads_that_end_together_are_reported_in_portions() {
     const BLOCKS: usize = 48;
     let directory = tempfile::tempdir().unwrap();
     let (store, volume) = store_with_volume(directory.path());
@@ -61,12 +86,59 @@ fn reads_that_end_together_are_reported_in_portions_and_none_is_slept_over() {
     let bytes = pattern(BLOCKS);
     run(&mut queue, vec![write(&bytes)]).unwrap();
     let buffers: Vec<IoBuf> = (0..BLOCKS).map(|_| foreign(4096)).collect();
-    let reads = (0..).step_by(4096).zip(&buffers);
-    let reads = reads.map(|(offset, into)| Op::Read { offset, into: into.share() }).collect();
-    let portions = run(&mut queue, reads).unwrap();
-    assert!(portions.iter().all(|ended| *ended <= 8), "{portions:?}");
+    reads(&buffers).for_each(|(id, op)| queue.submit(id, op));
+    gather(&mut queue, BLOCKS);
+    assert_eq!(portions(&mut queue, BLOCKS), [8; 6]);
     assert!(buffers.iter().zip(bytes.chunks(4096)).all(|(into, block)| into.to_vec() == block));
+
+    let at = store.resolve(&"web1".parse().unwrap(), &cdp_types::Instant::Head).unwrap();
+    let at = crate::lineage::At { branch: at.branch, seq: at.seq };
+    let leaves = volume.shared().leaf_budget.cache(16);
+    let mut past = super::super::PastQueue::new(Arc::clone(&volume), at, leaves, 1 << 20).unwrap();
+    let buffers: Vec<IoBuf> = (0..BLOCKS).map(|_| foreign(4096)).collect();
+    reads(&buffers).for_each(|(id, op)| past.submit(id, op));
+    past.gather(BLOCKS);
+    assert_eq!(portions(&mut past, BLOCKS), [8; 6]);
+    assert!(buffers.iter().zip(bytes.chunks(4096)).all(|(into, block)| into.to_vec() == block));
+    drop((past, queue, volume));
+    store.close().unwrap();
+}
+
+#[test]
+fn what_is_unchecked_of_a_single_read_is_not_slept_over() {
+    const BLOCKS: usize = 24;
+    let directory = tempfile::tempdir().unwrap();
+    let (store, volume) = store_with_volume(directory.path());
+    let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
+    let bytes = pattern(BLOCKS);
+    // From the last to the first, so that no block lies behind the one before it.
+    let writes = (0..BLOCKS).rev().map(|nth| {
+        let (from, origin) = (IoBuf::from_bytes(&bytes[nth * 4096..][..4096]), cdp_types::Origin(0));
+        Op::Write { offset: nth as u64 * 4096, from, fua: false, origin }
+    });
+    run(&mut queue, writes.collect()).unwrap();
+    let into = foreign(bytes.len());
+    queue.submit(RequestId(0), Op::Read { offset: 0, into: into.share() });
+    gather(&mut queue, BLOCKS);
+    // The first poll checks two portions, since the first of them ends nothing.
+    assert_eq!(portions(&mut queue, 1), [0, 1]);
+    assert!(into.to_vec() == bytes);
     drop((queue, volume));
+    store.close().unwrap();
+}
+
+#[test]
+fn memory_that_a_dropped_queue_has_borrowed_comes_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, volume) = store_with_volume(directory.path());
+    let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
+    run(&mut queue, vec![write(&pattern(64))]).unwrap();
+    queue.submit(RequestId(0), Op::Read { offset: 0, into: foreign(256 << 10) });
+    let landings = Arc::clone(&volume.shared().landings);
+    assert_eq!(landings.made_bytes() - landings.free_bytes(), 256 << 10);
+    drop(queue);
+    assert_eq!(landings.made_bytes(), landings.free_bytes());
+    drop(volume);
     store.close().unwrap();
 }
 
@@ -82,14 +154,12 @@ fn large_reads_of_a_guest_are_checked_wherever_they_land() {
         run(&mut queue, vec![Op::Read { offset, into: into.share() }]).unwrap();
         assert!(into.to_vec() == bytes[offset as usize..][..len], "{len} bytes from {offset}");
     }
+    assert_eq!(volume.shared().landings.made_bytes(), 2 << 20, "none of them has landed where it should");
     rot(directory.path(), &bytes[40 * 4096..41 * 4096]);
     for (blocks, good) in [(0..40, true), (0..64, false), (36..44, false), (40..41, false), (41..64, true)] {
         let into = foreign(blocks.len() * 4096);
         let read = run(&mut queue, vec![Op::Read { offset: blocks.start as u64 * 4096, into }]);
-        assert_eq!(
-            read.map(drop).map_err(|e| e.kind()),
-            if good { Ok(()) } else { Err(IoErrorKind::Corrupt) }
-        );
+        assert_eq!(read.map_err(|e| e.kind()), if good { Ok(()) } else { Err(IoErrorKind::Corrupt) });
     }
     drop((queue, volume));
     store.close().unwrap();

@@ -1,8 +1,8 @@
 //! Memory of our own in which large reads land, in huge pages.
 //!
-//! A guest's memory is in pages of 4096 bytes wherever the host has put them, and a disk takes each as a piece by itself: it
-//! may have room for few such requests at a time. Each block is looked at before its reader gets it, whoever's memory it is
-//! in, so landing elsewhere costs only that what was looked at is written once more.
+//! A guest's memory may be in pages of 4096 bytes, wherever the host has put them, and a disk takes each as a piece by
+//! itself: it may have room for few such requests at a time. Each block is looked at before its reader hears of it, so
+//! landing elsewhere costs only that what was looked at is written once more.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -34,6 +34,28 @@ struct Loan {
 }
 
 impl Landings {
+    fn take(&self, wanted: usize) -> Option<Vec<IoBuf>> {
+        let mut free = self.free();
+        let lacking = wanted.saturating_sub(free.pieces.len()).div_ceil(SLAB / PIECE);
+        if free.made_bytes + lacking * SLAB > MOST_BYTES {
+            return None;
+        }
+        free.made_bytes += lacking * SLAB;
+        let taken = wanted.min(free.pieces.len());
+        let rest = free.pieces.len() - taken;
+        let mut pieces = free.pieces.split_off(rest);
+        drop(free);
+        // Without the lock: a huge page takes a while to be had.
+        for slab in (0..lacking).map(|_| IoBuf::zeroed(SLAB)) {
+            pieces.extend((0..SLAB / PIECE).map(|nth| slab.slice(nth * PIECE, PIECE)));
+        }
+        let left_over = pieces.split_off(wanted);
+        if !left_over.is_empty() {
+            self.free().pieces.extend(left_over);
+        }
+        Some(pieces)
+    }
+
     fn free(&self) -> MutexGuard<'_, Free> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -41,22 +63,23 @@ impl Landings {
     /// `len` bytes, unless so much is not left; what is in them may be anything that was read before. They are lent until
     /// the last handle on them goes.
     pub fn lend(self: &Arc<Self>, len: usize) -> Option<IoBuf> {
-        let wanted = len.div_ceil(PIECE);
-        let mut free = self.free();
-        while free.pieces.len() < wanted {
-            if free.made_bytes == MOST_BYTES {
-                return None;
-            }
-            let slab = IoBuf::zeroed(SLAB);
-            free.pieces.extend((0..SLAB / PIECE).map(|nth| slab.slice(nth * PIECE, PIECE)));
-            free.made_bytes += SLAB;
-        }
-        let rest = free.pieces.len() - wanted;
-        let pieces = free.pieces.split_off(rest);
-        drop(free);
+        let pieces = self.take(len.div_ceil(PIECE))?;
         let handles: Vec<IoBuf> = pieces.iter().map(IoBuf::share).collect();
         let loan = Loan { pieces, home: Arc::clone(self) };
         Some(IoBuf::gathered(handles, Arc::new(loan)).slice(0, len))
+    }
+}
+
+#[cfg(test)]
+impl Landings {
+    /// What was made so far, in bytes.
+    pub fn made_bytes(&self) -> usize {
+        self.free().made_bytes
+    }
+
+    /// What of it is not lent, in bytes.
+    pub fn free_bytes(&self) -> usize {
+        self.free().pieces.len() * PIECE
     }
 }
 
@@ -90,6 +113,11 @@ mod tests {
         assert!(landings.lend(1).is_none(), "a part of it is still in use");
         drop(part);
         assert!(landings.lend(2 * PIECE).is_some());
+        drop(lent);
         assert!(landings.lend(MOST_BYTES + 1).is_none());
+        assert_eq!(landings.lend(MOST_BYTES).unwrap().len(), MOST_BYTES);
+        let new = Arc::new(Landings::default());
+        assert!(new.lend(MOST_BYTES + 1).is_none());
+        assert_eq!(new.made_bytes(), 0, "nothing is made for what cannot be had");
     }
 }

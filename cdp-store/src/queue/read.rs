@@ -1,4 +1,4 @@
-//! Reading blocks whose places are known: from the log straight into the request's memory, each block checked.
+//! Reading blocks whose places are known: from the log into the request's memory, each block checked.
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,8 +20,8 @@ const BLOCK: usize = BLOCK_SIZE as usize;
 /// Marks a lane token as one of a [`Reader`].
 pub(super) const READ_TOKEN: Token = 1 << 63;
 
-/// So many bytes are checked before their readers hear of it. A disk may end all that it had at once; whoever waits for the
-/// first of it goes on, and asks for more, while the rest is being checked.
+/// After so many bytes what was checked is reported. A disk may end all that it had at once: whoever waits for the first
+/// of it goes on, and asks for more, while the rest is being checked.
 const CHECKED_AT_ONCE: usize = 32 << 10;
 
 /// Reads that are under way on one lane.

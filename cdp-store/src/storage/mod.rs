@@ -221,8 +221,8 @@ pub trait Lane: Send {
     /// A handle that wakes this lane.
     fn waker(&self) -> Arc<dyn Waker>;
 
-    /// Hands what was started to the kernel, as far as a lane has not done so by itself, and appends what has ended to `done`; sleeps only while there is
-    /// nothing to append and nobody has called the waker.
+    /// Hands what was started to the kernel, as far as a lane has not done so by itself, and appends what has ended to
+    /// `done`; sleeps only while there is nothing to append and nobody has called the waker.
     ///
     /// # Errors
     /// Only when the ring itself is broken.

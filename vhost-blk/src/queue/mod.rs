@@ -120,6 +120,8 @@ pub(crate) struct Queue {
     ring_ready: bool,
     /// Answered, and not yet reported to the guest.
     answered: Vec<u16>,
+    /// The device has just ended something. It may have more to say, which it does in portions.
+    talking: bool,
     chain: Chain,
     spin: Spin,
     complaints: Complaints,
@@ -156,6 +158,7 @@ impl Queue {
             writes: 0,
             bytes: 0,
             answered: Vec::with_capacity(size.into()),
+            talking: false,
             chain: Chain::default(),
             complaints: Complaints::default(),
             paused: false,
@@ -262,6 +265,10 @@ impl Queue {
     pub(crate) fn wait(&mut self) -> Wait {
         if self.broken || self.paused || self.leaving || !self.ring_ready || self.full() {
             return Wait::Forever;
+        }
+        // A kick costs the guest an exit, so none is asked for before there is nothing else to do.
+        if std::mem::take(&mut self.talking) && self.submitted > 1 {
+            return Wait::No;
         }
         if self.spin.look_on(self.writes > 0) {
             self.ring.decline_kicks(&self.memory);
@@ -430,6 +437,7 @@ impl Queue {
         };
         slot.submitted = false;
         self.submitted -= 1;
+        self.talking = true;
         self.writes -= usize::from(slot.kind == Kind::Write);
         self.spin.worked();
         if let Err(error) = &result {

@@ -21,7 +21,8 @@ use crate::storage::{AlignedBuf, Done, File, Lane, Token, Waker};
 const MOST_SEGMENTS: usize = 1024;
 /// Each has a read in flight, and their completions should fit into the ring at once.
 const MOST_WATCHES: usize = 512;
-/// So many reads are handed over without waiting for more: the disk begins while the next ones are being prepared.
+/// With so many entries queued, reads are handed over without waiting for more: the disk begins while the next ones are
+/// being prepared.
 const READS_AT_ONCE: usize = 8;
 
 pub(super) struct UringLane {

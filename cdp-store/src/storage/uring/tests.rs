@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cdp_types::{IoBuf, Wait};
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{FlockOperation, flock};
 use tempfile::{TempDir, tempdir};
 
@@ -61,6 +61,26 @@ fn what_is_set_aside_reads_as_zeroes_and_keeps_what_was_written() {
     read.fill(7);
     file.read_at(0, &mut read).unwrap();
     assert!(read.iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn many_reads_are_handed_over_without_a_poll() {
+    let (_directory, storage) = store();
+    let file = storage.create("f").unwrap();
+    file.write_at(0, &AlignedBuf::zeroed(8 * 4096)).unwrap();
+    let ready = |lane: &dyn Lane, patience: Duration| {
+        let mut fds = [PollFd::from_borrowed_fd(lane.descriptor().unwrap(), PollFlags::IN)];
+        poll(&mut fds, Some(&patience.try_into().unwrap())).unwrap() == 1
+    };
+    let mut lane = storage.lane().unwrap();
+    (0..7).for_each(|nth| lane.read(nth, &file, nth * 4096, IoBuf::zeroed(4096)));
+    assert!(!ready(&*lane, Duration::from_millis(50)), "seven wait for more");
+    lane.read(7, &file, 7 * 4096, IoBuf::zeroed(4096));
+    assert!(ready(&*lane, SOON), "eight do not");
+    let mut done = Vec::new();
+    while done.len() < 8 {
+        lane.poll(Wait::Forever, &mut done).unwrap();
+    }
 }
 
 #[test]
