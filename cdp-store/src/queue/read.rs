@@ -23,6 +23,8 @@ pub(super) const READ_TOKEN: Token = 1 << 63;
 /// After so many bytes what was checked is reported. A disk may end all that it had at once: whoever waits for the first
 /// of it goes on, and asks for more, while the rest is being checked.
 const CHECKED_AT_ONCE: usize = 32 << 10;
+/// The same for the first of what has ended together, since its reader may be asleep; it doubles from there.
+const CHECKED_AT_FIRST: usize = BLOCK;
 
 /// Reads that are under way on one lane.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub struct Reader {
     parts: Slab<Part>,
     /// Lane operations that have ended, to be checked.
     ended: VecDeque<(Token, io::Result<()>)>,
+    /// Bytes of the next portion.
+    portion: usize,
     scratch: Box<[u8; BLOCK]>,
 }
 
@@ -90,6 +94,7 @@ impl Reader {
             requests: Slab::new(),
             parts: Slab::new(),
             ended: VecDeque::new(),
+            portion: CHECKED_AT_FIRST,
             scratch: Box::new([0; BLOCK]),
         }
     }
@@ -187,7 +192,7 @@ impl Reader {
     /// Checks a portion of what has ended, and reports the requests that are complete with it.
     pub fn check_some(&mut self, lane: &mut dyn Lane, events: &mut Vec<Event>) {
         let mut checked = 0;
-        while checked < CHECKED_AT_ONCE
+        while checked < self.portion
             && let Some((token, result)) = self.ended.pop_front()
         {
             let token = (token & !READ_TOKEN) as usize;
@@ -195,6 +200,8 @@ impl Reader {
             checked += part.landing.len();
             self.check(lane, part, result, events);
         }
+        let done = self.ended.is_empty();
+        self.portion = if done { CHECKED_AT_FIRST } else { CHECKED_AT_ONCE.min(2 * self.portion) };
     }
 
     fn check(&mut self, lane: &mut dyn Lane, part: Part, result: io::Result<()>, events: &mut Vec<Event>) {

@@ -24,6 +24,8 @@ const MOST_WATCHES: usize = 512;
 /// With so many entries queued, reads are handed over without waiting for more: the disk begins while the next ones are
 /// being prepared.
 const READS_AT_ONCE: usize = 8;
+/// The same while the disk has nothing to do.
+const READS_AT_FIRST: usize = 2;
 
 pub(super) struct UringLane {
     ring: Ring,
@@ -238,7 +240,9 @@ impl Lane for UringLane {
             Memory::Through { bounce: AlignedBuf::zeroed(into.len()), into }
         };
         self.start(Operation::Transfer(Transfer::new(token, Arc::clone(file), fd, offset, memory)));
-        if self.ring.queued() >= READS_AT_ONCE
+        let queued = self.ring.queued();
+        let idle = self.unreported <= queued;
+        if queued >= if idle { READS_AT_FIRST } else { READS_AT_ONCE }
             && let Err(error) = self.ring.submit()
         {
             // The next poll meets it again, and returns it.
