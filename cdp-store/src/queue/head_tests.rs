@@ -70,7 +70,7 @@ fn portions(queue: &mut dyn DeviceQueue, requests: usize) -> Vec<usize> {
     let (mut events, mut portions) = (Vec::new(), Vec::new());
     while portions.iter().sum::<usize>() < requests {
         assert_eq!(queue.arm().unwrap(), Wait::No, "after {portions:?} of {requests}");
-        queue.poll(Wait::Forever, &mut events).unwrap();
+        queue.poll(Wait::For(Duration::from_secs(20)), &mut events).unwrap();
         assert!(events.iter().all(|e| matches!(e, Event::Completed { result: Ok(()), .. })), "{events:?}");
         portions.push(events.drain(..).count());
     }
