@@ -163,7 +163,7 @@ impl Reader {
             && part.segments().iter().all(|s| (s.base as usize).is_multiple_of(unit) && s.len % 512 == 0);
         let len = crcs.len() * BLOCK;
         let own = match direct {
-            true if part.is_foreign() && len >= WORTH_BYTES => self.landings.lend(len),
+            true if len >= WORTH_BYTES && part.is_foreign() => self.landings.lend(len),
             true => None,
             false => Some(IoBuf::zeroed(len)),
         };

@@ -24,8 +24,13 @@ pub struct IoSegment {
 pub struct IoBuf {
     segments: SmallVec<[IoSegment; 4]>,
     len: usize,
-    foreign: bool,
     owner: Arc<dyn Any + Send + Sync>,
+}
+
+/// What keeps gathered buffers.
+struct Gathered {
+    parts: Vec<IoBuf>,
+    _keeper: Arc<dyn Any + Send + Sync>,
 }
 
 // SAFETY: the pointers are only used through copies whose soundness `IoBuf::new`'s contract gives to any
@@ -43,7 +48,7 @@ impl IoBuf {
     #[must_use]
     pub unsafe fn new(segments: SmallVec<[IoSegment; 4]>, owner: Arc<dyn Any + Send + Sync>) -> Self {
         let len = segments.iter().map(|s| s.len).sum();
-        Self { segments, len, foreign: true, owner }
+        Self { segments, len, owner }
     }
 
     /// A buffer of its own, `bytes` long and zeroed, aligned to 4096 bytes; for tests, NBD and inspection.
@@ -52,7 +57,7 @@ impl IoBuf {
         let memory = Arc::new(AlignedBuf::zeroed(len));
         let segment = IoSegment { base: memory.base(), len };
         // Nobody takes a reference to the memory out of there.
-        Self { segments: smallvec![segment], len, foreign: false, owner: memory }
+        Self { segments: smallvec![segment], len, owner: memory }
     }
 
     /// These buffers, one behind the other. `keeper` is dropped when the last handle on what comes of it goes.
@@ -60,8 +65,7 @@ impl IoBuf {
     pub fn gathered(parts: Vec<Self>, keeper: Arc<dyn Any + Send + Sync>) -> Self {
         let segments: SmallVec<_> = parts.iter().flat_map(|part| part.segments.iter().copied()).collect();
         let len = parts.iter().map(Self::len).sum();
-        let foreign = parts.iter().any(Self::is_foreign);
-        Self { segments, len, foreign, owner: Arc::new((parts, keeper)) }
+        Self { segments, len, owner: Arc::new(Gathered { parts, _keeper: keeper }) }
     }
 
     /// A buffer of its own with these bytes.
@@ -75,8 +79,7 @@ impl IoBuf {
     /// A second handle on the same memory, to read it after a request has consumed the first.
     #[must_use]
     pub fn share(&self) -> Self {
-        let (segments, owner) = (self.segments.clone(), Arc::clone(&self.owner));
-        Self { segments, len: self.len, foreign: self.foreign, owner }
+        Self { segments: self.segments.clone(), len: self.len, owner: Arc::clone(&self.owner) }
     }
 
     /// Its length, in bytes.
@@ -94,7 +97,11 @@ impl IoBuf {
     /// Whether it is somebody else's memory, such as a guest's: it may change at any moment, and lies in pages of any size.
     #[must_use]
     pub fn is_foreign(&self) -> bool {
-        self.foreign
+        // By its owner, because a buffer is moved about with each request and should stay small.
+        match self.owner.downcast_ref::<Gathered>() {
+            Some(Gathered { parts, .. }) => parts.iter().any(Self::is_foreign),
+            None => !self.owner.is::<AlignedBuf>(),
+        }
     }
 
     /// Its pieces, in order.
@@ -111,7 +118,7 @@ impl IoBuf {
     pub fn slice(&self, offset: usize, len: usize) -> Self {
         let mut segments = SmallVec::new();
         self.for_each(offset, len, |base, len, _| segments.push(IoSegment { base, len }));
-        Self { segments, len, foreign: self.foreign, owner: Arc::clone(&self.owner) }
+        Self { segments, len, owner: Arc::clone(&self.owner) }
     }
 
     /// Copies from `offset` into `to`.
