@@ -73,8 +73,12 @@ impl<'a> Stretch<'a> {
             }
             batch.changes(key, changes).map_err(failed)
         })?;
-        for &(branch, entry) in self.chunks.iter().flat_map(|chunk| &chunk.times) {
-            batch.time(branch, entry);
+        let times: Vec<_> = self.chunks.iter().flat_map(|chunk| &chunk.times).collect();
+        let mut entries = Vec::new();
+        for of_branch in times.chunk_by(|(a, _), (b, _)| a == b) {
+            entries.clear();
+            entries.extend(of_branch.iter().map(|(_, entry)| *entry));
+            batch.times(of_branch[0].0, &entries).map_err(failed)?;
         }
         let ChunkEnd { ordinal, seq, crc, place, time_ns } = self.end;
         if let Some(pos) = LogPos::new(place.incarnation, place.offset) {

@@ -12,6 +12,8 @@ use super::leaf::{Change, ChangeState, LEVELS, NodeKey, NodeRun};
 
 /// So many changes of a node are put into one row: a reader decodes a whole row for the one change that it wants.
 const ROW_CHANGES: usize = 1024;
+/// The same for points of a branch's time.
+const ROW_TIMES: usize = 128;
 
 /// What a time stands for: every request acknowledged at or before `time_ns` has a `Seq` up to `seq`, and every
 /// later one a greater `Seq`.
@@ -114,25 +116,30 @@ impl IndexBatch {
     /// Says how a branch's line was flattened.
     pub fn flattening(&mut self, branch: BranchId, numbers: [u64; 4]) {
         let key = keys::flattening(branch);
-        self.rows.put_with(Family::Time, &key, |out| codec::encode_time(&key, &numbers, out));
+        self.rows.put_with(Family::Time, &key, |out| codec::encode_numbers(&key, &numbers, out));
     }
 
-    /// Adds a point of a branch's time. Time and `Seq` both grow from entry to entry.
+    /// Adds points of a branch's time, oldest first. Many share a row: there is one for each batch of the log, and a row costs
+    /// far more than what is in it.
     ///
-    /// One entry per millisecond or so is meant, not one per request: a reader finds the floor here and goes
-    /// through the log from `ordinal` on for the exact answer.
-    pub fn time(&mut self, branch: BranchId, entry: TimeEntry) {
-        let TimeEntry { time_ns, seq, ordinal } = entry;
-        let key = keys::by_time(branch, time_ns, seq);
-        self.rows.put_with(Family::Time, &key, |out| codec::encode_time(&key, &[ordinal.0], out));
-        let key = keys::by_seq(branch, seq);
-        self.rows.put_with(Family::Time, &key, |out| codec::encode_time(&key, &[time_ns, ordinal.0], out));
-    }
-
-    /// Removes a point of a branch's time, to thin out old ones.
-    pub fn forget_time(&mut self, branch: BranchId, entry: &TimeEntry) {
-        self.rows.delete(Family::Time, &keys::by_time(branch, entry.time_ns, entry.seq));
-        self.rows.delete(Family::Time, &keys::by_seq(branch, entry.seq));
+    /// # Errors
+    /// `Invalid` if they are not in the order of the log.
+    pub fn times(&mut self, branch: BranchId, entries: &[TimeEntry]) -> IndexResult<()> {
+        let follows = |a: &TimeEntry, b: &TimeEntry| {
+            a.time_ns <= b.time_ns && a.seq <= b.seq && a.ordinal <= b.ordinal
+        };
+        if !entries.is_sorted_by(follows) {
+            return Err(IndexError::new(IndexErrorKind::Invalid, "add times", format!("branch {branch}")));
+        }
+        for row in entries.chunks(ROW_TIMES) {
+            let TimeEntry { time_ns, seq, ordinal } = row[0];
+            let key = keys::by_time(branch, time_ns, seq);
+            self.rows.put_with(Family::Time, &key, |out| codec::encode_times(&key, row, out));
+            let key = keys::by_seq(branch, seq);
+            let numbers = [time_ns, ordinal.0];
+            self.rows.put_with(Family::Time, &key, |out| codec::encode_numbers(&key, &numbers, out));
+        }
+        Ok(())
     }
 
     /// Sets how far a volume's log is indexed once this batch is written.

@@ -5,6 +5,7 @@
 
 use cdp_types::{Ordinal, Seq, crc32c};
 
+use super::batch::TimeEntry;
 use super::leaf::{Change, ChangeState, FANOUT};
 use super::place::{BlockState, LogPos, Place};
 
@@ -350,13 +351,52 @@ pub(super) fn decode_watermark(key: &[u8], value: &[u8]) -> Decoded<Watermark> {
     Ok(Watermark { ordinal, seq, pos, header_crc, time_ns })
 }
 
-/// Appends the value of a time row: what its key does not say.
-pub(super) fn encode_time(key: &[u8], numbers: &[u64], out: &mut Vec<u8>) {
+/// Appends a row of times in the order of the log, at least one: time and `Seq` of the first are in the key.
+pub(super) fn encode_times(key: &[u8], entries: &[TimeEntry], out: &mut Vec<u8>) {
+    seal(key, out, |out| {
+        let mut entries = entries.iter();
+        let Some(mut before) = entries.next() else { return };
+        put_varint(out, before.ordinal.0);
+        for entry in entries {
+            put_varint(out, entry.time_ns.wrapping_sub(before.time_ns));
+            put_varint(out, entry.seq.0.wrapping_sub(before.seq.0));
+            put_varint(out, entry.ordinal.0.wrapping_sub(before.ordinal.0));
+            before = entry;
+        }
+    });
+}
+
+/// Reads a row of times; `first` is the time and the `Seq` in its key. Returns the last one for which `wanted` is true of it
+/// and of all before it.
+pub(super) fn last_time(
+    key: &[u8],
+    (time_ns, seq): (u64, Seq),
+    value: &[u8],
+    wanted: impl Fn(&TimeEntry) -> bool,
+) -> Decoded<Option<TimeEntry>> {
+    let mut reader = unseal(key, value)?;
+    let mut entry = TimeEntry { time_ns, seq, ordinal: Ordinal(reader.varint()?) };
+    let mut last = None;
+    while wanted(&entry) {
+        last = Some(entry);
+        if reader.is_empty() {
+            break;
+        }
+        for number in [&mut entry.time_ns, &mut entry.seq.0, &mut entry.ordinal.0] {
+            let step = reader.varint()?;
+            *number = number.checked_add(step).ok_or(DecodeError("time exceeds 64 bits"))?;
+        }
+    }
+    Ok(last)
+}
+
+/// Appends a row that is so many numbers.
+pub(super) fn encode_numbers(key: &[u8], numbers: &[u64], out: &mut Vec<u8>) {
     seal(key, out, |out| numbers.iter().for_each(|number| put_varint(out, *number)));
 }
 
-/// Reads the value of a time row.
-pub(super) fn decode_time<const N: usize>(key: &[u8], value: &[u8]) -> Decoded<[u64; N]> {
+/// Reads a row that is so many numbers.
+pub(super) fn decode_numbers<const N: usize>(key: &[u8], value: &[u8]) -> Decoded<[u64; N]> {
     let mut reader = unseal(key, value)?;
     let mut numbers = [0; N];
     for number in &mut numbers {

@@ -79,7 +79,8 @@ fn decode_all(bytes: &[u8]) -> bool {
     let deltas = (0..4).filter(|level| read_delta(KEY, *level, Seq(u64::MAX - 9), bytes).is_ok()).count();
     let image = decode_image(KEY, bytes).is_ok();
     let mark = decode_watermark(KEY, bytes).is_ok();
-    deltas > 0 || image || mark || decode_time::<2>(KEY, bytes).is_ok()
+    deltas > 0 || image || mark || decode_numbers::<2>(KEY, bytes).is_ok()
+        || last_time(KEY, (u64::MAX - 9, Seq(9)), bytes, |_| true).is_ok()
 }
 
 proptest! {
@@ -99,7 +100,7 @@ proptest! {
     }
 
     #[test]
-    fn a_watermark_and_a_time_come_back(
+    fn a_watermark_and_numbers_come_back(
         ordinal: u64, seq: u64, pos: u64, header_crc: u32, time_ns: u64,
     ) {
         let mark = Watermark {
@@ -109,9 +110,9 @@ proptest! {
         encode_watermark(KEY, &mark, &mut bytes);
         prop_assert_eq!(decode_watermark(KEY, &bytes).unwrap(), mark);
         bytes.clear();
-        encode_time(KEY, &[ordinal, time_ns], &mut bytes);
-        prop_assert_eq!(decode_time::<2>(KEY, &bytes).unwrap(), [ordinal, time_ns]);
-        prop_assert!(decode_time::<1>(KEY, &bytes).is_err());
+        encode_numbers(KEY, &[ordinal, time_ns], &mut bytes);
+        prop_assert_eq!(decode_numbers::<2>(KEY, &bytes).unwrap(), [ordinal, time_ns]);
+        prop_assert!(decode_numbers::<1>(KEY, &bytes).is_err());
     }
 
     #[test]

@@ -150,7 +150,7 @@ impl TimeIndex {
     pub fn flattening(&self, branch: BranchId) -> IndexResult<Option<[u64; 4]>> {
         let key = keys::flattening(branch);
         let Some(value) = self.kv.get(Family::Time, &key)? else { return Ok(None) };
-        let numbers = codec::decode_time(&key, &value);
+        let numbers = codec::decode_numbers(&key, &value);
         numbers.map(Some).map_err(|error| read::corrupt(&*self.kv, branch, error))
     }
 
@@ -162,11 +162,11 @@ impl TimeIndex {
     /// `Corrupt` if the row is damaged; otherwise as [`Kv`].
     pub fn floor_time(&self, branch: BranchId, time_ns: u64) -> IndexResult<Option<TimeEntry>> {
         let from = keys::by_time(branch, time_ns, Seq::MAX);
-        self.first(Family::Time, &from, &keys::by_time_end(branch), |key, value| {
-            let (time_ns, seq) = keys::parse_by_time(key).ok_or(DecodeError("malformed key"))?;
-            let [ordinal] = codec::decode_time(key, value)?;
-            Ok(TimeEntry { time_ns, seq, ordinal: Ordinal(ordinal) })
-        })
+        let found = self.first(Family::Time, &from, &keys::by_time_end(branch), |key, value| {
+            let first = keys::parse_by_time(key).ok_or(DecodeError("malformed key"))?;
+            codec::last_time(key, first, value, |entry| entry.time_ns <= time_ns)
+        })?;
+        Ok(found.flatten())
     }
 
     /// The newest entry of a branch at or before a `Seq`; `None` if the branch has none so old.
@@ -175,11 +175,17 @@ impl TimeIndex {
     /// As [`Self::floor_time`].
     pub fn time_of(&self, branch: BranchId, seq: Seq) -> IndexResult<Option<TimeEntry>> {
         let from = keys::by_seq(branch, seq);
-        self.first(Family::Time, &from, &keys::by_seq_end(branch), |key, value| {
-            let seq = keys::parse_by_seq(key).ok_or(DecodeError("malformed key"))?;
-            let [time_ns, ordinal] = codec::decode_time(key, value)?;
-            Ok(TimeEntry { time_ns, seq, ordinal: Ordinal(ordinal) })
-        })
+        let first = self.first(Family::Time, &from, &keys::by_seq_end(branch), |key, value| {
+            let first = keys::parse_by_seq(key).ok_or(DecodeError("malformed key"))?;
+            let [time_ns, _] = codec::decode_numbers(key, value)?;
+            Ok((time_ns, first))
+        })?;
+        let Some(first) = first else { return Ok(None) };
+        let key = keys::by_time(branch, first.0, first.1);
+        let corrupt = |error| read::corrupt(&*self.kv, (Family::Time, &key[..]), error);
+        let missing = || corrupt(DecodeError("a row of times is missing"));
+        let row = self.kv.get(Family::Time, &key)?.ok_or_else(missing)?;
+        codec::last_time(&key, first, &row, |entry| entry.seq <= seq).map_err(corrupt)
     }
 
     /// The first row of a range, decoded.

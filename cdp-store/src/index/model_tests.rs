@@ -129,8 +129,9 @@ impl Model {
         for (node, changes) in &nodes {
             write.batch.changes(*node, changes).unwrap();
         }
-        for (branch, entry) in &write.times {
-            write.batch.time(*branch, *entry);
+        for of_branch in write.times.chunk_by(|(a, _), (b, _)| a == b) {
+            let entries: Vec<TimeEntry> = of_branch.iter().map(|(_, entry)| *entry).collect();
+            write.batch.times(of_branch[0].0, &entries).unwrap();
         }
         self.events.extend(write.events.iter().cloned());
         for _ in 0..self.rng.random_range(0..6) {
@@ -374,8 +375,8 @@ fn a_time_is_the_newest_entry_at_or_before_it() {
     let mut batch = IndexBatch::new();
     // Two batches in one nanosecond: the later one is what had happened by then.
     let entries = [entry(100, 1), entry(100, 2), entry(200, 7)];
-    entries.iter().for_each(|entry| batch.time(branch, *entry));
-    batch.time(BranchId(2), entry(150, 4));
+    batch.times(branch, &entries).unwrap();
+    batch.times(BranchId(2), &[entry(150, 4)]).unwrap();
     index.write(&batch).unwrap();
     let floor = |time| index.floor_time(branch, time).unwrap();
     assert_eq!(
@@ -384,11 +385,40 @@ fn a_time_is_the_newest_entry_at_or_before_it() {
     );
     let time_of = |seq| index.time_of(branch, Seq(seq)).unwrap();
     assert_eq!([0, 1, 6, 7].map(time_of), [None, Some(entries[0]), Some(entries[1]), Some(entries[2])]);
-    let mut thinned = IndexBatch::new();
-    thinned.forget_time(branch, &entries[2]);
-    index.write(&thinned).unwrap();
-    assert_eq!(floor(u64::MAX), Some(entries[1]));
-    assert_eq!(time_of(9), Some(entries[1]));
+    for wrong in [[entry(300, 9), entry(299, 10)], [entry(300, 9), entry(301, 8)]] {
+        assert_eq!(batch.times(branch, &wrong).unwrap_err().kind(), IndexErrorKind::Invalid);
+    }
+}
+
+#[test]
+fn times_are_found_in_rows_of_many_and_in_rows_of_one() {
+    let (kv, index) = index();
+    let entry = |n: u64| TimeEntry { time_ns: 1000 + 10 * n, seq: Seq(3 * n), ordinal: Ordinal(2 * n) };
+    let entries: Vec<TimeEntry> = (1..=1000).map(entry).collect();
+    let branch = BranchId(1);
+    // In rows of one, as stores have them that were written before rows had many.
+    let (old, new) = entries.split_at(200);
+    for row in old.chunks(1).chain([&new[..300], &new[300..]]) {
+        let mut batch = IndexBatch::new();
+        batch.times(branch, row).unwrap();
+        index.write(&batch).unwrap();
+    }
+    let mut rows = 0;
+    kv.scan(Family::Time, &[], &[0xff; 33], &mut |_, _| {
+        rows += 1;
+        true
+    })
+    .unwrap();
+    assert_eq!(rows, 2 * (200 + 3 + 4));
+    for (n, expected) in (1..).zip(&entries) {
+        for late in [0, 9] {
+            assert_eq!(index.floor_time(branch, 1000 + 10 * n + late).unwrap(), Some(*expected));
+        }
+        for late in 0..3 {
+            assert_eq!(index.time_of(branch, Seq(3 * n + late)).unwrap(), Some(*expected));
+        }
+    }
+    assert_eq!((index.floor_time(branch, 1009).unwrap(), index.time_of(branch, Seq(2)).unwrap()), (None, None));
 }
 
 #[test]
