@@ -14,12 +14,17 @@ use crate::index::{Change, IndexBatch, LogPos, NodeKey, TimeIndex, Watermark};
 
 /// One in so many leaves that get a row is looked at for whether it is due an image, and one in so many changes.
 const LOOK_PER_ROWS: u64 = 16;
-const LOOK_PER_CHANGES: u64 = 128;
+const LOOK_PER_CHANGES: u64 = 256;
 /// Images at which the looks aim: more rows than this cost reads more than images cost space, and so many changes take as
 /// many bytes as an image.
 const IMAGE_AFTER_DELTAS: u32 = 16;
 const IMAGE_AFTER_CHANGES: u32 = 256;
 
+/// Nodes whose changes are gathered side by side: to go from one change of a node to the one before it takes a look into main
+/// memory, and a processor can wait for several of those at once.
+const NODES_AT_ONCE: usize = 8;
+/// Leaves that are looked at together.
+const LEAVES_AT_ONCE: usize = 16;
 /// Bytes of images that are written together.
 const IMAGES_BYTES: usize = 1 << 20;
 
@@ -44,14 +49,21 @@ impl<'a> Stretch<'a> {
         let mut keys: Vec<(NodeKey, usize)> =
             each.flat_map(|(number, chunk)| chunk.nodes().map(move |node| (node, number))).collect();
         keys.sort_unstable();
-        let mut changes = Vec::new();
-        for of_node in keys.chunk_by(|(a, _), (b, _)| a == b) {
-            changes.clear();
-            for &(node, chunk) in of_node.iter().rev() {
-                changes.extend(self.chunks[chunk].changes(node));
+        let of_nodes: Vec<_> = keys.chunk_by(|(a, _), (b, _)| a == b).collect();
+        let mut changes: [Vec<Change>; NODES_AT_ONCE] = Default::default();
+        for together in of_nodes.chunks(NODES_AT_ONCE) {
+            changes.iter_mut().for_each(Vec::clear);
+            let newest_first = together.iter().map(|of_node| {
+                of_node.iter().rev().flat_map(|&(node, chunk)| self.chunks[chunk].changes(node))
+            });
+            let mut left: Vec<_> = newest_first.zip(&mut changes).collect();
+            while !left.is_empty() {
+                left.retain_mut(|(rest, found)| rest.next().map(|change| found.push(*change)).is_some());
             }
-            changes.reverse();
-            call(of_node[0].0, &changes)?;
+            for (of_node, changes) in together.iter().zip(&mut changes) {
+                changes.reverse();
+                call(of_node[0].0, changes)?;
+            }
         }
         Ok(())
     }
@@ -96,12 +108,16 @@ impl<'a> Stretch<'a> {
         let failed = |e| Error::new(ErrorKind::Io, "writing images into the time index").with(e);
         let mut batch = IndexBatch::new();
         let seq = self.seq();
-        for key in leaves {
-            let found = index.leaf_at(key.branch, key.node, seq).map_err(failed)?;
-            if found.deltas_since_image >= IMAGE_AFTER_DELTAS
-                || found.changes_since_image >= IMAGE_AFTER_CHANGES
-            {
-                batch.image(key.branch, key.node, seq, &found.states);
+        let of_branches = leaves.chunk_by(|a, b| a.branch == b.branch);
+        for keys in of_branches.flat_map(|of_branch| of_branch.chunks(LEAVES_AT_ONCE)) {
+            let (branch, nodes) = (keys[0].branch, keys.iter().map(|key| key.node).collect::<Vec<_>>());
+            let found = index.leaves_at(branch, &nodes, seq).map_err(failed)?;
+            for (node, found) in nodes.into_iter().zip(found) {
+                if found.deltas_since_image >= IMAGE_AFTER_DELTAS
+                    || found.changes_since_image >= IMAGE_AFTER_CHANGES
+                {
+                    batch.image(branch, node, seq, &found.states);
+                }
             }
             // Each image is true by itself.
             if batch.size_bytes() >= IMAGES_BYTES {

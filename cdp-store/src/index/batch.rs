@@ -125,9 +125,8 @@ impl IndexBatch {
     /// # Errors
     /// `Invalid` if they are not in the order of the log.
     pub fn times(&mut self, branch: BranchId, entries: &[TimeEntry]) -> IndexResult<()> {
-        let follows = |a: &TimeEntry, b: &TimeEntry| {
-            a.time_ns <= b.time_ns && a.seq <= b.seq && a.ordinal <= b.ordinal
-        };
+        let follows =
+            |a: &TimeEntry, b: &TimeEntry| a.time_ns <= b.time_ns && a.seq <= b.seq && a.ordinal <= b.ordinal;
         if !entries.is_sorted_by(follows) {
             return Err(IndexError::new(IndexErrorKind::Invalid, "add times", format!("branch {branch}")));
         }

@@ -79,7 +79,10 @@ fn decode_all(bytes: &[u8]) -> bool {
     let deltas = (0..4).filter(|level| read_delta(KEY, *level, Seq(u64::MAX - 9), bytes).is_ok()).count();
     let image = decode_image(KEY, bytes).is_ok();
     let mark = decode_watermark(KEY, bytes).is_ok();
-    deltas > 0 || image || mark || decode_numbers::<2>(KEY, bytes).is_ok()
+    deltas > 0
+        || image
+        || mark
+        || decode_numbers::<2>(KEY, bytes).is_ok()
         || last_time(KEY, (u64::MAX - 9, Seq(9)), bytes, |_| true).is_ok()
 }
 

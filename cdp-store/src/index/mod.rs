@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cdp_types::{BranchId, Ordinal, Seq, VolumeId};
+use cdp_types::{BranchId, Seq, VolumeId};
 
 mod batch;
 mod codec;
@@ -106,7 +106,19 @@ impl TimeIndex {
     /// # Errors
     /// `Corrupt` if a row is damaged; otherwise as [`Kv`].
     pub fn leaf_at(&self, branch: BranchId, leaf: u64, at: Seq) -> IndexResult<LeafAt> {
-        read::leaf_at(&*self.kv, branch, leaf, at)
+        match self.leaves_at(branch, &[leaf], at)?.pop() {
+            Some(found) => Ok(found),
+            None => unreachable!("one leaf was asked for"),
+        }
+    }
+
+    /// The same of several leaves of a branch, in the order in which they are asked for. Neighbours cost less together: what
+    /// lies above them is read once.
+    ///
+    /// # Errors
+    /// As [`Self::leaf_at`].
+    pub fn leaves_at(&self, branch: BranchId, leaves: &[u64], at: Seq) -> IndexResult<Vec<LeafAt>> {
+        read::leaves_at(&*self.kv, branch, leaves, at)
     }
 
     /// The first leaf at or after `from` of which the branch has rows of its own, to skip what was never written.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use cdp_types::BlockRange;
+use cdp_types::{BlockRange, Ordinal};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -164,6 +164,12 @@ impl Model {
             }
             assert_eq!(read.deltas_since_image == 0, read.changes_since_image == 0);
             self.check_time(index, branch, at);
+            // Together, in any order, one of them twice.
+            let others: [u64; 3] = std::array::from_fn(|_| some_leaf(&mut self.rng));
+            let leaves = [others[0], leaf, others[1], leaf, leaf ^ 1, others[2]];
+            let alone: Vec<LeafAt> =
+                leaves.iter().map(|leaf| index.leaf_at(branch, *leaf, at).unwrap()).collect();
+            assert_eq!(index.leaves_at(branch, &leaves, at).unwrap(), alone);
         }
         let mark = self.writes.last().and_then(|write| write.mark);
         assert_eq!(index.watermark(VOLUME).unwrap(), mark);
@@ -418,7 +424,10 @@ fn times_are_found_in_rows_of_many_and_in_rows_of_one() {
             assert_eq!(index.time_of(branch, Seq(3 * n + late)).unwrap(), Some(*expected));
         }
     }
-    assert_eq!((index.floor_time(branch, 1009).unwrap(), index.time_of(branch, Seq(2)).unwrap()), (None, None));
+    assert_eq!(
+        (index.floor_time(branch, 1009).unwrap(), index.time_of(branch, Seq(2)).unwrap()),
+        (None, None)
+    );
 }
 
 #[test]

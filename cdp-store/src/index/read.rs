@@ -95,29 +95,43 @@ impl Gathered {
     }
 }
 
-/// See [`TimeIndex::leaf_at`](super::TimeIndex::leaf_at).
-pub(super) fn leaf_at(kv: &dyn Kv, branch: BranchId, leaf: u64, at: Seq) -> IndexResult<LeafAt> {
-    let mut gathered =
-        Gathered { at, base: Seq::ZERO, image: None, effects: Vec::new(), deltas: 0, changes: 0 };
-    // The leaf first: its image says how far back the levels above have to be read.
-    let nodes: [_; LEVELS as usize] = std::array::from_fn(|level| {
-        let level = level as u8;
-        if level == 0 {
-            return (NodeKey { branch, level, node: leaf }, None);
+/// See [`TimeIndex::leaves_at`](super::TimeIndex::leaves_at).
+pub(super) fn leaves_at(kv: &dyn Kv, branch: BranchId, leaves: &[u64], at: Seq) -> IndexResult<Vec<LeafAt>> {
+    let nothing =
+        || Gathered { at, base: Seq::ZERO, image: None, effects: Vec::new(), deltas: 0, changes: 0 };
+    let mut gathered: Vec<Gathered> = leaves.iter().map(|_| nothing()).collect();
+    // The leaves first: their images say how far back the levels above have to be read.
+    let mut nodes: Vec<NodeKey> = leaves.iter().map(|&node| NodeKey { branch, level: 0, node }).collect();
+    for level in 1..LEVELS {
+        let mut above: Vec<u64> = leaves.iter().map(|&leaf| leaf::cover(leaf, level).0).collect();
+        above.sort_unstable();
+        above.dedup();
+        nodes.extend(above.iter().map(|&node| NodeKey { branch, level, node }));
+    }
+    let bounds: Vec<_> =
+        nodes.iter().map(|&node| (keys::map(node, at, RowKind::Image), keys::map_end(node))).collect();
+    let ranges: Vec<(&[u8], &[u8])> = bounds.iter().map(|(from, to)| (&from[..], &to[..])).collect();
+    let mut take = |which: usize, key: &[u8], value: &[u8]| {
+        let node = nodes[which];
+        if let Some(leaf) = gathered.get_mut(which) {
+            return leaf.row(node, None, key, value);
         }
-        let (node, child) = leaf::cover(leaf, level);
-        (NodeKey { branch, level, node }, Some(child))
-    });
-    let bounds = nodes.map(|(node, _)| (keys::map(node, at, RowKind::Image), keys::map_end(node)));
-    let ranges = bounds.each_ref().map(|(from, to)| (&from[..], &to[..]));
+        let mut older_matter = false;
+        for (&number, leaf) in leaves.iter().zip(&mut gathered) {
+            let (above, child) = leaf::cover(number, node.level);
+            if above == node.node {
+                older_matter |= leaf.row(node, Some(child), key, value)?;
+            }
+        }
+        Ok(older_matter)
+    };
     let mut failed = Ok(());
     kv.scan_each(Family::Map, &ranges, &mut |which, key, value| {
-        let (node, child) = nodes[which];
         failed.is_ok()
-            && gathered.row(node, child, key, value).unwrap_or_else(|error| {
-                failed = Err(corrupt(kv, (node, keys::parse_map_suffix(key)), error));
+            && take(which, key, value).unwrap_or_else(|error| {
+                failed = Err(corrupt(kv, (nodes[which], keys::parse_map_suffix(key)), error));
                 false
             })
     })?;
-    failed.map(|()| gathered.into_leaf())
+    failed.map(|()| gathered.into_iter().map(Gathered::into_leaf).collect())
 }
