@@ -88,9 +88,9 @@ BENCH_WRITES ?= 10000000
 BENCH_REPORTS := $(CARGO_TARGET_DIR)/bench
 
 .PHONY: bench
-bench: build ## Benchmarks beside other servers, for hours; QUICK=1 for ten minutes. Reports in $CARGO_TARGET_DIR/bench
+bench: build ## Benchmarks beside other servers: two hours, QUICK=1 ten minutes, LONG=1 most of a day; to $CARGO_TARGET_DIR/bench
 	$(call section,benchmarks)
-	$(XTASK) bench --dir $(BENCH_DIR) --reports $(BENCH_REPORTS) --writes $(BENCH_WRITES) $(if $(QUICK),--quick)
+	$(XTASK) bench --dir $(BENCH_DIR) --reports $(BENCH_REPORTS) --writes $(BENCH_WRITES) $(if $(QUICK),--quick) $(if $(LONG),--long)
 
 .PHONY: audit
 audit: deps ## Licences, bans and sources of all dependencies; advisories if their database can be had

@@ -19,6 +19,7 @@ mod loaders;
 mod log;
 mod map;
 mod options;
+mod pace;
 mod queue;
 mod reach;
 mod segments;

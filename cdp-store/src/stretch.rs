@@ -11,6 +11,7 @@ use cdp_types::{BranchId, Ordinal, Seq, VolumeId};
 use crate::chunk::{Chunk, ChunkEnd};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{Change, IndexBatch, LogPos, NodeKey, TimeIndex, Watermark};
+use crate::pace::Pace;
 
 /// One in so many leaves that get a row is looked at for whether it is due an image, and one in so many changes.
 const LOOK_PER_ROWS: u64 = 16;
@@ -43,7 +44,11 @@ impl<'a> Stretch<'a> {
     }
 
     /// Calls this with every node that changed, in the order of keys, and all its changes, oldest first.
-    fn each_node(&self, mut call: impl FnMut(NodeKey, &[Change]) -> Result<()>) -> Result<()> {
+    fn each_node(
+        &self,
+        pace: &mut Pace,
+        mut call: impl FnMut(NodeKey, &[Change]) -> Result<()>,
+    ) -> Result<()> {
         // Many small chunks gather while the index cannot be written: each is asked only for what it has.
         let each = self.chunks.iter().enumerate();
         let mut keys: Vec<(NodeKey, usize)> =
@@ -52,6 +57,7 @@ impl<'a> Stretch<'a> {
         let of_nodes: Vec<_> = keys.chunk_by(|(a, _), (b, _)| a == b).collect();
         let mut changes: [Vec<Change>; NODES_AT_ONCE] = Default::default();
         for together in of_nodes.chunks(NODES_AT_ONCE) {
+            pace.step();
             changes.iter_mut().for_each(Vec::clear);
             let newest_first = together.iter().map(|of_node| {
                 of_node.iter().rev().flat_map(|&(node, chunk)| self.chunks[chunk].changes(node))
@@ -75,11 +81,11 @@ impl<'a> Stretch<'a> {
     ///
     /// # Errors
     /// If the index cannot be written.
-    pub fn write(&self, index: &TimeIndex, volume: VolumeId) -> Result<Vec<NodeKey>> {
+    pub fn write(&self, index: &TimeIndex, volume: VolumeId, pace: &mut Pace) -> Result<Vec<NodeKey>> {
         let mut batch = IndexBatch::new();
         let mut looks = Vec::new();
         let failed = |e| Error::new(ErrorKind::Io, "writing the time index").with(e);
-        self.each_node(|key, changes| {
+        self.each_node(pace, |key, changes| {
             if key.level == 0 && is_sampled(key, self.end.ordinal, changes.len()) {
                 looks.push(key);
             }
@@ -104,12 +110,13 @@ impl<'a> Stretch<'a> {
     ///
     /// # Errors
     /// If the index cannot be read or written.
-    pub fn write_images(&self, index: &TimeIndex, leaves: &[NodeKey]) -> Result<()> {
+    pub fn write_images(&self, index: &TimeIndex, leaves: &[NodeKey], pace: &mut Pace) -> Result<()> {
         let failed = |e| Error::new(ErrorKind::Io, "writing images into the time index").with(e);
         let mut batch = IndexBatch::new();
         let seq = self.seq();
         let of_branches = leaves.chunk_by(|a, b| a.branch == b.branch);
         for keys in of_branches.flat_map(|of_branch| of_branch.chunks(LEAVES_AT_ONCE)) {
+            pace.step();
             let (branch, nodes) = (keys[0].branch, keys.iter().map(|key| key.node).collect::<Vec<_>>());
             let found = index.leaves_at(branch, &nodes, seq).map_err(failed)?;
             for (node, found) in nodes.into_iter().zip(found) {
@@ -199,8 +206,8 @@ mod tests {
     /// Writes a stretch, and images of all leaves that it wants looked at; returns how many those are.
     fn write(index: &TimeIndex, chunks: &[Arc<Chunk>]) -> usize {
         let stretch = Stretch::new(chunks).unwrap();
-        let looks = stretch.write(index, VolumeId(1)).unwrap();
-        stretch.write_images(index, &looks).unwrap();
+        let looks = stretch.write(index, VolumeId(1), &mut Pace::hurried()).unwrap();
+        stretch.write_images(index, &looks, &mut Pace::hurried()).unwrap();
         looks.len()
     }
 
@@ -261,7 +268,8 @@ mod tests {
         let place = BatchPlace { incarnation: 1, offset: 4096 };
         chunk.end = Some(ChunkEnd { ordinal: Ordinal(1), seq: Seq(14), crc: 0, place, time_ns: 0 });
         let index = index();
-        Stretch::new(&[Arc::new(chunk)]).unwrap().write(&index, VolumeId(1)).unwrap();
+        let chunks = [Arc::new(chunk)];
+        Stretch::new(&chunks).unwrap().write(&index, VolumeId(1), &mut Pace::hurried()).unwrap();
         let found = index.leaf_at(BRANCH, 0, Seq(14)).unwrap();
         assert_eq!((found.deltas_since_image, found.changes_since_image), (4, 4000));
         let found = index.leaf_at(BRANCH, 0, Seq(1)).unwrap();

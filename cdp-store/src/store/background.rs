@@ -130,15 +130,19 @@ impl Store {
     /// # Errors
     /// If a log cannot be synced or the index not written.
     pub fn index_step(&self) -> Result<bool> {
+        self.index_volumes(true)
+    }
+
+    fn index_volumes(&self, hurried: bool) -> Result<bool> {
         let mut worked = false;
         for volume in self.all_volumes() {
-            worked |= self.index_volume(&volume)?;
+            worked |= self.index_volume(&volume, hurried)?;
         }
         Ok(worked)
     }
 
-    fn index_volume(&self, volume: &Arc<Volume>) -> Result<bool> {
-        let Some(step) = volume.index_step()? else { return Ok(false) };
+    fn index_volume(&self, volume: &Arc<Volume>, hurried: bool) -> Result<bool> {
+        let Some(step) = volume.index_step(hurried)? else { return Ok(false) };
         let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
         health.changes_since_flush += step.changes.max(1);
         drop(health);
@@ -161,7 +165,7 @@ impl Store {
     pub fn flush_index(&self) -> Result<()> {
         self.close_chunks();
         for volume in self.all_volumes() {
-            while self.index_volume(&volume)? {}
+            while self.index_volume(&volume, true)? {}
         }
         self.index_flush()
     }
@@ -199,7 +203,7 @@ impl Store {
         // Guests may always have written more meanwhile: what comes after this must have its turn all the same.
         let mut more = true;
         while more && !self.index_flush_is_due() {
-            more = self.index_step()?;
+            more = self.index_volumes(false)?;
         }
         if self.index_flush_is_due() {
             self.index_flush()?;

@@ -16,6 +16,7 @@ use crate::leaves::LeafBudget;
 use crate::lineage::flattened;
 use crate::log::{BatchAt, Fence, Recovery, recover};
 use crate::map::HeadMap;
+use crate::pace::Pace;
 use crate::reach::End;
 use crate::segments::Segment;
 use crate::stretch::Stretch;
@@ -177,7 +178,7 @@ impl<'a> Replay<'a> {
             if durable && writable {
                 let chunks = map.oldest_closed(usize::MAX, Ordinal(u64::MAX));
                 if let Some(stretch) = Stretch::new(&chunks) {
-                    stretch.write(self.index, row.id)?;
+                    stretch.write(self.index, row.id, &mut Pace::hurried())?;
                     map.drop_oldest(chunks.len());
                 }
             }

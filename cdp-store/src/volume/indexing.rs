@@ -11,6 +11,7 @@ use cdp_types::{Ordinal, Seq};
 use super::Volume;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Record, RecordKind};
+use crate::pace::Pace;
 use crate::queue::Inbox;
 use crate::stretch::Stretch;
 
@@ -18,6 +19,8 @@ use crate::stretch::Stretch;
 const SYNC_PATIENCE: Duration = Duration::from_secs(60);
 /// Chunks that are written together have about so many changes at most: a step's rows are in memory several times.
 const STEP_CHANGES: usize = 256 << 10;
+/// A step of so many changes is one of an index that falls behind.
+const BEHIND_CHANGES: usize = STEP_CHANGES / 2;
 
 /// What one step has put into the index.
 #[derive(Debug)]
@@ -35,8 +38,9 @@ impl Volume {
     }
 
     /// Writes the oldest closed chunks into the index, as many as may be written and make one step; says how many changes
-    /// that were, if there was any chunk, and whether images could be written, too.
-    pub(crate) fn index_step(&self) -> Result<Option<Step>> {
+    /// that were, if there was any chunk, and whether images could be written, too. If it is not `hurried`, and not behind, it
+    /// takes its time.
+    pub(crate) fn index_step(&self, hurried: bool) -> Result<Option<Step>> {
         if self.is_read_only() {
             return Ok(None);
         }
@@ -51,10 +55,12 @@ impl Volume {
         let chunks = &chunks[..written];
         let Some(stretch) = Stretch::new(chunks) else { return Ok(None) };
         let index = &self.shared().index;
-        let looks = stretch.write(index, self.id())?;
+        let changes = chunks.iter().map(|chunk| chunk.len()).sum();
+        let mut pace = if hurried || changes >= BEHIND_CHANGES { Pace::hurried() } else { Pace::gentle() };
+        let looks = stretch.write(index, self.id(), &mut pace)?;
         self.map().drop_oldest(written);
-        let images = stretch.write_images(index, &looks);
-        Ok(Some(Step { changes: chunks.iter().map(|chunk| chunk.len()).sum(), images }))
+        let images = stretch.write_images(index, &looks, &mut pace);
+        Ok(Some(Step { changes, images }))
     }
 
     /// Makes what is acknowledged durable, from a background thread; does nothing, and says so, while a queue is at it.

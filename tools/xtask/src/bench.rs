@@ -14,9 +14,12 @@ const IN_MEMORY: [&str; 4] = ["rand-read-4k-d1", "rand-read-4k-d32", "rand-write
 /// Which measurements, and where.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A selection that takes some ten minutes, rather than hours
+    /// A selection that takes some ten minutes, rather than two hours
     #[arg(long)]
     quick: bool,
+    /// More rounds, longer ones, and larger guests: most of a day
+    #[arg(long, conflicts_with = "quick")]
+    long: bool,
     /// A directory on the file system to measure
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     dir: PathBuf,
@@ -42,7 +45,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     args.other("nbd", &[])?;
     args.other("guest", &[])?;
     args.other("disturbance", &[])?;
-    args.other("checkpoint", &["--ledger"])?;
+    args.other(
+        "checkpoint",
+        if args.long { &["--ledger"] } else { &["--ledger", "--memory-gib", "1,4", "--times", "10"] },
+    )?;
     let writes = args.writes.to_string();
     args.other("travel", &["--writes", &format!("10,{writes}")])?;
     args.other("recovery", &["--writes", &writes])?;
@@ -57,6 +63,8 @@ impl Args {
         }
         if self.quick || dir == Path::new(MEMORY) {
             command.arg("--quick");
+        } else {
+            self.shorten(&mut command, "3");
         }
         for workload in workloads {
             command.args(["--workload", workload]);
@@ -69,7 +77,15 @@ impl Args {
         for (option, extension) in [("--json", "json"), ("--markdown", "md"), ("--svg", "svg")] {
             command.arg(option).arg(self.report("growth", extension));
         }
+        self.shorten(&mut command, "2");
         must_succeed(command)
+    }
+
+    /// Has a benchmark take so many rounds, and short ones, unless there is time for its own.
+    fn shorten(&self, command: &mut Command, rounds: &str) {
+        if !self.long {
+            command.args(["--rounds", rounds, "--seconds", "2"]);
+        }
     }
 
     fn other(&self, name: &str, options: &[&str]) -> Result<()> {
