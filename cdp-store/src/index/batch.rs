@@ -131,12 +131,11 @@ impl IndexBatch {
             return Err(IndexError::new(IndexErrorKind::Invalid, "add times", format!("branch {branch}")));
         }
         for row in entries.chunks(ROW_TIMES) {
-            let TimeEntry { time_ns, seq, ordinal } = row[0];
+            let TimeEntry { time_ns, seq, .. } = row[0];
             let key = keys::by_time(branch, time_ns, seq);
             self.rows.put_with(Family::Time, &key, |out| codec::encode_times(&key, row, out));
             let key = keys::by_seq(branch, seq);
-            let numbers = [time_ns, ordinal.0];
-            self.rows.put_with(Family::Time, &key, |out| codec::encode_numbers(&key, &numbers, out));
+            self.rows.put_with(Family::Time, &key, |out| codec::encode_times_by_seq(&key, row, out));
         }
         Ok(())
     }

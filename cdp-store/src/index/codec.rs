@@ -17,6 +17,8 @@ pub(super) struct DecodeError(pub(super) &'static str);
 pub(super) type Decoded<T> = Result<T, DecodeError>;
 
 const VERSION: u8 = 1;
+/// The version of time rows that stand for several batches: to a reader that knows the first one only they would say less.
+const VERSION_SHARED: u8 = 2;
 const CRC_LEN: usize = 4;
 /// From one block's place to the next one's in a batch, in units of `LogPos`.
 const BLOCK_UNITS: u64 = cdp_types::BLOCK_SIZE / LogPos::UNIT_BYTES;
@@ -37,8 +39,12 @@ fn put_pos(out: &mut Vec<u8>, previous: u64, pos: u64) {
 
 /// Appends version, body and checksum; the value begins where `out` ends now.
 fn seal(key: &[u8], out: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
+    seal_as(VERSION, key, out, body);
+}
+
+fn seal_as(version: u8, key: &[u8], out: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
     let start = out.len();
-    out.push(VERSION);
+    out.push(version);
     body(out);
     let crc = crc32c([key, &out[start..]]);
     out.extend_from_slice(&crc.to_le_bytes());
@@ -46,12 +52,17 @@ fn seal(key: &[u8], out: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
 
 /// Takes a value's version and checksum off.
 fn unseal<'a>(key: &[u8], value: &'a [u8]) -> Decoded<Reader<'a>> {
+    unseal_as(VERSION, key, value)
+}
+
+/// The same of a value that may have any version up to this one.
+fn unseal_as<'a>(newest: u8, key: &[u8], value: &'a [u8]) -> Decoded<Reader<'a>> {
     let (covered, crc) = value.split_last_chunk::<CRC_LEN>().ok_or(DecodeError("value is too short"))?;
     let (version, body) = covered.split_first().ok_or(DecodeError("value is too short"))?;
     if crc32c([key, covered]) != u32::from_le_bytes(*crc) {
         return Err(DecodeError("checksum does not match"));
     }
-    if *version != VERSION {
+    if !(VERSION..=newest).contains(version) {
         return Err(DecodeError("value has an unknown version"));
     }
     Ok(Reader { rest: body })
@@ -351,9 +362,24 @@ pub(super) fn decode_watermark(key: &[u8], value: &[u8]) -> Decoded<Watermark> {
     Ok(Watermark { ordinal, seq, pos, header_crc, time_ns })
 }
 
+/// The version of the rows under which so many entries are found.
+fn time_version(entries: &[TimeEntry]) -> u8 {
+    if entries.len() > 1 { VERSION_SHARED } else { VERSION }
+}
+
+/// Appends the row by which a row of times is found by `Seq`: the first one's time, and its ordinal, which is all that there
+/// is to know if it is the only one.
+pub(super) fn encode_times_by_seq(key: &[u8], entries: &[TimeEntry], out: &mut Vec<u8>) {
+    let Some(TimeEntry { time_ns, ordinal, .. }) = entries.first() else { return };
+    seal_as(time_version(entries), key, out, |out| {
+        put_varint(out, *time_ns);
+        put_varint(out, ordinal.0);
+    });
+}
+
 /// Appends a row of times in the order of the log, at least one: time and `Seq` of the first are in the key.
 pub(super) fn encode_times(key: &[u8], entries: &[TimeEntry], out: &mut Vec<u8>) {
-    seal(key, out, |out| {
+    seal_as(time_version(entries), key, out, |out| {
         let mut entries = entries.iter();
         let Some(mut before) = entries.next() else { return };
         put_varint(out, before.ordinal.0);
@@ -374,7 +400,7 @@ pub(super) fn last_time(
     value: &[u8],
     wanted: impl Fn(&TimeEntry) -> bool,
 ) -> Decoded<Option<TimeEntry>> {
-    let mut reader = unseal(key, value)?;
+    let mut reader = unseal_as(VERSION_SHARED, key, value)?;
     let mut entry = TimeEntry { time_ns, seq, ordinal: Ordinal(reader.varint()?) };
     let mut last = None;
     while wanted(&entry) {
@@ -384,7 +410,7 @@ pub(super) fn last_time(
         }
         for number in [&mut entry.time_ns, &mut entry.seq.0, &mut entry.ordinal.0] {
             let step = reader.varint()?;
-            *number = number.checked_add(step).ok_or(DecodeError("time exceeds 64 bits"))?;
+            *number = number.checked_add(step).ok_or(DecodeError("time, Seq or ordinal exceeds 64 bits"))?;
         }
     }
     Ok(last)
@@ -397,7 +423,7 @@ pub(super) fn encode_numbers(key: &[u8], numbers: &[u64], out: &mut Vec<u8>) {
 
 /// Reads a row that is so many numbers.
 pub(super) fn decode_numbers<const N: usize>(key: &[u8], value: &[u8]) -> Decoded<[u64; N]> {
-    let mut reader = unseal(key, value)?;
+    let mut reader = unseal_as(VERSION_SHARED, key, value)?;
     let mut numbers = [0; N];
     for number in &mut numbers {
         *number = reader.varint()?;

@@ -187,17 +187,22 @@ impl TimeIndex {
     /// As [`Self::floor_time`].
     pub fn time_of(&self, branch: BranchId, seq: Seq) -> IndexResult<Option<TimeEntry>> {
         let from = keys::by_seq(branch, seq);
-        let first = self.first(Family::Time, &from, &keys::by_seq_end(branch), |key, value| {
-            let first = keys::parse_by_seq(key).ok_or(DecodeError("malformed key"))?;
-            let [time_ns, _] = codec::decode_numbers(key, value)?;
-            Ok((time_ns, first))
-        })?;
-        let Some(first) = first else { return Ok(None) };
+        let named = || {
+            self.first(Family::Time, &from, &keys::by_seq_end(branch), |key, value| {
+                let first = keys::parse_by_seq(key).ok_or(DecodeError("malformed key"))?;
+                let [time_ns, _] = codec::decode_numbers(key, value)?;
+                Ok((time_ns, first))
+            })
+        };
+        let Some(first) = named()? else { return Ok(None) };
         let key = keys::by_time(branch, first.0, first.1);
         let corrupt = |error| read::corrupt(&*self.kv, (Family::Time, &key[..]), error);
-        let missing = || corrupt(DecodeError("a row of times is missing"));
-        let row = self.kv.get(Family::Time, &key)?.ok_or_else(missing)?;
-        codec::last_time(&key, first, &row, |entry| entry.seq <= seq).map_err(corrupt)
+        match self.kv.get(Family::Time, &key)? {
+            Some(row) => codec::last_time(&key, first, &row, |entry| entry.seq <= seq).map_err(corrupt),
+            // The branch may have been dropped in between, all of its rows at once.
+            None if named()?.is_none() => Ok(None),
+            None => Err(corrupt(DecodeError("a row of times is missing"))),
+        }
     }
 
     /// The first row of a range, decoded.

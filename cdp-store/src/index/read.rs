@@ -111,19 +111,22 @@ pub(super) fn leaves_at(kv: &dyn Kv, branch: BranchId, leaves: &[u64], at: Seq) 
     let bounds: Vec<_> =
         nodes.iter().map(|&node| (keys::map(node, at, RowKind::Image), keys::map_end(node))).collect();
     let ranges: Vec<(&[u8], &[u8])> = bounds.iter().map(|(from, to)| (&from[..], &to[..])).collect();
+    // Of the present node, whether older rows do not matter to a leaf any more.
+    let (mut present, mut finished) = (usize::MAX, vec![false; leaves.len()]);
     let mut take = |which: usize, key: &[u8], value: &[u8]| {
         let node = nodes[which];
+        if present != which {
+            present = which;
+            finished.fill(false);
+        }
         if let Some(leaf) = gathered.get_mut(which) {
             return leaf.row(node, None, key, value);
         }
-        let mut older_matter = false;
-        for (&number, leaf) in leaves.iter().zip(&mut gathered) {
+        for ((&number, leaf), finished) in leaves.iter().zip(&mut gathered).zip(&mut finished) {
             let (above, child) = leaf::cover(number, node.level);
-            if above == node.node {
-                older_matter |= leaf.row(node, Some(child), key, value)?;
-            }
+            *finished = *finished || above != node.node || !leaf.row(node, Some(child), key, value)?;
         }
-        Ok(older_matter)
+        Ok(finished.iter().any(|finished| !finished))
     };
     let mut failed = Ok(());
     kv.scan_each(Family::Map, &ranges, &mut |which, key, value| {

@@ -122,6 +122,7 @@ impl Tuned {
         let mut options = Options::default();
         // Most of a row is checksums and places: zstd takes twice the processor time of a whole compaction for a tenth of the
         // bytes, on any level, and for level 0, which is soon rewritten, lz4 took two thirds of an index flush.
+        // (Files are not moved from it as they are any more, which seldom was possible.)
         options.set_compression_type(DBCompressionType::Lz4);
         let mut of_levels = [DBCompressionType::Lz4; LEVELS];
         of_levels[0] = DBCompressionType::None;

@@ -15,6 +15,8 @@ use crate::volume::Volume;
 /// Changes written to the index until the next index flush, and what one step writes beyond: so much more than what is not
 /// indexed a recovery replays.
 const CHANGES_PER_FLUSH: usize = 256 << 10;
+/// With so many changes that are not indexed, of all volumes, the index is behind.
+const BEHIND_CHANGES: usize = CHANGES_PER_FLUSH / 2;
 /// Nothing indexed stays unflushed for longer than this.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(5);
 /// A volume without writes for this long gets a "durable" record.
@@ -130,13 +132,13 @@ impl Store {
     /// # Errors
     /// If a log cannot be synced or the index not written.
     pub fn index_step(&self) -> Result<bool> {
-        self.index_volumes(true)
+        self.index_volumes(|| true)
     }
 
-    fn index_volumes(&self, hurried: bool) -> Result<bool> {
+    fn index_volumes(&self, hurries: impl Fn() -> bool) -> Result<bool> {
         let mut worked = false;
         for volume in self.all_volumes() {
-            worked |= self.index_volume(&volume, hurried)?;
+            worked |= self.index_volume(&volume, hurries())?;
         }
         Ok(worked)
     }
@@ -202,8 +204,9 @@ impl Store {
         }
         // Guests may always have written more meanwhile: what comes after this must have its turn all the same.
         let mut more = true;
+        let hurries = || self.index_hurries(now);
         while more && !self.index_flush_is_due() {
-            more = self.index_volumes(false)?;
+            more = self.index_volumes(hurries)?;
         }
         if self.index_flush_is_due() {
             self.index_flush()?;
@@ -211,6 +214,15 @@ impl Store {
         self.upkeep()?;
         self.note_idle_volumes()?;
         Ok(more)
+    }
+
+    /// Whether a round that began at this time has no time to rest: others wait for it to end, or it is behind.
+    fn index_hurries(&self, began_ns: u64) -> bool {
+        let lasts = self.inner.shared.clock.boot_ns().saturating_sub(began_ns);
+        let pending = || self.all_volumes().iter().map(|v| v.map().pending_changes()).sum::<usize>();
+        self.inner.shared.is_closing()
+            || u128::from(lasts) >= self.inner.options.index_interval.as_nanos() / 2
+            || pending() >= BEHIND_CHANGES
     }
 
     fn index_flush_is_due(&self) -> bool {

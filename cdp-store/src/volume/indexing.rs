@@ -19,8 +19,6 @@ use crate::stretch::Stretch;
 const SYNC_PATIENCE: Duration = Duration::from_secs(60);
 /// Chunks that are written together have about so many changes at most: a step's rows are in memory several times.
 const STEP_CHANGES: usize = 256 << 10;
-/// A step of so many changes is one of an index that falls behind.
-const BEHIND_CHANGES: usize = STEP_CHANGES / 2;
 
 /// What one step has put into the index.
 #[derive(Debug)]
@@ -38,7 +36,7 @@ impl Volume {
     }
 
     /// Writes the oldest closed chunks into the index, as many as may be written and make one step; says how many changes
-    /// that were, if there was any chunk, and whether images could be written, too. If it is not `hurried`, and not behind, it
+    /// that were, if there was any chunk, and whether images could be written, too. If it is not `hurried` it
     /// takes its time.
     pub(crate) fn index_step(&self, hurried: bool) -> Result<Option<Step>> {
         if self.is_read_only() {
@@ -56,7 +54,7 @@ impl Volume {
         let Some(stretch) = Stretch::new(chunks) else { return Ok(None) };
         let index = &self.shared().index;
         let changes = chunks.iter().map(|chunk| chunk.len()).sum();
-        let mut pace = if hurried || changes >= BEHIND_CHANGES { Pace::hurried() } else { Pace::gentle() };
+        let mut pace = if hurried { Pace::hurried() } else { Pace::gentle() };
         let looks = stretch.write(index, self.id(), &mut pace)?;
         self.map().drop_oldest(written);
         let images = stretch.write_images(index, &looks, &mut pace);
