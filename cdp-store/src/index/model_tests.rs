@@ -431,6 +431,61 @@ fn times_are_found_in_rows_of_many_and_in_rows_of_one() {
 }
 
 #[test]
+fn of_batches_that_add_no_seq_the_last_one_counts_wherever_rows_end() {
+    let entry = |n: u64| TimeEntry { time_ns: 1000 + n, seq: Seq(5 + n / 4), ordinal: Ordinal(n) };
+    let entries: Vec<TimeEntry> = (0..400).map(entry).collect();
+    let branch = BranchId(1);
+    for splits in [vec![400], vec![1, 399], vec![130, 2, 268], vec![126, 1, 1, 1, 271]] {
+        let (_, index) = index();
+        let mut rest = &entries[..];
+        for length in splits {
+            let (row, behind) = rest.split_at(length);
+            let mut batch = IndexBatch::new();
+            batch.times(branch, row).unwrap();
+            index.write(&batch).unwrap();
+            rest = behind;
+        }
+        for entry in &entries {
+            let last = entries.iter().rfind(|other| other.seq == entry.seq);
+            assert_eq!(index.time_of(branch, entry.seq).unwrap().as_ref(), last);
+            assert_eq!(index.floor_time(branch, entry.time_ns).unwrap().as_ref(), Some(entry));
+        }
+    }
+}
+
+#[test]
+fn a_lost_row_of_times_is_damage_unless_its_branch_is_gone() {
+    let (kv, index) = index();
+    let entry = |n: u64| TimeEntry { time_ns: 1000 + n, seq: Seq(n), ordinal: Ordinal(n) };
+    let mut batch = IndexBatch::new();
+    batch.times(BranchId(1), &[entry(1), entry(2)]).unwrap();
+    index.write(&batch).unwrap();
+    let mut lost = WriteBatch::new();
+    lost.delete(Family::Time, &keys::by_time(BranchId(1), 1001, Seq(1)));
+    kv.write(&lost).unwrap();
+    assert_eq!(index.time_of(BranchId(1), Seq(2)).unwrap_err().kind(), IndexErrorKind::Corrupt);
+    index.drop_branch(BranchId(1)).unwrap();
+    assert_eq!(index.time_of(BranchId(1), Seq(2)).unwrap(), None);
+}
+
+#[test]
+fn rows_that_stand_for_several_times_are_told_from_those_that_stand_for_one() {
+    let (kv, index) = index();
+    let entry = |n: u64| TimeEntry { time_ns: 1000 + n, seq: Seq(n), ordinal: Ordinal(n) };
+    let mut batch = IndexBatch::new();
+    batch.times(BranchId(1), &[entry(1)]).unwrap();
+    batch.times(BranchId(2), &[entry(1), entry(2)]).unwrap();
+    index.write(&batch).unwrap();
+    let mut versions = Vec::new();
+    kv.scan(Family::Time, &[], &[0xff; 33], &mut |_, value| {
+        versions.push(value[0]);
+        true
+    })
+    .unwrap();
+    assert_eq!(versions, [1, 1, 2, 2]);
+}
+
+#[test]
 fn leaves_that_were_never_written_are_skipped() {
     let (_, index) = index();
     let mut batch = IndexBatch::new();
