@@ -204,9 +204,9 @@ impl Store {
         }
         // Guests may always have written more meanwhile: what comes after this must have its turn all the same.
         let mut more = true;
-        let hurries = || self.index_hurries(now);
         while more && !self.index_flush_is_due() {
-            more = self.index_volumes(hurries)?;
+            let pending: usize = self.all_volumes().iter().map(|v| v.map().pending_changes()).sum();
+            more = self.index_volumes(|| pending >= BEHIND_CHANGES || self.is_awaited(now))?;
         }
         if self.index_flush_is_due() {
             self.index_flush()?;
@@ -216,13 +216,11 @@ impl Store {
         Ok(more)
     }
 
-    /// Whether a round that began at this time has no time to rest: others wait for it to end, or it is behind.
-    fn index_hurries(&self, began_ns: u64) -> bool {
+    /// Whether a round that began at this time should end: the store is being closed, or the next one is due soon.
+    fn is_awaited(&self, began_ns: u64) -> bool {
         let lasts = self.inner.shared.clock.boot_ns().saturating_sub(began_ns);
-        let pending = || self.all_volumes().iter().map(|v| v.map().pending_changes()).sum::<usize>();
         self.inner.shared.is_closing()
             || u128::from(lasts) >= self.inner.options.index_interval.as_nanos() / 2
-            || pending() >= BEHIND_CHANGES
     }
 
     fn index_flush_is_due(&self) -> bool {
