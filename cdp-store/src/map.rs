@@ -230,6 +230,14 @@ impl HeadMap {
         found
     }
 
+    /// Whether anything of a branch is not in the index yet, of what ends with this batch at the latest.
+    #[must_use]
+    pub fn has_changes_of(&self, branch: BranchId, last: Ordinal) -> bool {
+        let ends = |chunk: &&Chunk| chunk.end.is_some_and(|end| end.ordinal <= last);
+        // Whatever changes something has its time in the same chunk.
+        self.chunks().filter(ends).any(|chunk| chunk.times.iter().any(|(of, _)| *of == branch))
+    }
+
     /// Adds the leaves of a branch of which something is not in the index yet.
     pub fn collect_leaves(&self, branch: BranchId, into: &mut BTreeSet<u64>) {
         let here = |k: &NodeKey| k.branch == branch && k.level == 0;

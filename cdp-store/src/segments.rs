@@ -246,6 +246,29 @@ impl Segments {
         self.storage.remove(&name).map_err(|e| Error::io(format!("removing {name}"), e))
     }
 
+    /// Takes back a blank that its log does not need: nobody has written to it but who has filled it with zeroes.
+    pub fn give_back(&self, blank: Blank) {
+        let mut pool = self.pool();
+        if blank.filled && blank.capacity == self.full_capacity && pool.ready.len() < 2 * self.pool_target {
+            pool.ready.push(blank);
+            return;
+        }
+        for files in pool.growing.values_mut() {
+            files.retain(|(file, _)| !Arc::ptr_eq(file, &blank.file));
+        }
+        drop(pool);
+        if let Err(error) = self.discard_slot(blank.slot) {
+            tracing::warn!("{error}; the next opening will try it again");
+        }
+    }
+
+    /// Forgets what a log that is no more has ordered, and which of its files would have grown.
+    pub fn forget_wishes(&self, volume: VolumeId) {
+        let mut pool = self.pool();
+        pool.wanted.retain(|(of, _)| *of != volume);
+        pool.growing.remove(&volume);
+    }
+
     /// Forgets a volume's segments. With `recycle`, full-sized ones of this generation that nobody reads go back to the
     /// pool, since their blocks have been written already: only where no write to them can be under way any more. The
     /// others are unlinked, and who reads one can go on.

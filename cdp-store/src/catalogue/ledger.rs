@@ -37,7 +37,8 @@ impl Ledger {
         self.log.acked()
     }
 
-    /// Commits changes, all or none.
+    /// Commits changes, all or none. Those that speak of what is not there (any more) are refused: the log would say what no
+    /// opening can take in.
     ///
     /// 1. Append one record and sync it: the commit point. Crash before: nothing happened.
     /// 2. Take the changes in. Crash: recovery replays them.
@@ -47,21 +48,19 @@ impl Ledger {
     /// The changes survive a power cut once this returns.
     ///
     /// # Errors
-    /// If the log cannot be written; [`ErrorKind::Invalid`] if there is too much to say in one record.
+    /// If the log cannot be written; [`ErrorKind::Invalid`] if there is too much to say in one record;
+    /// [`ErrorKind::NotFound`] as above.
     pub fn commit(&mut self, context: &LogContext, changes: &[Change]) -> Result<()> {
+        self.catalogue.check(changes)?;
         let body = serde_json::to_vec(changes)
             .map_err(|e| Error::new(ErrorKind::Invalid, "encoding a store record").with(e))?;
         if body.len() > crate::log::Draft::MAX_BODY {
             return Err(Error::new(ErrorKind::Invalid, "too many changes at once"));
         }
-        if let Some(wish) = self.log.wants_segment(context) {
-            self.log.supply(context.segments.create(wish.capacity)?);
-        }
+        self.supply(context)?;
         if self.log.can_cut() {
             self.log.cut(context);
-            if let Some(wish) = self.log.wants_segment(context) {
-                self.log.supply(context.segments.create(wish.capacity)?);
-            }
+            self.supply(context)?;
         }
         let mut record = Record::event(RecordKind::Store, body.len() as u64);
         record.aux = body.len() as u64;
@@ -72,6 +71,15 @@ impl Ledger {
             self.catalogue.apply(change, &mut rows)?;
         }
         self.write_rows(rows);
+        Ok(())
+    }
+
+    fn supply(&mut self, context: &LogContext) -> Result<()> {
+        if let Some(wish) = self.log.wants_segment(context)
+            && let Some(spare) = self.log.supply(context.segments.create(wish.capacity)?)
+        {
+            context.segments.give_back(spare);
+        }
         Ok(())
     }
 

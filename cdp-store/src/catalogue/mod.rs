@@ -94,11 +94,80 @@ impl Catalogue {
         self.volumes.get_mut(&volume).ok_or_else(|| gone(volume))
     }
 
+    /// Refuses changes that [`Catalogue::apply`] could not take in, one after the other.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], with what is not there.
+    pub fn check(&self, changes: &[Change]) -> Result<()> {
+        let made = |made: &dyn Fn(&Change) -> bool| changes.iter().any(made);
+        let volume = |id: VolumeId| {
+            self.volumes.contains_key(&id)
+                || made(&|change| matches!(change, Change::Create { volume, .. } if volume.id == id))
+        };
+        let vm = |id: VmId| {
+            self.vms.contains_key(&id) || made(&|change| matches!(change, Change::Vm { vm } if vm.id == id))
+        };
+        for change in changes {
+            let (is_there, what) = match change {
+                Change::Import { volume: id }
+                | Change::Rename { volume: id, .. }
+                | Change::Serve { volume: id, .. }
+                | Change::Resize { volume: id, .. }
+                | Change::Destroy { volume: id } => (volume(*id), format!("volume {id}")),
+                Change::Reclaim { volume } => (self.volumes.contains_key(volume), format!("volume {volume}")),
+                Change::Revert { branch } => (volume(branch.volume), format!("volume {}", branch.volume)),
+                Change::DeleteBranch { branch } | Change::ForgetBranch { branch } => {
+                    (self.branches.contains_key(branch), format!("branch {branch}"))
+                }
+                Change::RemoveVm { vm } => (self.vms.contains_key(vm), format!("machine {vm}")),
+                Change::VmCurrent { vm: id, .. } => (vm(*id), format!("machine {id}")),
+                Change::Checkpoint { checkpoint } => {
+                    (vm(checkpoint.vm), format!("machine {}", checkpoint.vm))
+                }
+                Change::ArmEpoch { checkpoint, .. }
+                | Change::AbortCheckpoint { checkpoint, .. }
+                | Change::EditCheckpoint { checkpoint, .. }
+                | Change::DeleteCheckpoint { checkpoint } => {
+                    (self.checkpoints.contains_key(checkpoint), format!("checkpoint {checkpoint}"))
+                }
+                Change::Generation { .. }
+                | Change::Fence { .. }
+                | Change::Create { .. }
+                | Change::Mark { .. }
+                | Change::Unmark { .. }
+                | Change::Retire { .. }
+                | Change::Vm { .. }
+                | Change::BeginCheckpoint { .. } => continue,
+            };
+            if !is_there {
+                return Err(Error::new(ErrorKind::NotFound, format!("there is no {what} any more")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a log that is whole may give back, forget or destroy something once more that is gone: two threads of one
+    /// opening could once say so of the same volume or branch.
+    fn is_said_again(&self, change: &Change) -> bool {
+        match change {
+            Change::Destroy { volume } | Change::Reclaim { volume } => {
+                !self.volumes.contains_key(volume) && volume.0 <= self.last.volume
+            }
+            Change::ForgetBranch { branch } => {
+                !self.branches.contains_key(branch) && branch.0 <= self.last.branch
+            }
+            _ => false,
+        }
+    }
+
     /// Takes in one change, and adds the rows that it touches to `rows`.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if it speaks of something that does not exist: the log is not whole.
     pub fn apply(&mut self, change: &Change, rows: &mut WriteBatch) -> Result<()> {
+        if self.is_said_again(change) {
+            return Ok(());
+        }
         let touched = match change {
             Change::Generation { .. } => return Ok(()),
             Change::Fence { fences } => {

@@ -197,3 +197,33 @@ fn only_the_newest_failures_are_remembered() {
     let kept: Vec<u64> = catalogue.checkpoints.keys().map(|id| id.0).collect();
     assert_eq!(kept, (25..=40).collect::<Vec<_>>());
 }
+
+#[test]
+fn nothing_is_said_that_could_not_be_taken_in_and_what_was_said_twice_does_no_harm() {
+    let mut rows = WriteBatch::new();
+    let mut catalogue = Catalogue::default();
+    let (id, branch) = (VolumeId(1), BranchId(1));
+    assert!(catalogue.check(&[Change::Destroy { volume: id }]).is_err());
+    let create = volume(1, Stage::Visible);
+    catalogue.check(&[create.clone(), Change::Destroy { volume: id }]).unwrap();
+    catalogue.apply(&create, &mut rows).unwrap();
+    for change in
+        [Change::Destroy { volume: id }, Change::ForgetBranch { branch }, Change::Reclaim { volume: id }]
+    {
+        catalogue.check(std::slice::from_ref(&change)).unwrap();
+        catalogue.apply(&change, &mut rows).unwrap();
+    }
+    catalogue.apply(&Change::Retire { volume: id }, &mut rows).unwrap();
+    let before = catalogue.clone();
+    for change in
+        [Change::Destroy { volume: id }, Change::ForgetBranch { branch }, Change::Reclaim { volume: id }]
+    {
+        let refused = catalogue.check(std::slice::from_ref(&change)).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::NotFound);
+        catalogue.apply(&change, &mut rows).unwrap();
+    }
+    assert!(catalogue == before);
+    // Of what was never made the log cannot speak.
+    assert!(catalogue.apply(&Change::Reclaim { volume: VolumeId(2) }, &mut rows).is_err());
+    assert!(catalogue.apply(&Change::Rename { volume: id, name: "x".parse().unwrap() }, &mut rows).is_err());
+}

@@ -26,6 +26,8 @@ const BLOCK: usize = BLOCK_SIZE as usize;
 pub struct Draft {
     pub(super) buffer: AlignedBuf,
     head_room: usize,
+    /// What a write to the file is a multiple of, in bytes.
+    unit: usize,
     payload: usize,
     pub(super) records: Vec<Record>,
     pub(super) crcs: Vec<u32>,
@@ -62,6 +64,7 @@ impl Draft {
         Self {
             buffer,
             head_room: Self::room_for_headers(alignment),
+            unit: alignment.physical_block as usize,
             payload: 0,
             records: Vec::new(),
             crcs: Vec::new(),
@@ -107,10 +110,12 @@ impl Draft {
         payload <= self.payload_room() as u64 && header <= HEADER_ROOM
     }
 
-    /// Bytes of blocks that an empty draft over this buffer takes.
+    /// Bytes of blocks that an empty draft over this buffer takes. Where physical blocks are larger than ours, the last one
+    /// is filled up behind them, which takes room as well.
     #[must_use]
     pub fn payload_room(&self) -> usize {
-        (self.buffer.len() - self.head_room) / BLOCK * BLOCK
+        let unit = self.unit.max(BLOCK);
+        (self.buffer.len() - self.head_room) / unit * unit
     }
 
     pub(super) fn head_room(&self) -> usize {
@@ -175,5 +180,27 @@ impl Draft {
     #[must_use]
     pub fn into_parts(self) -> (AlignedBuf, Vec<Pending>) {
         (self.buffer, self.requests)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_draft_has_room_for_its_padding_whatever_the_disks_blocks_are() {
+        for physical_block in [512, 4096, 8192, 16 << 10, 64 << 10] {
+            let alignment = Alignment { offset: 512, memory: 512, physical_block };
+            for blocks in 0..40 {
+                let draft = Draft::new(blocks * BLOCK, alignment);
+                let room = draft.payload_room();
+                assert!(room >= blocks * BLOCK, "{physical_block}: {room} bytes for {blocks} blocks");
+                let padded = room.next_multiple_of(physical_block as usize);
+                assert!(
+                    draft.head_room() + padded <= draft.buffer.len(),
+                    "{physical_block}, {blocks} blocks"
+                );
+            }
+        }
     }
 }

@@ -246,10 +246,10 @@ impl LogState {
         self.switching = false;
     }
 
-    /// The first request that is in the log and not acknowledged.
+    /// `Seq` and time of the first request that is in the log and not acknowledged.
     #[must_use]
-    pub fn first_unacknowledged(&self) -> Option<Seq> {
-        self.in_flight.front().map(|b| b.header.first_seq)
+    pub fn first_unacknowledged(&self) -> Option<(Seq, u64)> {
+        self.in_flight.front().map(|b| (b.header.first_seq, b.header.time_ns))
     }
 
     /// Why no epoch of a branch can be cut now, if that is so, to be said of the volume.
@@ -361,9 +361,15 @@ impl LogState {
         self.blank.is_none() && (self.needs_cut || !self.open.as_ref().is_some_and(fits))
     }
 
-    /// Hands over a blank segment.
-    pub fn supply(&mut self, blank: Blank) {
-        self.blank = Some(blank);
+    /// Hands over a blank segment; returns one that was at hand already.
+    #[must_use]
+    pub fn supply(&mut self, blank: Blank) -> Option<Blank> {
+        self.blank.replace(blank)
+    }
+
+    /// Takes the blank segment that is at hand.
+    pub fn take_blank(&mut self) -> Option<Blank> {
+        self.blank.take()
     }
 
     /// The merged content of a block whose partial write is not acknowledged yet, or word that some other write to

@@ -75,6 +75,8 @@ pub struct HeadQueue {
     /// Batches whose completions were returned by the last `poll`.
     pub(super) handed_over: Vec<Ordinal>,
     mail: Vec<Mail>,
+    /// Mail has come since `pump` last acted on any: nothing would wake this queue for it once more.
+    stirred: bool,
     pub(super) done: Vec<Done>,
     in_flight: usize,
 }
@@ -107,6 +109,7 @@ impl HeadQueue {
             seeking: Slab::new(),
             handed_over: Vec::new(),
             mail: Vec::new(),
+            stirred: false,
             done: Vec::new(),
             in_flight: 0,
         })
@@ -234,6 +237,7 @@ impl HeadQueue {
     fn take_mail(&mut self) {
         let mut mail = std::mem::take(&mut self.mail);
         self.inbox.take(&mut mail);
+        self.stirred |= !mail.is_empty();
         for message in mail.drain(..) {
             match message {
                 Mail::Acked { ordinal, requests } => self.acknowledged(ordinal, requests),
@@ -272,6 +276,7 @@ impl HeadQueue {
     /// Does everything that can be done without waiting.
     fn pump(&mut self) -> io::Result<()> {
         self.take_mail();
+        self.stirred = false;
         self.pump_partial();
         self.pump_writes()?;
         self.pump_flushes();
@@ -281,7 +286,7 @@ impl HeadQueue {
 
     /// Whether there is nothing to be reported, nor to be looked at before that.
     fn has_nothing(&self) -> bool {
-        self.events.is_empty() && self.done.is_empty() && !self.reader.has_unchecked()
+        self.events.is_empty() && self.done.is_empty() && !self.reader.has_unchecked() && !self.stirred
     }
 
     /// How long this queue may sleep: requests that wait for space have a deadline.

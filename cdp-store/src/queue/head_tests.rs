@@ -199,3 +199,39 @@ fn a_message_whose_wake_up_was_taken_is_not_slept_over() {
     drop((queue, volume));
     store.close().unwrap();
 }
+
+#[test]
+fn a_message_that_was_taken_and_not_acted_on_is_not_slept_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, volume) = store_with_volume(directory.path());
+    let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
+    run(&mut queue, vec![write(&pattern(1))]).unwrap();
+    // As when somebody else's sync ends, for which a flush waits, between `pump`'s last step and its last look at the inbox.
+    let somebody = Inbox::nobody();
+    let plan = loop {
+        let plan = volume.log().begin_sync(&somebody);
+        if let Some(plan) = plan {
+            break plan;
+        }
+        // The store's own thread is at it.
+        std::thread::yield_now();
+    };
+    run(&mut queue, vec![write(&pattern(2))]).unwrap();
+    queue.submit(RequestId(9), Op::Flush);
+    queue.pump().unwrap();
+    plan.segments.iter().for_each(|segment| segment.file.sync().unwrap());
+    for waiter in volume.log().end_sync(&plan, Ok(())) {
+        waiter.send(Mail::Retry, None);
+    }
+    queue.take_mail();
+    queue.lane.poll(Wait::No, &mut Vec::new()).unwrap();
+    assert_eq!(queue.arm().unwrap(), Wait::No);
+    let mut events = Vec::new();
+    while events.is_empty() {
+        queue.poll(Wait::For(Duration::from_secs(20)), &mut events).unwrap();
+    }
+    assert!(matches!(events[..], [Event::Completed { id: RequestId(9), result: Ok(()) }]), "{events:?}");
+    queue.poll(Wait::No, &mut events).unwrap();
+    drop((queue, volume));
+    store.close().unwrap();
+}

@@ -67,6 +67,28 @@ pub(super) struct IndexHealth {
     rested: bool,
 }
 
+/// What has failed of work that goes on all the same: the first failure is told.
+#[derive(Debug, Default)]
+struct Failures {
+    first: Option<Error>,
+}
+
+impl Failures {
+    fn note<T>(&mut self, result: Result<T>) -> Option<T> {
+        match result {
+            Ok(done) => Some(done),
+            Err(error) => {
+                self.first.get_or_insert(error);
+                None
+            }
+        }
+    }
+
+    fn first(self) -> Result<()> {
+        self.first.map_or(Ok(()), Err)
+    }
+}
+
 impl Store {
     pub(super) fn start_background(&self) -> Result<()> {
         let mut background = self.inner.background.lock().unwrap_or_else(PoisonError::into_inner);
@@ -109,8 +131,12 @@ impl Store {
                 let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
                 let found = volumes.get(&volume).cloned();
                 drop(volumes);
-                if let Some(found) = found {
-                    found.supply(blank);
+                match found {
+                    Some(found) => found.supply(blank),
+                    None => {
+                        self.inner.shared.log.segments.forget_wishes(volume);
+                        self.inner.shared.log.segments.give_back(blank);
+                    }
                 }
                 Ok(Progress::More)
             }
@@ -132,23 +158,28 @@ impl Store {
     /// # Errors
     /// If a log cannot be synced or the index not written.
     pub fn index_step(&self) -> Result<bool> {
-        self.index_volumes(|| true)
+        let mut failures = Failures::default();
+        let worked = self.index_volumes(|| true, &mut failures);
+        failures.first().map(|()| worked)
     }
 
-    fn index_volumes(&self, hurries: impl Fn() -> bool) -> Result<bool> {
+    fn index_volumes(&self, hurries: impl Fn() -> bool, failures: &mut Failures) -> bool {
         let mut worked = false;
         for volume in self.all_volumes() {
-            worked |= self.index_volume(&volume, hurries())?;
+            worked |= self.index_volume(&volume, hurries(), failures);
         }
-        Ok(worked)
+        worked
     }
 
-    fn index_volume(&self, volume: &Arc<Volume>, hurried: bool) -> Result<bool> {
-        let Some(step) = volume.index_step(hurried)? else { return Ok(false) };
+    /// Takes a step of one volume; says whether anything of it is in the index that was not. A damaged row fails the images
+    /// of its own volume, and nothing else.
+    fn index_volume(&self, volume: &Arc<Volume>, hurried: bool, failures: &mut Failures) -> bool {
+        let Some(Some(step)) = failures.note(volume.index_step(hurried)) else { return false };
         let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
         health.changes_since_flush += step.changes.max(1);
         drop(health);
-        step.images.map(|()| true)
+        failures.note(step.images);
+        true
     }
 
     /// Ends the chunks that changes are gathered in, as the index thread does every
@@ -166,10 +197,12 @@ impl Store {
     /// If a log cannot be synced or the index not written.
     pub fn flush_index(&self) -> Result<()> {
         self.close_chunks();
+        let mut failures = Failures::default();
         for volume in self.all_volumes() {
-            while self.index_volume(&volume, true)? {}
+            while self.index_volume(&volume, true, &mut failures) {}
         }
-        self.index_flush()
+        failures.note(self.index_flush());
+        failures.first()
     }
 
     fn index_flush(&self) -> Result<()> {
@@ -194,9 +227,11 @@ impl Store {
             }
             due
         };
+        // What fails for one volume, or of one kind of work, is no reason to leave the rest undone.
+        let mut failures = Failures::default();
         for volume in self.all_volumes() {
             if volume.has_unsynced() {
-                volume.sync_in_background()?;
+                failures.note(volume.sync_in_background());
             }
         }
         if close {
@@ -206,14 +241,14 @@ impl Store {
         let mut more = true;
         while more && !self.index_flush_is_due() {
             let pending: usize = self.all_volumes().iter().map(|v| v.map().pending_changes()).sum();
-            more = self.index_volumes(|| pending >= BEHIND_CHANGES || self.is_awaited(now))?;
+            more = self.index_volumes(|| pending >= BEHIND_CHANGES || self.is_awaited(now), &mut failures);
         }
         if self.index_flush_is_due() {
-            self.index_flush()?;
+            failures.note(self.index_flush());
         }
-        self.upkeep()?;
-        self.note_idle_volumes()?;
-        Ok(more)
+        failures.note(self.upkeep());
+        failures.note(self.note_idle_volumes());
+        failures.first().map(|()| more)
     }
 
     /// Whether a round that began at this time should end: the store is being closed, or the next one is due soon.
@@ -275,13 +310,14 @@ impl Store {
 
     fn note_idle_volumes(&self) -> Result<()> {
         let now = self.inner.shared.log.clock.stamp().time_ns;
+        let mut failures = Failures::default();
         for volume in self.all_volumes() {
             let idle_ns = now.saturating_sub(volume.head().time_ns);
             if u128::from(idle_ns) >= IDLE_AFTER.as_nanos() {
-                volume.note_durable()?;
+                failures.note(volume.note_durable());
             }
         }
-        Ok(())
+        failures.first()
     }
 
     /// Ends the store in order: background work stops, every log is synced and says so, the index is flushed.

@@ -7,6 +7,7 @@ use cdp_types::{BranchId, Instant, Seq, VolumeName};
 use serde::{Deserialize, Serialize};
 
 use super::Store;
+use super::instants::check_still_there;
 use crate::catalogue::{
     BranchRow, BranchState, Catalogue, Change, CheckpointRow, Ledger, MarkRow, Stage, VolumeRow,
 };
@@ -131,13 +132,17 @@ impl Store {
         turns.iter().try_for_each(|turn| self.wait_for_acks(&turn.volume, Seq::MAX))
     }
 
-    fn commit_revert(
+    /// The commit point of [`Store::go_back`]: nothing of these volumes moves meanwhile.
+    pub(super) fn commit_revert(
         &self,
         turns: &[Turn],
         undo: &[Resolved],
         further: &dyn Fn(&Catalogue) -> Result<Vec<Change>>,
     ) -> Result<Vec<Reverted>> {
         let mut ledger = self.ledger();
+        for Turn { volume, to } in turns {
+            check_still_there(ledger.catalogue(), volume, to)?;
+        }
         let further = further(ledger.catalogue())?;
         let (start, created_ns) = self.new_instant();
         let first = ledger.catalogue().next_branch().0;
@@ -201,6 +206,9 @@ impl Store {
         origins: &[Resolved],
         names: impl Iterator<Item = Option<&'a VolumeName>>,
     ) -> Result<Vec<Arc<Volume>>> {
+        for (source, origin) in sources.iter().zip(origins) {
+            check_still_there(ledger.catalogue(), source, origin)?;
+        }
         let (start, created_ns) = self.new_instant();
         let (volume, branch) = (ledger.catalogue().next_volume().0, ledger.catalogue().next_branch().0);
         let mut made = Vec::with_capacity(sources.len());
@@ -263,8 +271,18 @@ impl Store {
 
     /// Waits until nothing up to `seq` is in flight on a volume.
     pub(super) fn wait_for_acks(&self, volume: &Volume, seq: Seq) -> Result<()> {
+        self.wait_while_in_flight(volume, |(first, _)| first <= seq)
+    }
+
+    /// Waits until nothing that was placed up to a time is in flight on a volume.
+    pub(super) fn wait_for_acks_by_time(&self, volume: &Volume, time_ns: u64) -> Result<()> {
+        self.wait_while_in_flight(volume, |(_, placed_ns)| placed_ns <= time_ns)
+    }
+
+    /// Waits while this is so of the first request in flight.
+    fn wait_while_in_flight(&self, volume: &Volume, is_awaited: impl Fn((Seq, u64)) -> bool) -> Result<()> {
         let began = std::time::Instant::now();
-        while volume.log().first_unacknowledged().is_some_and(|first| first <= seq) {
+        while volume.log().first_unacknowledged().is_some_and(&is_awaited) {
             if began.elapsed() > DRAIN_PATIENCE {
                 let text = format!("volume '{}' has writes in flight that do not end", volume.row().name);
                 return Err(Error::new(ErrorKind::Busy, text));

@@ -36,7 +36,8 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is no such volume, mark, flush or complete checkpoint's epoch, if the instant lies before the volume's
-    /// history, or in a part of it that was deleted; [`ErrorKind::Invalid`] for a `Seq` in the future.
+    /// history, or in a part of it that was deleted; [`ErrorKind::Invalid`] for a `Seq` in the future; [`ErrorKind::Busy`] for a
+    /// time at which writes were placed that do not end.
     pub fn resolve(&self, name: &VolumeName, instant: &Instant) -> Result<Resolved> {
         self.resolve_of(&*self.volume(name)?, instant)
     }
@@ -61,6 +62,8 @@ impl Store {
                     let text = format!("{instant} lies in the future; it is {}", Instant::Time(now));
                     return Err(Error::new(ErrorKind::Invalid, text));
                 }
+                // What was placed by then is part of the instant, and cannot be read before it is acknowledged.
+                self.wait_for_acks_by_time(volume, *time_ns)?;
                 Point::Time(*time_ns)
             }
             Instant::FlushBack(back) => Point::Seq(volume.find_flush(*back)?),
@@ -76,7 +79,9 @@ impl Store {
                         format!("volume '{}' has no mark '{label}'; its marks: {there}", volume.row().name);
                     return Err(Error::new(ErrorKind::NotFound, text));
                 };
-                return Ok(Resolved { branch: mark.branch, seq: mark.seq, time_ns: mark.time_ns });
+                let at = Resolved { branch: mark.branch, seq: mark.seq, time_ns: mark.time_ns };
+                check_still_there(ledger.catalogue(), volume, &at)?;
+                return Ok(at);
             }
             Instant::Epoch(epoch) => return find_epoch(self.ledger().catalogue(), volume, *epoch),
         };
@@ -142,6 +147,31 @@ impl Store {
         let at = self.resolve_of(&volume, instant)?;
         volume.open_resolved(at)
     }
+}
+
+/// Refuses an instant that was found before, if what it refers to was deleted since: asked under the ledger's lock, by
+/// whoever commits something that refers to it.
+pub(super) fn check_still_there(catalogue: &Catalogue, volume: &Volume, at: &Resolved) -> Result<()> {
+    let row = catalogue.volumes.get(&volume.id());
+    if row.is_none_or(|row| row.stage == Stage::Destroyed) {
+        let text = format!("volume '{}' was destroyed", volume.row().name);
+        return Err(Error::new(ErrorKind::NotFound, text));
+    }
+    let state = catalogue.branches.get(&at.branch).map_or(BranchState::Gone, |row| row.state);
+    // Before the first request there is nothing that could be lost.
+    let is_there = at.seq == Seq::ZERO
+        || state == BranchState::Kept
+        || (state == BranchState::Deleted && catalogue.is_needed(at.branch));
+    if is_there {
+        return Ok(());
+    }
+    let text = format!(
+        "seq:{} of volume '{}' lies on branch {}, which was deleted",
+        at.seq,
+        volume.row().name,
+        at.branch
+    );
+    Err(Error::new(ErrorKind::NotFound, text))
 }
 
 /// On which branch a volume was at a point, and the last `Seq` of that branch that is part of its history.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use cdp_types::{Instant, Label, VolumeName};
 
 use super::Store;
+use super::instants::check_still_there;
 use crate::catalogue::{Change, MarkRow};
 use crate::error::{Error, ErrorKind, Result};
 use crate::volume::{MarkInfo, Resolved, Volume};
@@ -35,6 +36,7 @@ impl Store {
         let volume = self.volume(name)?;
         let at = self.resolve_durably(&volume, instant)?;
         let mut ledger = self.ledger();
+        check_still_there(ledger.catalogue(), &volume, &at)?;
         if ledger.catalogue().marks.contains_key(&(volume.id(), label.clone())) {
             let text = format!("volume '{name}' has a mark '{label}' already");
             return Err(Error::new(ErrorKind::Exists, text));

@@ -9,6 +9,8 @@ mod import;
 mod inspect;
 mod instants;
 mod marks;
+#[cfg(test)]
+mod meanwhile_tests;
 mod memory;
 mod open;
 mod opening;
@@ -59,6 +61,8 @@ struct Inner {
     superblock: Superblock,
     options: StoreOptions,
     background: Mutex<Background>,
+    /// Held while what nobody shares is given back; locked before the ledger.
+    reclaiming: Mutex<()>,
     index_health: Mutex<IndexHealth>,
     /// Syncs that guests' flushes had needed when zero-filling last looked.
     syncs_seen: AtomicU64,

@@ -177,6 +177,7 @@ impl Opening {
             superblock: self.superblock,
             options: self.options,
             background: Mutex::default(),
+            reclaiming: Mutex::default(),
             index_health: Mutex::default(),
             syncs_seen: AtomicU64::new(0),
             writable: self.mode == Mode::Write,

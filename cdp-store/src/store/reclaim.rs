@@ -58,8 +58,10 @@ impl Store {
         }
     }
 
-    /// Gives back what can be. The rest waits for its readers: the background tries again.
+    /// Gives back what can be. The rest waits for its readers: the background tries again. One at a time does this: two would
+    /// find the same work.
     pub(super) fn reclaim(&self) -> Result<()> {
+        let _alone = self.inner.reclaiming.lock().unwrap_or_else(PoisonError::into_inner);
         self.destroy_abandoned()?;
         let mut clean = BTreeSet::new();
         // One that is gone may have been the last to share another.
@@ -92,6 +94,15 @@ impl Store {
         volumes.get(&id).is_some_and(|volume| Arc::strong_count(volume) > 1)
     }
 
+    /// Takes a volume out of the store, if it is there; not one that somebody else has in hand.
+    fn take_unheld(&self, id: VolumeId) -> std::result::Result<Option<Arc<Volume>>, ()> {
+        let mut volumes = self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner);
+        match volumes.get(&id) {
+            Some(volume) if Arc::strong_count(volume) > 1 => Err(()),
+            _ => Ok(volumes.remove(&id)),
+        }
+    }
+
     fn in_stage(&self, stages: &[Stage]) -> Vec<VolumeId> {
         let ledger = self.ledger();
         let rows = ledger.catalogue().volumes.values();
@@ -100,19 +111,24 @@ impl Store {
 
     /// Imports and scratch volumes that nobody works on any more: they were cut short.
     fn destroy_abandoned(&self) -> Result<()> {
-        for id in self.in_stage(&[Stage::Importing, Stage::Scratch]) {
-            if self.is_held(id) {
-                continue;
-            }
-            let mut ledger = self.ledger();
-            match self.live(id) {
-                Some(volume) => {
-                    self.change_volume(&mut ledger, &volume, Change::Destroy { volume: id })?;
-                    volume.log().retire("nobody uses it any more");
-                }
-                None => self.commit(&mut ledger, &[Change::Destroy { volume: id }])?,
-            }
+        self.in_stage(&[Stage::Importing, Stage::Scratch])
+            .into_iter()
+            .try_for_each(|id| self.destroy_if_abandoned(id))
+    }
+
+    pub(super) fn destroy_if_abandoned(&self, id: VolumeId) -> Result<()> {
+        let mut ledger = self.ledger();
+        // Under the lock: whoever made it may have completed or removed it, and let go of it, since it was looked for.
+        let row = ledger.catalogue().volumes.get(&id);
+        let unfinished = row.is_some_and(|row| matches!(row.stage, Stage::Importing | Stage::Scratch));
+        if !unfinished || self.is_held(id) {
+            return Ok(());
         }
+        let Some(volume) = self.live(id) else {
+            return self.commit(&mut ledger, &[Change::Destroy { volume: id }]);
+        };
+        self.change_volume(&mut ledger, &volume, Change::Destroy { volume: id })?;
+        volume.log().retire("nobody uses it any more");
         Ok(())
     }
 
@@ -124,16 +140,24 @@ impl Store {
             let mut ledger = self.ledger();
             let branches = ledger.catalogue().branches_of(id);
             let is_read = branches.iter().any(|branch| self.inner.shared.branches.is_held(*branch));
-            if ledger.catalogue().is_shared(id) || self.is_held(id) || is_read {
+            if ledger.catalogue().is_shared(id) || is_read {
                 continue;
             }
-            self.commit(&mut ledger, &[Change::Reclaim { volume: id }])?;
+            // Out of the store's hands first, so that nothing of it is indexed any more.
+            let Ok(gone) = self.take_unheld(id) else { continue };
+            if let Err(error) = self.commit(&mut ledger, &[Change::Reclaim { volume: id }]) {
+                let mut volumes = self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner);
+                volumes.extend(gone.map(|volume| (id, volume)));
+                return Err(error);
+            }
             drop(ledger);
-            let gone = self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
             self.inner.shared.branches.disown(id);
-            // A write that was reported as failed may land late; a file with such a one is not used again.
-            if gone.is_some_and(|volume| !volume.log().had_failures()) {
-                clean.insert(id);
+            if let Some(volume) = gone {
+                volume.give_up_blank();
+                // A write that was reported as failed may land late; a file with such a one is not used again.
+                if !volume.log().had_failures() {
+                    clean.insert(id);
+                }
             }
             any = true;
         }
@@ -164,7 +188,9 @@ impl Store {
             let ledger = self.ledger();
             let catalogue = ledger.catalogue();
             let branches = &self.inner.shared.branches;
-            let free = |id: BranchId| !catalogue.is_needed(id) && branches.remove(id);
+            // What is not in the index yet of a branch would come into it when its rows have gone.
+            let pends = |id: BranchId| branches.owner_of(id).is_some_and(|owner| owner.is_to_index(id));
+            let free = |id: BranchId| !catalogue.is_needed(id) && !pends(id) && branches.remove(id);
             let lives =
                 |id: &VolumeId| catalogue.volumes.get(id).is_some_and(|v| v.stage != Stage::Destroyed);
             let mut deleted = catalogue

@@ -129,11 +129,13 @@ impl<'a> Replay<'a> {
         let failed =
             |e| Error::new(ErrorKind::Io, format!("reading the time index of volume '{}'", row.name)).with(e);
         let watermark = self.index.watermark(row.id).map_err(failed)?;
-        match self.replay(log, watermark.as_ref(), Ordinal(0)) {
+        // An opening syncs what it recovers before it says in the store log where that ends.
+        let fenced = log.fence.last;
+        match self.replay(log, watermark.as_ref(), fenced) {
             Err(error) if error.kind() == ErrorKind::Corrupt && watermark.is_some() => {
                 tracing::warn!(volume = %row.name, "{error}; its index is rebuilt from the log");
                 // The index only ever says what was durable, so what it speaks of and the log lacks was not torn off.
-                let known = watermark.map_or(Ordinal(0), |w| w.ordinal);
+                let known = watermark.map_or(fenced, |w| w.ordinal.max(fenced));
                 if self.mode == Mode::Write {
                     self.forget_index(log)?;
                     self.replay(log, None, known)

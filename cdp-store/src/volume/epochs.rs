@@ -66,7 +66,8 @@ impl Volume {
         // One for the cut, if that is due, and one behind it, in case that the open one is full by then.
         for _ in 0..2 {
             if log.lacks_room(ROOM_BYTES) {
-                log.supply(context.segments.create_small(self.id())?);
+                let blank = context.segments.create_small(self.id())?;
+                self.take_over(&mut log, blank);
             }
             self.cut_if_due(&mut log, None);
         }

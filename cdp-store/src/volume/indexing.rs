@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use cdp_types::{Ordinal, Seq};
+use cdp_types::{BranchId, Ordinal, Seq};
 
 use super::Volume;
 use crate::error::{Error, ErrorKind, Result};
@@ -56,8 +56,9 @@ impl Volume {
         let changes = chunks.iter().map(|chunk| chunk.len()).sum();
         let mut pace = if hurried { Pace::hurried() } else { Pace::gentle() };
         let looks = stretch.write(index, self.id(), &mut pace)?;
-        self.map().drop_oldest(written);
         let images = stretch.write_images(index, &looks, &mut pace);
+        // Not before: while it is here, its branches are not forgotten, and nothing is written of one that is.
+        self.map().drop_oldest(written);
         Ok(Some(Step { changes, images }))
     }
 
@@ -149,6 +150,16 @@ impl Volume {
             Err(error) if error.kind() == ErrorKind::NoSpace => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether anything of a branch is still to be written into the index.
+    pub(crate) fn is_to_index(&self, branch: BranchId) -> bool {
+        let last = {
+            let log = self.log();
+            // What a poisoned log has not synced yet stays out of the index.
+            if log.poisoned().is_some() { log.durable() } else { Ordinal(u64::MAX) }
+        };
+        !self.is_read_only() && self.map().has_changes_of(branch, last)
     }
 
     /// Indexed up to here: `Seq`.

@@ -374,7 +374,7 @@ impl Volume {
             // What is in flight can only end behind a cut, and for a cut there is space kept back.
             let unit = self.shared.log.segments.alignment().physical_block;
             match self.shared.log.segments.create(data_start(unit) + u64::from(unit)) {
-                Ok(blank) => log.supply(blank),
+                Ok(blank) => self.take_over(&mut log, blank),
                 Err(error) => tracing::error!(volume = %self.id, "no segment for a cut: {error}"),
             }
             self.cut_if_due(&mut log, None);
@@ -396,10 +396,27 @@ impl Volume {
             tracing::info!(volume = %self.id, "the store has space again: writes go on");
         }
         let mut log = self.log();
-        log.supply(blank);
+        self.take_over(&mut log, blank);
         self.cut_if_due(&mut log, None);
         drop(log);
         self.wake_waiters(None);
+    }
+
+    /// Has the log take a blank segment; one that it had at hand already goes back.
+    pub(crate) fn take_over(&self, log: &mut LogState, blank: Blank) {
+        if let Some(spare) = log.supply(blank) {
+            self.shared.log.segments.give_back(spare);
+        }
+    }
+
+    /// Gives back what its log has at hand and will not use any more.
+    pub(crate) fn give_up_blank(&self) {
+        let segments = &self.shared.log.segments;
+        segments.forget_wishes(self.id);
+        let blank = self.log().take_blank();
+        if let Some(blank) = blank {
+            segments.give_back(blank);
+        }
     }
 
     // -- The head map

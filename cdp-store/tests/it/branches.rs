@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use cdp_store::clock::Clock as _;
 use cdp_store::{CloneSpec, ErrorKind, Reverted};
 use cdp_types::{BlockDevice, BlockRange, Instant, Op, Origin, Seq, VolumeName, Wait};
 
@@ -348,4 +349,28 @@ fn an_instant_inside_the_first_batch_of_a_branch_is_on_that_branch() {
     assert_eq!(blocks(&bench, &name, &Instant::Head), [1, 3, 0, 0], "{HELD}: half of a batch");
     let copy = clone(&bench, &name, Instant::Seq(first), "copy");
     assert_eq!(blocks(&bench, &copy, &Instant::Head), [1, 3, 0, 0], "{HELD}: a clone of half of a batch");
+}
+
+#[test]
+fn a_time_at_which_a_write_was_placed_has_that_write() {
+    let bench = Bench::new(5);
+    let name = bench.name(0);
+    write(&bench, &name, 0, 1);
+    let volume = bench.machine.volume(&name);
+    let mut queue = volume.open_queue().unwrap();
+    queue.submit(cdp_types::RequestId(1), write_op(0, 2, Origin(0)));
+    queue.poll(Wait::No, &mut Vec::new()).unwrap();
+    assert_eq!(queue.in_flight(), 1);
+    let clock = bench.machine.disk.clock();
+    clock.advance(std::time::Duration::from_millis(1));
+    let instant = Instant::Time(clock.wall_ns());
+    let store = bench.machine.store().clone();
+    std::thread::scope(|scope| {
+        let found = scope.spawn(|| store.resolve(&name, &instant).unwrap());
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(!found.is_finished(), "the write is in flight, and the instant was found");
+        bench.wait(&mut *queue).unwrap();
+        assert_eq!(found.join().unwrap().seq, head(&bench, &name));
+    });
+    assert_eq!(block_of(&*bench.machine.store().open_at(&name, &instant).unwrap(), 0).unwrap(), 2);
 }

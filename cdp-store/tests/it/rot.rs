@@ -75,6 +75,22 @@ fn rot_of_the_last_batch_shows_after_a_clean_stop() {
 }
 
 #[test]
+fn rot_of_a_tail_that_an_opening_has_recovered_shows_without_an_index() {
+    for byte in [0, 96, 170] {
+        let mut bench = with_flushed_blocks(byte);
+        let record = bench.records(0)[BLOCKS as usize].clone();
+        let file = bench.file_of(&record);
+        // The last write was never flushed. This opening finds it, and has it durable before it goes on.
+        bench.restart(Crash::Kill);
+        assert_eq!(bench.block(0, BLOCKS).unwrap(), 100 + BLOCKS);
+        bench.machine.disk.flip_bit(&file, record.offset + byte, 3);
+        bench.machine = bench.machine.fork_without_index(1);
+        bench.restart(Crash::PowerCut);
+        assert_read_only(&bench, BLOCKS, &file);
+    }
+}
+
+#[test]
 fn a_torn_tail_is_cut_without_a_word() {
     for (byte, seed) in [(0, 1), (96, 2), (170, 3), (HEADER, 4), (2 * HEADER - 1, 5)] {
         let mut bench = with_flushed_blocks(seed);

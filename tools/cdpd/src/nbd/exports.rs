@@ -144,17 +144,27 @@ impl StoreExports {
     }
 
     fn resolve(&self, text: &str, what: &VolumeAt, volume: &Volume) -> Result<Resolved, ExportError> {
-        let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        remembered.retain(|_, one| one.since.elapsed() < SAME_INSTANT);
-        if let Some(known) = remembered.get(text).filter(|known| known.volume == volume.id()) {
-            return Ok(known.at);
-        }
-        let at = self.store().resolve(&what.volume, &what.instant).map_err(|e| refused(&e))?;
-        // Whoever asks for that many has not one disk in mind.
-        if remembered.len() >= MOST_REMEMBERED {
+        let remembered = || {
+            let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
+            remembered.retain(|_, one| one.since.elapsed() < SAME_INSTANT);
+            remembered
+        };
+        let known = |remembered: &HashMap<String, Remembered>| {
+            remembered.get(text).filter(|known| known.volume == volume.id()).map(|known| known.at)
+        };
+        if let Some(at) = known(&remembered()) {
             return Ok(at);
         }
-        remembered.insert(text.to_owned(), Remembered { at, volume: volume.id(), since: Clock::now() });
+        // Not under the lock: it may wait for writes of this volume, and others ask for other volumes.
+        let at = self.store().resolve(&what.volume, &what.instant).map_err(|e| refused(&e))?;
+        let mut remembered = remembered();
+        if let Some(at) = known(&remembered) {
+            return Ok(at);
+        }
+        // Whoever asks for that many has not one disk in mind.
+        if remembered.len() < MOST_REMEMBERED {
+            remembered.insert(text.to_owned(), Remembered { at, volume: volume.id(), since: Clock::now() });
+        }
         Ok(at)
     }
 

@@ -1,0 +1,266 @@
+//! What happens between two steps of a change of the store, and when several threads change it at once.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant as Clock};
+
+use cdp_types::{BlockDevice, BranchId, Event, Instant, IoBuf, Op, Origin, RequestId, VolumeName, Wait};
+use tempfile::TempDir;
+
+use super::branches::Turn;
+use super::*;
+use crate::clock::SystemClock;
+use crate::index::{Family, Kv, SimKv, WriteBatch};
+use crate::storage::uring::DirectoryStorage;
+use crate::volume::Resolved;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const SEGMENT: u64 = 1 << 20;
+/// The longest request that a store of such segments takes, in bytes.
+const MOST: usize = SEGMENT as usize / 4;
+
+/// A store of its own, with its threads, and one volume.
+struct Bench {
+    path: PathBuf,
+    store: Store,
+    name: VolumeName,
+    /// Last, so that the store's threads make no more files in it when it is removed.
+    directory: TempDir,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let closed = self.store.close();
+        assert!(closed.is_ok() || std::thread::panicking(), "{closed:?}");
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        Store::create(&path, &options()).unwrap();
+        let store = Store::open(&path, options()).unwrap();
+        let name: VolumeName = "web1".parse().unwrap();
+        store.create_volume(&name, VolumeSpec { size_bytes: 64 << 20, logical_block_size: 4096 }).unwrap();
+        Self { path, store, name, directory }
+    }
+
+    /// Copies the logs of the store, which must be closed, without its databases, and opens the copy.
+    fn open_from_the_logs_alone(&self) -> Store {
+        let copy = self.directory.path().join("copy");
+        fs::create_dir_all(copy.join("segments")).unwrap();
+        let segments = fs::read_dir(self.path.join("segments")).unwrap();
+        let segments = segments.map(|entry| Path::new("segments").join(entry.unwrap().file_name()));
+        for name in segments.chain([PathBuf::from("superblock")]) {
+            fs::copy(self.path.join(&name), copy.join(&name)).unwrap();
+        }
+        Store::open(&copy, options()).unwrap()
+    }
+
+    fn head(&self) -> Resolved {
+        self.store.resolve(&self.name, &Instant::Head).unwrap()
+    }
+
+    fn revert(&self, to: &Resolved) {
+        self.store.revert(&[(self.name.clone(), Instant::Seq(to.seq))], false).unwrap();
+    }
+
+    fn has_branch(&self, branch: BranchId) -> bool {
+        self.store.branches(&self.name).unwrap().iter().any(|b| b.id == branch)
+    }
+}
+
+fn options() -> StoreOptions {
+    StoreOptions { segment_bytes: SEGMENT, pool_segments: 1, reserve_bytes: 0, ..StoreOptions::default() }
+}
+
+/// Writes so many bytes from the start of a volume.
+fn write(volume: &Arc<Volume>, bytes: usize) {
+    write_stepping(volume, bytes, &|| ());
+}
+
+/// The same, with a step of what a store's threads would do whenever it waits.
+fn write_stepping(volume: &Arc<Volume>, bytes: usize, step: &dyn Fn()) {
+    let mut queue = volume.open_queue().unwrap();
+    let mut events = Vec::new();
+    for offset in (0..bytes).step_by(MOST) {
+        let from = IoBuf::from_bytes(&vec![7; MOST.min(bytes - offset)]);
+        let write = Op::Write { offset: offset as u64, from, fua: false, origin: Origin(0) };
+        queue.submit(RequestId(1), write);
+        while events.is_empty() {
+            queue.poll(Wait::For(Duration::from_millis(10)), &mut events).unwrap();
+            step();
+        }
+        assert!(matches!(events[..], [Event::Completed { result: Ok(()), .. }]), "{events:?}");
+        events.clear();
+    }
+    queue.poll(Wait::No, &mut events).unwrap();
+}
+
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let begun = Clock::now();
+    while !is_so() {
+        assert!(begun.elapsed() < DEADLINE, "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn nothing_is_made_of_an_instant_whose_branch_was_deleted_since_it_was_found() {
+    let bench = Bench::new();
+    let volume = bench.store.volume(&bench.name).unwrap();
+    write(&volume, 4096);
+    let kept = bench.head();
+    bench.revert(&kept);
+    write(&volume, 8192);
+    let lost = bench.head();
+    bench.revert(&kept);
+    let branches = bench.store.branches(&bench.name).unwrap().len();
+    bench.store.delete_branch(&bench.name, lost.branch, false).unwrap();
+    let all_is_refused = || {
+        let turn = Turn { volume: Arc::clone(&volume), to: lost };
+        let reverted = bench.store.go_back(&[turn], true, &|_| Ok(Vec::new())).map(drop);
+        let source = [Arc::clone(&volume)];
+        let cloned = bench
+            .store
+            .commit_clones(&mut bench.store.ledger(), &source, &[lost], [None].into_iter())
+            .map(drop);
+        for outcome in [reverted, cloned] {
+            assert_eq!(outcome.unwrap_err().kind(), ErrorKind::NotFound);
+        }
+    };
+    all_is_refused();
+    wait_until("the branch is not forgotten", || !bench.has_branch(lost.branch));
+    all_is_refused();
+    let row = MarkRow {
+        volume: volume.id(),
+        label: "old".parse().unwrap(),
+        branch: lost.branch,
+        seq: lost.seq,
+        time_ns: lost.time_ns,
+        metadata: BTreeMap::new(),
+    };
+    bench.store.commit(&mut bench.store.ledger(), &[Change::Mark { mark: row }]).unwrap();
+    let named = bench.store.resolve(&bench.name, &Instant::Mark("old".parse().unwrap()));
+    assert_eq!(named.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(bench.store.branches(&bench.name).unwrap().len(), branches - 1);
+    // What was refused has left the volume as it was.
+    write(&volume, 4096);
+}
+
+#[test]
+fn what_several_threads_give_back_at_once_is_said_once() {
+    let bench = Bench::new();
+    write(&bench.store.volume(&bench.name).unwrap(), 4096);
+    for _ in 0..12 {
+        let views: Vec<Scratch> =
+            (0..6).map(|_| bench.store.scratch(&bench.name, &Instant::Head).unwrap()).collect();
+        std::thread::scope(|scope| {
+            views.into_iter().for_each(|view| drop(scope.spawn(move || drop(view))));
+        });
+    }
+    bench.store.close().unwrap();
+    let store = bench.open_from_the_logs_alone();
+    let names: Vec<VolumeName> = store.volumes().into_iter().map(|volume| volume.name).collect();
+    assert_eq!(names, std::slice::from_ref(&bench.name));
+    store.close().unwrap();
+}
+
+#[test]
+fn an_import_that_was_completed_since_it_was_looked_for_is_not_taken_for_an_abandoned_one() {
+    let bench = Bench::new();
+    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
+    let [done, abandoned] = ["done", "abandoned"].map(|name| name.parse::<VolumeName>().unwrap());
+    let import = bench.store.begin_import(&done, spec).unwrap();
+    let id = import.volume().id();
+    import.commit().unwrap();
+    bench.store.destroy_if_abandoned(id).unwrap();
+    assert!(bench.store.volume(&done).is_ok());
+    let import = bench.store.begin_import(&abandoned, spec).unwrap();
+    let id = import.volume().id();
+    bench.store.destroy_if_abandoned(id).unwrap();
+    import.commit().unwrap();
+    assert!(bench.store.volume(&abandoned).is_ok(), "somebody works on it");
+}
+
+#[test]
+fn blank_segments_of_destroyed_volumes_are_given_back() {
+    let bench = Bench::new();
+    let files = |path: &Path| fs::read_dir(path.join("segments")).unwrap().count();
+    for _ in 0..20 {
+        let view = bench.store.scratch(&bench.name, &Instant::Head).unwrap();
+        write(view.volume(), SEGMENT as usize / 2);
+        // More than half of a segment is full, so that the next one is ordered.
+        write(view.volume(), SEGMENT as usize / 4);
+        wait_until("no segment is ordered", || {
+            let log = view.volume().log();
+            log.wants_segment(&bench.store.inner.shared.log).is_none()
+        });
+    }
+    // What is used, what is filled ahead for more such demand, and one that is being filled.
+    let most = || bench.store.segments().unwrap().len() + 4 + 1;
+    wait_until("segments are left over", || files(&bench.path) <= most());
+}
+
+#[test]
+fn a_revert_of_a_volume_that_was_destroyed_meanwhile_is_refused() {
+    let bench = Bench::new();
+    let volume = bench.store.volume(&bench.name).unwrap();
+    write(&volume, 4096);
+    let at = bench.head();
+    bench.store.destroy_volume(&bench.name, true).unwrap();
+    let turn = Turn { volume, to: at };
+    let reverted = bench.store.commit_revert(&[turn], &[at], &|_| Ok(Vec::new()));
+    assert_eq!(reverted.unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+/// Flips a bit in every row of the map that the index has of a branch.
+fn rot(index: &SimKv, branch: BranchId) {
+    let mut rotten = WriteBatch::new();
+    let (from, to) = (branch.0.to_be_bytes(), (branch.0 + 1).to_be_bytes());
+    let visit = &mut |key: &[u8], value: &[u8]| {
+        let mut value = value.to_vec();
+        value[1] ^= 1;
+        rotten.put(Family::Map, key, &value);
+        true
+    };
+    index.scan(Family::Map, &from, &to, visit).unwrap();
+    assert!(!rotten.is_empty());
+    index.write(&rotten).unwrap();
+}
+
+#[test]
+fn a_damaged_row_of_one_volume_does_not_keep_the_others_out_of_the_index() {
+    let directory = tempfile::tempdir().unwrap();
+    Store::create(directory.path(), &options()).unwrap();
+    let index = Arc::new(SimKv::new());
+    let seams = Seams {
+        storage: Arc::new(DirectoryStorage::open(directory.path()).unwrap()),
+        index: Arc::clone(&index) as Arc<dyn Kv>,
+        catalogue: Arc::new(SimKv::synced()),
+        clock: Arc::new(SystemClock),
+        secrets: || 7,
+        reach: None,
+    };
+    let store = Store::open_on(seams, options()).unwrap();
+    let spec = VolumeSpec { size_bytes: 4 << 20, logical_block_size: 4096 };
+    let volumes = ["first", "second"].map(|name| store.create_volume(&name.parse().unwrap(), spec).unwrap());
+    // So many changes of a leaf that it is looked at for an image.
+    let write_both = || {
+        for volume in &volumes {
+            write_stepping(volume, 400 * 4096, &|| drop(store.pool_step()));
+        }
+        store.close_chunks();
+    };
+    write_both();
+    store.flush_index().unwrap();
+    rot(&index, volumes[0].row().branch);
+    write_both();
+    let error = store.index_step().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+    assert!(volumes.iter().all(|volume| !volume.map().has_unindexed()));
+    store.close().unwrap();
+}
