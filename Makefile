@@ -74,7 +74,7 @@ test: lint build ## What CI runs: lint, unit, property, model and crash tests, t
 	$(CARGO) test --release -p e2e
 
 .PHONY: test-long
-test-long: build ## The tests that take longer (marked #[ignore]); run before a release
+test-long: build ## Tests that take longer (marked #[ignore]), many seeds, planted bugs: before a release
 	$(call section,long tests)
 	$(CARGO) test --release --workspace -- --ignored
 	$(call section,many seeds of the model and crash tests)

@@ -102,7 +102,7 @@ Example:
     Verify,
     /// Make the index again from the logs alone; cdpd must be stopped
     #[command(after_help = "Example:
-  systemctl stop cdpd@srv
+  systemctl stop cdpd@cdp
   cdp-tool --store /srv/cdp rebuild-index")]
     RebuildIndex,
     /// Write a volume, as it was at an instant, to a file
@@ -194,11 +194,11 @@ What clones share of its history stays as long as they need it: a volume can be 
     },
     /// Serve a volume to a guest, now and whenever cdpd starts
     #[command(after_help = "Example:
-  cdp-tool volume serve web1 --vhost-user /run/cdpd-srv/web1.sock
+  cdp-tool volume serve web1 --vhost-user /run/cdpd-cdp/web1.sock
 
 QEMU attaches it with shared memory and these options:
   -object memory-backend-memfd,id=mem,size=2G,share=on -machine memory-backend=mem
-  -chardev socket,id=web1,path=/run/cdpd-srv/web1.sock,reconnect-ms=100
+  -chardev socket,id=web1,path=/run/cdpd-cdp/web1.sock,reconnect-ms=100
   -device vhost-user-blk-pci,chardev=web1")]
     Serve {
         /// The volume

@@ -22,7 +22,9 @@ use crate::commands::Outcome;
 use crate::output::ReaderGone;
 
 fn main() -> ExitCode {
-    match commands::run(Cli::parse()) {
+    let cli = Cli::parse();
+    cdpd::allow_open_files();
+    match commands::run(cli) {
         Ok(Outcome::Good) => ExitCode::SUCCESS,
         Ok(Outcome::Bad) => ExitCode::from(1),
         Err(error) if error.is::<ReaderGone>() => ExitCode::SUCCESS,

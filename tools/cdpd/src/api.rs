@@ -21,7 +21,7 @@
 //! | `/v1/vms/{name}` | GET: [`Vm`]; PUT [`NewVm`]: [`Vm`], new or changed; DELETE `?delete_checkpoints=true` |
 //! | `/v1/vms/{name}/clone` | POST [`NewVmClone`]: the new [`Vm`], which has not been started |
 //! | `/v1/vms/{name}/doctor` | GET: [`Diagnosis`] |
-//! | `/v1/vms/{name}/start` | POST: gives a clone's memory to the QEMU that waits for it: [`VmStarted`] |
+//! | `/v1/vms/{name}/start` | POST: gives a clone's memory to the QEMU that waits for it: [`VmStarted`]; DELETE: it boots instead, and has none |
 //! | `/v1/vms/{name}/supervisor` | POST: lines with [`Order`]s, for as long as the supervisor looks after QEMU; PUT [`SupervisorReport`] |
 //! | `/v1/vms/{name}/schedule` | PUT [`Schedule`]: [`Vm`]; DELETE: [`Vm`] |
 //! | `/v1/vms/{name}/revert` | POST [`VmRevert`]: [`VmReverted`] |

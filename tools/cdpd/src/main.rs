@@ -13,6 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 fn main() -> ExitCode {
     let args = Args::parse();
     limit_arenas();
+    cdpd::allow_open_files();
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -52,12 +52,16 @@ impl Bench {
     fn start(&self, arguments: &[&str]) -> (Daemon, Client) {
         let log = File::create(self.root.path().join("log")).unwrap();
         let daemon = Daemon(self.command(arguments).stderr(log).spawn().unwrap());
+        (daemon, self.wait_until_ready())
+    }
+
+    fn wait_until_ready(&self) -> Client {
         let begun = Instant::now();
         loop {
             if let Some(client) =
                 fs::metadata(self.store()).ok().and_then(|_| Client::find(&self.store()).unwrap())
             {
-                return (daemon, client);
+                return client;
             }
             assert!(begun.elapsed() < DEADLINE, "not ready: {}", self.log());
             std::thread::sleep(Duration::from_millis(20));
@@ -257,4 +261,20 @@ fn a_socket_of_systemds_is_served_as_nbd() {
     let mut greeting = [0; 8];
     client.read_exact(&mut greeting).unwrap_or_else(|error| panic!("{error}: {}", bench.log()));
     assert_eq!(&greeting, b"NBDMAGIC");
+}
+
+#[test]
+fn a_shells_limit_of_open_files_does_not_limit_a_store() {
+    let bench = Bench::new();
+    let program = bench.command(&[]);
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -S -n 64 && exec \"$@\"", "sh"]);
+    command.arg(program.get_program()).args(program.get_args()).env_remove("NOTIFY_SOCKET");
+    let log = File::create(bench.root.path().join("log")).unwrap();
+    let daemon = Daemon(command.stdin(Stdio::null()).stderr(log).spawn().unwrap());
+    bench.wait_until_ready();
+    let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.0.id())).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let soft = line.split_whitespace().next().unwrap();
+    assert_ne!(soft, "64", "{limits}");
 }

@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// Where tables (Markdown), figures (JSON) and drawings (SVG) go
     #[arg(long, value_name = "DIR")]
     reports: PathBuf,
-    /// The writes that recovery is measured after, and that the longest history has
+    /// The writes that recovery is measured after, and going back in the longest history
     #[arg(long, value_name = "N", default_value_t = 10_000_000)]
     writes: u64,
 }
