@@ -109,12 +109,19 @@ pub(crate) struct InflightRegion {
 
 impl InflightRegion {
     /// Makes the file of a new region, empty, for this history.
-    pub(crate) fn create(queues: u16, queue_size: u16, identity: &DeviceIdentity) -> io::Result<File> {
+    pub(crate) fn create(
+        queues: u16,
+        queue_size: u16,
+        identity: &DeviceIdentity,
+        write_through: bool,
+    ) -> io::Result<File> {
         let file = File::from(memfd_create("inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
         file.set_len(region_len(queues, queue_size))?;
         // Whoever gets the descriptor cannot cut the file short under our feet.
         fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-        Self::map(file.try_clone()?, 0, region_len(queues, queue_size), queues, queue_size)?.stamp(identity);
+        let region = Self::map(file.try_clone()?, 0, region_len(queues, queue_size), queues, queue_size)?;
+        region.stamp(identity);
+        region.set_write_through(write_through);
         Ok(file)
     }
 
@@ -237,6 +244,11 @@ impl InflightQueue {
         (queue < region.queues && ring_size <= region.queue_size).then_some(Self { region, queue })
     }
 
+    /// Whether the region belongs to this history.
+    pub(crate) fn is_of(&self, identity: &DeviceIdentity) -> bool {
+        self.region.identity() == *identity
+    }
+
     /// Finishes the batch that a dead process was reporting, and lists what it had in flight.
     pub(crate) fn recover(&self, used: u16) -> Found {
         let size = self.region.queue_size;
@@ -329,7 +341,7 @@ mod tests {
     }
 
     fn region() -> (Arc<InflightRegion>, File) {
-        let file = InflightRegion::create(2, 8, &identity(1)).unwrap();
+        let file = InflightRegion::create(2, 8, &identity(1), false).unwrap();
         (Arc::new(map(&file).unwrap()), file)
     }
 

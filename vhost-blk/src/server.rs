@@ -318,6 +318,7 @@ impl Connection {
 
     fn config_changed(&self, name: &str) {
         let Some(channel) = &self.back_channel else { return };
+        locked(&self.session).told_of_change();
         if let Err(error) = channel.config_changed() {
             tracing::warn!(socket = %name, "the front end cannot be told that the disk has changed: {error}");
         }

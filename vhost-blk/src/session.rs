@@ -22,7 +22,7 @@ use crate::features::{self, Features};
 use crate::guard::Guard;
 use crate::guest::{DirtyLog, MAX_REGIONS, MemoryMap, RegionSpec, RingAddresses, RingFault};
 use crate::inflight::{History, InflightRegion, region_len};
-use crate::queue::Context;
+use crate::queue::{Context, tell_of_other_history};
 use crate::rings::Rings;
 use crate::stats::ServerCounters;
 
@@ -50,6 +50,8 @@ pub(crate) struct Session {
     inflight: Option<Arc<InflightRegion>>,
     history: History,
     rings: Rings,
+    /// Nothing was said yet of a guest that runs: a new machine may begin.
+    may_begin: bool,
     /// Why the last message was refused.
     refusal: Option<String>,
 }
@@ -74,8 +76,14 @@ impl Session {
             log: None,
             inflight: None,
             history: History::Ours,
+            may_begin: true,
             refusal: None,
         }
+    }
+
+    /// The front end has been told to read the configuration again.
+    pub(crate) fn told_of_change(&mut self) {
+        self.may_begin = false;
     }
 
     /// Why the last message was refused, if it was refused by us.
@@ -204,9 +212,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.rings.reset().map_err(not_drained)?;
-        self.set_write_through(false);
-        Ok(())
+        self.rings.reset().map_err(not_drained)
     }
 
     fn get_features(&mut self) -> Result<u64> {
@@ -336,7 +342,14 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.rings.set_enabled(index, enable).map_err(not_drained)
     }
 
+    /// A machine that begins reads all of it first, and has its write cache on. From then on the guest is shown what the
+    /// front end has read, or what the guest itself has set, whatever we say and through all its resets: QEMU reads again
+    /// only to learn of another size. So nothing else may turn the cache on.
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let is_read = (offset..offset.saturating_add(size)).contains(&WRITEBACK_OFFSET);
+        if is_read && self.may_begin && !self.rings.any_running() {
+            self.set_write_through(false);
+        }
         let writeback = !self.disk.write_through.load(Ordering::Acquire);
         Ok(config_space::read(&self.disk.device.info(), self.disk.config.queues, writeback, offset, size))
     }
@@ -344,6 +357,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         match (offset, bytes) {
             (WRITEBACK_OFFSET, [writeback @ (0 | 1)]) if !self.disk.device.info().read_only => {
+                self.may_begin = false;
                 self.set_write_through(*writeback == 0);
                 Ok(())
             }
@@ -361,9 +375,8 @@ impl VhostUserBackendReqHandlerMut for Session {
             return self
                 .refuse(format!("{num_queues} rings of {queue_size} entries are more than there can be"));
         }
-        // A front end asks for a new region when the guest starts anew, and then its write cache is on.
-        self.set_write_through(false);
-        match InflightRegion::create(num_queues, queue_size, &self.disk.device.identity()) {
+        let write_through = self.disk.write_through.load(Ordering::Acquire);
+        match InflightRegion::create(num_queues, queue_size, &self.disk.device.identity(), write_through) {
             Ok(file) => Ok((
                 VhostUserInflight::new(region_len(num_queues, queue_size), 0, num_queues, queue_size),
                 file,
@@ -383,11 +396,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         };
         self.history = region.claim(&self.disk.device.identity());
         if self.history == History::Foreign {
-            tracing::error!(
-                socket = %self.disk.name,
-                "the guest was using another history of this disk: its requests fail until it resets"
-            );
+            tell_of_other_history(&self.disk.name);
         }
+        self.may_begin = false;
         self.disk.write_through.store(region.write_through(), Ordering::Release);
         self.inflight = Some(region);
         self.spread();

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::eventfd::EventFd;
 use crate::guest::RingFault;
-use crate::queue::{Context, Drain, Queue, RingStart, Wiring, complain_of_ring};
+use crate::queue::{Context, Drain, Queue, RingStart, Wiring, complain_of_ring, tell_of_other_history};
 
 /// What the connection's thread tells a queue's thread. Each is answered once it has been done.
 pub(crate) enum Command {
@@ -188,11 +188,18 @@ impl Thread {
         }
     }
 
-    fn start(&mut self, start: RingStart) -> Answer {
+    fn start(&mut self, mut start: RingStart) -> Answer {
         let wiring = start.wiring.clone();
-        let started = self
-            .open_device(wiring.kick.as_ref())
-            .and_then(|()| Queue::start(start, self.context.clone(), self.control.clone()));
+        let started = self.open_device(wiring.kick.as_ref()).and_then(|()| {
+            // The disk may have been reverted since the region was claimed. Whoever reverts it from here on finds that its
+            // queue is open.
+            let identity = self.context.disk.identity();
+            if !start.refuse && start.inflight.as_ref().is_some_and(|part| !part.is_of(&identity)) {
+                tell_of_other_history(&self.context.name);
+                start.refuse = true;
+            }
+            Queue::start(start, self.context.clone(), self.control.clone())
+        });
         match started {
             Ok(queue) => {
                 let taken = queue.taken();

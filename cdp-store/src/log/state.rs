@@ -214,10 +214,13 @@ impl LogState {
         self.tenure
     }
 
-    /// Counts a queue that is being opened.
-    pub fn enter(&mut self) -> u64 {
+    /// Counts a queue that is being opened; none is while one tenure has ended and the next has not begun, unless none will.
+    pub fn enter(&mut self) -> Option<u64> {
+        if self.switching && self.poisoned.is_none() {
+            return None;
+        }
         self.users += 1;
-        self.tenure
+        Some(self.tenure)
     }
 
     /// A queue that was opened during a tenure is closed.
@@ -233,8 +236,8 @@ impl LogState {
         self.users
     }
 
-    /// Refuses every further append of the queues that are open, and holds back those of queues that are opened from
-    /// here on, until [`LogState::begin_tenure`].
+    /// Refuses every further append of the queues that are open, and lets none be opened until
+    /// [`LogState::begin_tenure`].
     pub fn end_tenure(&mut self) {
         self.tenure += 1;
         self.users = 0;

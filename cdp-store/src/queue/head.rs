@@ -88,7 +88,7 @@ impl HeadQueue {
     /// If the operating system gives no lane.
     pub fn new(volume: Arc<Volume>) -> io::Result<Self> {
         let lane = volume.shared().storage.lane()?;
-        let tenure = volume.enter();
+        let tenure = volume.enter()?;
         let inbox = Inbox::new(lane.waker(), tenure);
         let reader = Reader::new(volume.shared());
         Ok(Self {

@@ -217,6 +217,26 @@ fn a_revert_of_a_volume_that_was_destroyed_meanwhile_is_refused() {
     assert_eq!(reverted.unwrap_err().kind(), ErrorKind::NotFound);
 }
 
+#[test]
+fn a_queue_is_opened_before_a_revert_or_after_it() {
+    let bench = Bench::new();
+    let volume = bench.store.volume(&bench.name).unwrap();
+    assert!(volume.end_tenure(false));
+    std::thread::scope(|scope| {
+        let opening = scope.spawn(|| volume.open_queue().map(drop));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!opening.is_finished(), "it was opened in the middle of a revert");
+        volume.begin_tenure();
+        opening.join().unwrap().unwrap();
+    });
+    let queue = volume.open_queue().unwrap();
+    assert!(!volume.end_tenure(false), "somebody uses it");
+    drop(queue);
+    // None waits for a tenure that will never begin.
+    bench.store.destroy_volume(&bench.name, true).unwrap();
+    drop(volume.open_queue().unwrap());
+}
+
 /// Flips a bit in every row of the map that the index has of a branch.
 fn rot(index: &SimKv, branch: BranchId) {
     let mut rotten = WriteBatch::new();

@@ -10,6 +10,7 @@ use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering as Memory};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::time::Duration;
 
 use cdp_types::{
     BlockDevice, BlockRange, DeviceIdentity, DeviceInfo, DeviceQueue, Generation, IoErrorKind, Listener,
@@ -35,6 +36,9 @@ pub use info::{
     BranchInfo, ExtentInfo, ExtentState, Head, MarkInfo, RecordInfo, Resolved, Serving, VolumeInfo,
     VolumeState, VolumeStats,
 };
+
+/// How long a queue waits for the end of a revert before it is opened: a revert gives up earlier.
+const ENTER_PATIENCE: Duration = Duration::from_secs(30);
 
 /// After so many bytes the background syncs the log, in case that no guest does.
 const SYNC_EVERY_BYTES: u64 = 64 << 20;
@@ -161,9 +165,23 @@ impl Volume {
         lock(&self.listeners).retain(|listener| listener());
     }
 
-    /// Counts a queue of its head, until [`Volume::leave`]; returns the head's tenure.
-    pub(crate) fn enter(&self) -> u64 {
-        self.log().enter()
+    /// Counts a queue of its head, until [`Volume::leave`]; returns the head's tenure. While a revert is under way it waits
+    /// for its end: whoever comes in then asks which history it is that the volume has.
+    ///
+    /// # Errors
+    /// If that takes longer than a revert can.
+    pub(crate) fn enter(&self) -> io::Result<u64> {
+        let began = std::time::Instant::now();
+        loop {
+            let entered = self.log().enter();
+            if let Some(tenure) = entered {
+                return Ok(tenure);
+            }
+            if began.elapsed() > ENTER_PATIENCE {
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the volume is being reverted"));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// A queue is closed.

@@ -266,7 +266,11 @@ impl GuestBuilder {
         // No KVM: ordinary CI machines have none, and one machine's result must be another's.
         command.args(["-nodefaults", "-no-user-config", "-accel", "tcg", "-cpu", "max,la57=off"]);
         let size = format!("{}M", self.memory_mb);
-        command.args(["-machine", "q35", "-smp", &self.smp.to_string(), "-m", &size]);
+        // Room for a second processor: for a machine that can only have one QEMU's emulator leaves the fences out of
+        // instructions with LOCK (CF_PARALLEL in accel/tcg), so that now and then a guest and a server in another process
+        // each miss what the other has just said, and a disk stands still for ever.
+        let smp = format!("{},maxcpus={}", self.smp, self.smp.max(2));
+        command.args(["-machine", "q35", "-smp", &smp, "-m", &size]);
         if !self.supervised {
             // A vhost-user server maps the guest's memory, so it must be a file that can be shared.
             let huge = if self.huge_pages { ",hugetlb=on" } else { "" };

@@ -535,3 +535,11 @@ pub(crate) fn complain_of_ring(context: &Context, wiring: &Wiring, fault: RingFa
         err.signal();
     }
 }
+
+/// Tells the operator that a guest remembers what the disk no longer is.
+pub(crate) fn tell_of_other_history(socket: &str) {
+    tracing::error!(
+        socket,
+        "the guest was using another history of this disk: its requests fail until it resets"
+    );
+}

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::FileOffset;
@@ -309,11 +309,16 @@ pub(crate) struct Options {
     /// Features that are declined.
     pub(crate) without: u64,
     pub(crate) inflight: bool,
+    /// The configuration is read as soon as there is a connection, as for a new machine.
+    pub(crate) reads_config: bool,
+    /// The write cache is turned off before the rings are started.
+    pub(crate) cache_off: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { rings: 1, size: 64, without: F_LOG_ALL, inflight: false }
+        let (reads_config, cache_off) = (false, false);
+        Self { rings: 1, size: 64, without: F_LOG_ALL, inflight: false, reads_config, cache_off }
     }
 }
 
@@ -367,6 +372,13 @@ impl Guest {
         frontend.set_protocol_features(protocol).unwrap();
         frontend.set_features(self.features).unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let no_flags = VhostUserConfigFlags::empty();
+        if self.options.reads_config {
+            frontend.get_config(0, 60, no_flags, &[0; 60]).unwrap();
+        }
+        if self.options.cache_off {
+            frontend.set_config(32, no_flags, &[0]).unwrap();
+        }
         if self.options.inflight {
             if self.inflight.is_none() {
                 let asked = VhostUserInflight::new(0, 0, self.options.rings as u16, self.options.size);

@@ -292,10 +292,26 @@ fn after_a_forced_revert_the_old_guest_is_refused_until_it_resets() {
 }
 
 #[test]
-fn the_write_cache_stays_off_across_a_restart_and_is_on_after_a_reset() {
+fn a_revert_after_the_region_was_claimed_and_before_the_ring_starts_is_noticed() {
     let fixture = Fixture::new(1 << 20, None);
     let mut guest = Guest::start(&fixture.socket(), Options { inflight: true, ..Options::default() });
-    guest.frontend().set_config(32, VhostUserConfigFlags::empty(), &[0]).unwrap();
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    guest.connection = None;
+    eventually("the end of the connection", || !fixture.server.stats().connected);
+    guest.connect(&fixture.socket());
+    fixture.disk.switch_branch(BranchId(2));
+    guest.start_rings(None);
+    assert_eq!(guest.request(OUT, 0, &[3; 512], 0).0, IOERR);
+    assert_eq!(fixture.disk.content(ByteRange::new(0, 512)).unwrap(), [1; 512]);
+}
+
+/// QEMU shows the guest the configuration that it read when the machine began, through all resets of the guest.
+#[test]
+fn the_write_cache_stays_off_across_restarts_and_resets_until_another_machine_begins() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options { inflight: true, ..Options::default() });
+    let no_flags = VhostUserConfigFlags::empty();
+    guest.frontend().set_config(32, no_flags, &[0]).unwrap();
     let Fixture { mut server, disk, directory } = fixture;
     server.shutdown();
     let config = ServerConfig { queues: 4, ..ServerConfig::new(directory.path().join("disk.sock")) };
@@ -304,16 +320,42 @@ fn the_write_cache_stays_off_across_a_restart_and_is_on_after_a_reset() {
     let socket = directory.path().join("disk.sock");
     guest.connect(&socket);
     guest.start_rings(None);
-    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    let write = |guest: &mut Guest| assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    write(&mut guest);
     assert_eq!(disk.flushes(), 1, "the guest relies on it");
 
+    // The guest resets: the front end asks for a new region, and for nothing else.
     guest.frontend().get_vring_base(0).unwrap();
     (guest.connection, guest.inflight) = (None, None);
     guest.rings[0].reset();
     guest.connect(&socket);
     guest.start_rings(None);
+    write(&mut guest);
+    assert_eq!(disk.flushes(), 2, "it relies on it still");
+
+    // Another machine: its front end reads the configuration before there is any guest.
+    guest.frontend().get_vring_base(0).unwrap();
+    (guest.connection, guest.inflight) = (None, None);
+    guest.rings[0].reset();
+    guest.options.reads_config = true;
+    guest.connect(&socket);
+    guest.start_rings(None);
+    write(&mut guest);
+    assert_eq!(disk.flushes(), 2);
+    let (_, bytes) = guest.frontend().get_config(32, 1, no_flags, &[0]).unwrap();
+    assert_eq!(bytes, [1]);
+}
+
+/// Drivers may set it before they have said that they are ready.
+#[test]
+fn a_write_cache_that_is_turned_off_before_the_rings_start_is_off() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(
+        &fixture.socket(),
+        Options { inflight: true, cache_off: true, reads_config: true, ..Options::default() },
+    );
     assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
-    assert_eq!(disk.flushes(), 1);
+    assert_eq!(fixture.disk.flushes(), 1);
 }
 
 #[test]
