@@ -69,8 +69,10 @@ pub async fn restore(
     let socket = path.clone();
     let sent = on_thread(move || send(restorer, &socket)).await;
     let _ = std::fs::remove_file(&path);
-    let ended = migration::settled(qmp, PATIENCE).await.map_err(error)?;
+    let ended = migration::settled(qmp, PATIENCE).await;
+    // What could not be read or sent is the reason for whatever QEMU says or does not say after it.
     let progress = sent?;
+    let ended = ended.map_err(error)?;
     if ended.status != MigrationStatus::Completed {
         let why = ended.error.unwrap_or_else(|| format!("its migration is '{}'", ended.status));
         return Err(RestoreError(format!("QEMU has not taken the machine over: {why}")));

@@ -1,5 +1,7 @@
 //! Unfinished files, which an interruption must not leave behind.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
@@ -21,20 +23,25 @@ pub(crate) fn unfinished_file(directory: &Path) -> anyhow::Result<Unfinished> {
         // all.
         let _ = std::thread::Builder::new().name("signals".to_owned()).spawn(watch);
     });
-    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    let cannot = || format!("cannot make a file in {}", directory.display());
     let file = Builder::new()
         .prefix(".cdp-tool-")
         .suffix(".partial")
-        .permissions(permissions)
+        .permissions(Permissions::from_mode(0o666))
         .tempfile_in(directory)
-        .with_context(|| format!("cannot make a file in {}", directory.display()))?;
+        .with_context(cannot)?;
+    // What the umask has left. Until it is finished it may hold what others must not read: a disk, a private image.
+    let permissions = file.as_file().metadata().with_context(cannot)?.permissions();
+    file.as_file().set_permissions(Permissions::from_mode(0o600)).with_context(cannot)?;
     unfinished().push(file.path().to_owned());
-    Ok(Unfinished { file: Some(file) })
+    Ok(Unfinished { file: Some(file), permissions })
 }
 
 /// A file that is not complete yet.
 pub(crate) struct Unfinished {
     file: Option<NamedTempFile>,
+    /// Those of a new file.
+    permissions: Permissions,
 }
 
 impl Unfinished {
@@ -48,7 +55,7 @@ impl Unfinished {
         Ok(self.file.as_ref().context("the file has been finished")?.path())
     }
 
-    /// Gives it its name, in place of a file that has it.
+    /// Gives it its name, in place of a file that has it, whose permissions it takes over.
     ///
     /// # Durability
     /// Both content and name survive a power cut once this returns.
@@ -56,6 +63,9 @@ impl Unfinished {
         // 1. Sync the content. Crash: the unfinished file is left, under its own name.
         self.file()?.sync_all().with_context(|| format!("cannot write {}", name.display()))?;
         let Some(file) = self.file.take() else { return Ok(()) };
+        let permissions = std::fs::metadata(name).map_or(self.permissions.clone(), |old| old.permissions());
+        let set = file.as_file().set_permissions(permissions);
+        set.with_context(|| format!("cannot set the permissions of {}", name.display()))?;
         forget(file.path());
         // 2. Rename. Crash: the name means the old file or the new one, never a part.
         file.persist(name).with_context(|| format!("cannot make {}", name.display()))?;
@@ -107,5 +117,30 @@ fn watch() {
         }
         eprintln!("cdp-tool: interrupted");
         std::process::exit(INTERRUPTED);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn what_is_unfinished_is_private_and_what_is_replaced_keeps_its_permissions() {
+        let directory = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let usual = directory.path().join("usual");
+        std::fs::write(&usual, "").unwrap();
+
+        let file = unfinished_file(directory.path()).unwrap();
+        assert_eq!(mode(file.path().unwrap()), 0o600);
+        let new = directory.path().join("new");
+        file.finish(&new).unwrap();
+        assert_eq!(mode(&new), mode(&usual));
+
+        std::fs::set_permissions(&new, Permissions::from_mode(0o640)).unwrap();
+        unfinished_file(directory.path()).unwrap().finish(&new).unwrap();
+        assert_eq!(mode(&new), 0o640);
     }
 }

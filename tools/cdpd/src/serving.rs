@@ -156,15 +156,31 @@ impl Servers {
                 format!("volume '{name}' is a disk of machine '{0}': cdp-tool vm remove {0}", vm.name);
             return Err(ApiError::new(ErrorKind::Busy, message));
         }
-        if let Some(serving) = info.serving.filter(|_| !force) {
+        if let Some(serving) = info.serving.as_ref().filter(|_| !force) {
             let message =
                 format!("volume '{name}' is served on {}: unserve it first, or use --force", serving.socket);
             return Err(ApiError::new(ErrorKind::Busy, message));
         }
+        let serving = info.serving;
         self.stop(info.id);
-        self.store.destroy_volume(name, force)?;
+        if let Err(error) = self.store.destroy_volume(name, force) {
+            // It is there still, and so is its guest.
+            if let Some(serving) = serving {
+                self.serve_again(info.id, name, serving);
+            }
+            return Err(error.into());
+        }
         tracing::info!(volume = %name, "destroyed");
         Ok(())
+    }
+
+    /// Serves a volume again whose server was stopped.
+    fn serve_again(&self, id: VolumeId, name: &VolumeName, serving: Serving) {
+        let outcome = self.start(name, id, &serving).map_err(|error| error.message);
+        if let Err(error) = &outcome {
+            tracing::error!(volume = %name, socket = serving.socket, error, "cannot serve; will retry");
+        }
+        self.note(id, Entry { serving, outcome });
     }
 
     /// Puts volumes back to earlier instants, all of them or none. With `force`, guests that run on them are
@@ -177,8 +193,11 @@ impl Servers {
         &self,
         targets: &[(VolumeName, Instant)],
         force: bool,
+        may_be: &dyn Fn() -> Result<(), ApiError>,
     ) -> Result<Vec<Reverted>, ApiError> {
         let _changing = lock(&self.changing);
+        // Under the lock: a machine is put back, its disks first, before or after this.
+        may_be()?;
         let patience = if force { Duration::ZERO } else { PARTING };
         let reverted = match self.revert_idle(targets, patience) {
             Err(error) if error.kind() == cdp_store::ErrorKind::Busy => {
@@ -229,11 +248,7 @@ impl Servers {
         }
         let reverted = self.store.revert(targets, true);
         for Connected { id, name, serving } in connected {
-            let outcome = self.start(&name, id, &serving).map_err(|error| error.message);
-            if let Err(error) = &outcome {
-                tracing::error!(volume = %name, socket = serving.socket, error, "cannot serve; will retry");
-            }
-            self.note(id, Entry { serving, outcome });
+            self.serve_again(id, &name, serving);
         }
         Ok(reverted?)
     }

@@ -98,7 +98,8 @@ pub(super) async fn revert(
     let targets = request.volumes.into_iter().map(|target| Ok((target.name, instant(&target.at, &now)?)));
     let targets = targets.collect::<Result<Vec<_>, ApiError>>()?;
     let reverted = blocking(&app, move |app| {
-        let reverted = app.servers.revert(&targets, request.force)?;
+        let free = || app.machines.check_disks(targets.iter().map(|(name, _)| name));
+        let reverted = app.servers.revert(&targets, request.force, &free)?;
         // Those that have a head open get nothing but errors from it from now on.
         app.nbd().disconnect_heads(&targets.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>());
         Ok(reverted.into_iter().map(Reverted::from).collect())

@@ -9,7 +9,7 @@ use axum::http::request::Parts;
 use axum::response::Response;
 use axum::{Extension, Json};
 use cdp_store::{VmInfo, VmSpec};
-use cdp_types::{Instant, VmName, VolumeName};
+use cdp_types::{CheckpointId, Instant, VmName, VolumeName};
 use serde::Deserialize;
 
 use super::extract::{Body, Params, invalid};
@@ -19,7 +19,7 @@ use crate::api::{
     ApiError, Checkpoint, CheckpointChange, Diagnosis, ErrorKind, NewCheckpoint, NewVm, NewVmClone, Reverted,
     Schedule, ServingStatus, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
 };
-use crate::machines::{Settings, copies};
+use crate::machines::{Settings, Work, copies};
 
 /// The machine in the path.
 pub(super) struct Machine(VmName);
@@ -98,6 +98,7 @@ pub(super) async fn put(
         return Err(invalid(format!("'{}' is to be put where '{name}' is", new.name)));
     }
     let vm = blocking(&app, move |app| {
+        let _settings = app.machines.settings();
         let Ok(old) = app.store.vm(&name) else {
             let settings = Settings { agent: new.agent, launch: new.launch, ..Settings::default() };
             let spec = VmSpec { volumes: new.volumes, qmp: Some(new.qmp), settings: settings.to_json() };
@@ -160,11 +161,30 @@ pub(super) async fn start(
         Ok((info, origin))
     })
     .await?;
-    app.machines.make_ready(&info, origin.checkpoint).await?;
-    let pages = app.machines.restore(&info, origin.checkpoint).await?;
-    let still_frozen = app.machines.thaw(&info, origin.checkpoint).await;
-    blocking(&app, move |app| copies::forget_origin(&app.store, &info)).await?;
-    Ok(Json(VmStarted { from: origin.checkpoint, pages, still_frozen }))
+    let working = app.machines.begin(&info.name, Work::Returning)?;
+    to_its_end(async move {
+        let _working = working;
+        app.machines.make_ready(&info, origin.checkpoint).await?;
+        let pages = app.machines.restore(&info, origin.checkpoint).await?;
+        let still_frozen = app.machines.thaw(&info, origin.checkpoint).await;
+        let name = info.name;
+        blocking(&app, move |app| forget_origin(app, &name)).await?;
+        Ok(Json(VmStarted { from: origin.checkpoint, pages, still_frozen }))
+    })
+    .await
+}
+
+/// Does what must not stop halfway if the client goes away.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    let died = |_| Err(ApiError::new(ErrorKind::Internal, "the task of this request has died"));
+    tokio::spawn(work).await.unwrap_or_else(died)
+}
+
+fn forget_origin(app: &App, name: &VmName) -> Result<(), ApiError> {
+    let _settings = app.machines.settings();
+    copies::forget_origin(&app.store, &app.store.vm(name)?)
 }
 
 /// `DELETE /v1/vms/{name}/start`: a clone is to boot.
@@ -172,7 +192,7 @@ pub(super) async fn boot(
     State(app): State<Arc<App>>,
     Machine(name): Machine,
 ) -> Result<StatusCode, ApiError> {
-    blocking(&app, move |app| copies::forget_origin(&app.store, &app.store.vm(&name)?)).await?;
+    blocking(&app, move |app| forget_origin(app, &name)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -200,6 +220,7 @@ async fn set_schedule(
     schedule: Option<Schedule>,
 ) -> Result<Json<Vm>, ApiError> {
     let vm = blocking(app, move |app| {
+        let _settings = app.machines.settings();
         let info = app.store.vm(&name)?;
         let settings = Settings { schedule, ..Settings::of(&info)? };
         let changed = Settings::write(&app.store, &info, &settings)?;
@@ -252,7 +273,9 @@ pub(super) async fn remove(
     Machine(name): Machine,
     Params(Removal { delete_checkpoints }): Params<Removal>,
 ) -> Result<StatusCode, ApiError> {
+    let working = app.machines.begin(&name, Work::Returning)?;
     blocking(&app, move |app| {
+        let _working = working;
         app.store.remove_vm(&name, delete_checkpoints)?;
         app.machines.forget(&name);
         tracing::info!(vm = %name, "removed");
@@ -336,19 +359,33 @@ pub(super) async fn revert(
     let (vm, to) = (name.clone(), request.to.clone());
     let (info, found) =
         blocking(&app, move |app| Ok((app.store.vm(&vm)?, app.store.find_checkpoint(&vm, &to)?))).await?;
-    let id = found.id;
-    if !request.disks_only {
+    let working = app.machines.begin(&name, Work::Returning)?;
+    to_its_end(async move {
+        let _working = working;
+        put_back(&app, info, found.id, request.disks_only).await.map(Json)
+    })
+    .await
+}
+
+async fn put_back(
+    app: &Arc<App>,
+    info: VmInfo,
+    id: CheckpointId,
+    disks_only: bool,
+) -> Result<VmReverted, ApiError> {
+    if !disks_only {
         // Before any disk is touched.
         app.machines.make_ready(&info, id).await?;
     }
-    let volumes = blocking(&app, move |app| app.servers.revert_vm(&name, id)).await?;
+    let name = info.name.clone();
+    let volumes = blocking(app, move |app| app.servers.revert_vm(&name, id)).await?;
     let (mut pages, mut still_frozen) = (None, None);
-    if !request.disks_only {
+    if !disks_only {
         pages = Some(app.machines.restore(&info, id).await.map_err(|error| with_undo(error, &volumes))?);
         still_frozen = app.machines.thaw(&info, id).await;
     }
     let volumes = volumes.into_iter().map(Reverted::from).collect();
-    Ok(Json(VmReverted { to: id, volumes, pages, still_frozen }))
+    Ok(VmReverted { to: id, volumes, pages, still_frozen })
 }
 
 /// What undoes the revert of disks whose memory could not be put back.

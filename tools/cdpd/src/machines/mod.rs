@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, Store, VmInfo};
-use cdp_types::{CheckpointId, VmId, VmName, VolumeId};
+use cdp_types::{CheckpointId, VmId, VmName, VolumeId, VolumeName};
 use ckpt::firsts::{Ahead, Firsts};
 use ckpt::gate::{DiskGuard, Gate, OnTrouble, Unguarded};
 use ckpt::take::{Disk, GIVE_UP_AFTER, Hold, Machine, Order, Taking};
@@ -38,11 +38,25 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How long the QEMU of a supervised machine may take to make its QMP socket.
 const STARTING: Duration = Duration::from_secs(30);
 
-/// What is being taken now, by machine.
+/// What is being done with a machine now; one thing at a time.
 #[derive(Debug)]
-struct Running {
-    cancel: watch::Sender<bool>,
-    progress: watch::Receiver<Taking>,
+pub(crate) enum Work {
+    /// A checkpoint is being taken.
+    Taking { cancel: watch::Sender<bool>, progress: watch::Receiver<Taking> },
+    /// It is being put back to a checkpoint, or started from one: its disks must stay what they are until its memory has come.
+    Returning,
+}
+
+/// What is being done with a machine, until this is dropped.
+pub(crate) struct Working {
+    machines: Arc<Machines>,
+    vm: VmName,
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.machines.work().remove(&self.vm);
+    }
 }
 
 /// The machines of a store.
@@ -53,7 +67,9 @@ pub(crate) struct Machines {
     directory: PathBuf,
     /// Who is told of each cut.
     callback: Option<Arc<Callback>>,
-    running: Mutex<BTreeMap<VmName, Running>>,
+    work: Mutex<BTreeMap<VmName, Work>>,
+    /// Held while a machine's settings are read and written again.
+    settings: Mutex<()>,
     /// What checkpoints have learned of each.
     firsts: Mutex<BTreeMap<VmName, Arc<Firsts>>>,
     /// Who can start a machine's QEMU anew.
@@ -92,14 +108,56 @@ impl Machines {
         directory: &Path,
         callback: Option<Arc<Callback>>,
     ) -> Self {
-        let (directory, running) = (directory.to_owned(), Mutex::default());
-        let (supervisors, schedules_changed) = (Arc::default(), Notify::new());
-        let firsts = Mutex::default();
-        Self { store, gate, directory, callback, running, firsts, supervisors, schedules_changed }
+        Self {
+            store,
+            gate,
+            directory: directory.to_owned(),
+            callback,
+            work: Mutex::default(),
+            settings: Mutex::default(),
+            firsts: Mutex::default(),
+            supervisors: Arc::default(),
+            schedules_changed: Notify::new(),
+        }
     }
 
-    fn running(&self) -> MutexGuard<'_, BTreeMap<VmName, Running>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    fn work(&self) -> MutexGuard<'_, BTreeMap<VmName, Work>> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins to do something with a machine.
+    ///
+    /// # Errors
+    /// `Busy`: something else is being done with it.
+    pub(crate) fn begin(self: &Arc<Self>, vm: &VmName, work: Work) -> Result<Working, ApiError> {
+        let mut all = self.work();
+        if let Some(other) = all.get(vm) {
+            return Err(busy(vm, other));
+        }
+        all.insert(vm.clone(), work);
+        Ok(Working { machines: Arc::clone(self), vm: vm.clone() })
+    }
+
+    /// Refuses to change volumes that are disks of a machine which is being put back to a checkpoint: its memory would come
+    /// to disks that do not fit it.
+    ///
+    /// # Errors
+    /// `Busy`, with the machine.
+    pub(crate) fn check_disks<'a>(
+        &self,
+        mut volumes: impl Iterator<Item = &'a VolumeName>,
+    ) -> Result<(), ApiError> {
+        let all = self.work();
+        let returning = all.iter().filter(|(_, work)| matches!(work, Work::Returning));
+        let disks: Vec<_> =
+            returning.filter_map(|(vm, work)| Some((vm, work, self.store.vm(vm).ok()?.volumes))).collect();
+        let taken = volumes.find_map(|volume| disks.iter().find(|(_, _, disks)| disks.contains(volume)));
+        taken.map_or(Ok(()), |(vm, work, _)| Err(busy(vm, work)))
+    }
+
+    /// To be held by whoever reads a machine's settings and writes them again.
+    pub(crate) fn settings(&self) -> MutexGuard<'_, ()> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets what checkpoints have learned of a machine that is not there any more.
@@ -114,8 +172,13 @@ impl Machines {
 
     /// How far the checkpoint is that is being taken of a machine, in pages.
     pub(crate) fn taking(&self, vm: &VmName) -> Option<(u64, u64)> {
-        let Taking { received_pages, total_pages } = *self.running().get(vm)?.progress.borrow();
-        Some((received_pages, total_pages))
+        match self.work().get(vm)? {
+            Work::Taking { progress, .. } => {
+                let Taking { received_pages, total_pages } = *progress.borrow();
+                Some((received_pages, total_pages))
+            }
+            Work::Returning => None,
+        }
     }
 
     /// Gives up the checkpoint that is being taken.
@@ -123,12 +186,12 @@ impl Machines {
     /// # Errors
     /// None is.
     pub(crate) fn cancel(&self, vm: &VmName) -> Result<(), ApiError> {
-        match self.running().get(vm) {
-            Some(running) => {
-                running.cancel.send_replace(true);
+        match self.work().get(vm) {
+            Some(Work::Taking { cancel, .. }) => {
+                cancel.send_replace(true);
                 Ok(())
             }
-            None => {
+            Some(Work::Returning) | None => {
                 Err(ApiError::new(ErrorKind::NotFound, format!("no checkpoint of '{vm}' is being taken")))
             }
         }
@@ -136,11 +199,14 @@ impl Machines {
 
     /// Gives up all checkpoints that are being taken, so that no machine stands still while no daemon runs.
     pub(crate) async fn stop(&self) {
-        for running in self.running().values() {
-            running.cancel.send_replace(true);
+        for work in self.work().values() {
+            if let Work::Taking { cancel, .. } = work {
+                cancel.send_replace(true);
+            }
         }
+        let is_taken = |work: &Work| matches!(work, Work::Taking { .. });
         let given_up = async {
-            while !self.running().is_empty() {
+            while self.work().values().any(is_taken) {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         };
@@ -189,19 +255,12 @@ impl Machines {
         let disks = self.disks(servers, &info)?;
         let (cancel, cancelled) = watch::channel(false);
         let (tell, progress) = watch::channel(Taking::default());
-        {
-            let mut running = self.running();
-            if running.contains_key(vm) {
-                let text = format!("a checkpoint of '{vm}' is being taken already");
-                return Err(ApiError::new(ErrorKind::Busy, text));
-            }
-            running.insert(vm.clone(), Running { cancel, progress });
-        }
+        let working = self.begin(vm, Work::Taking { cancel, progress })?;
         let hold = Hold { cancel: cancelled, progress: tell };
-        let (machines, name) = (Arc::clone(&self), vm.clone());
+        let machines = Arc::clone(&self);
         let task = tokio::spawn(async move {
             let taken = machines.take_from(info, disks, order, hold).await;
-            machines.running().remove(&name);
+            drop(working);
             taken
         });
         task.await.unwrap_or_else(|_| {
@@ -362,6 +421,14 @@ impl Machines {
     }
 }
 
+fn busy(vm: &VmName, work: &Work) -> ApiError {
+    let text = match work {
+        Work::Taking { .. } => format!("a checkpoint of '{vm}' is being taken already"),
+        Work::Returning => format!("machine '{vm}' is being put back to a checkpoint; try again when it is"),
+    };
+    ApiError::new(ErrorKind::Busy, text)
+}
+
 fn refused(error: ckpt::restore::RestoreError) -> ApiError {
     ApiError::new(ErrorKind::Unavailable, error.to_string())
 }
@@ -416,7 +483,45 @@ async fn disks_are_back(app: &App, vm: VmId) {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use cdp_store::{StoreOptions, VmSpec, VolumeSpec};
+
     use super::*;
+
+    #[test]
+    fn a_machine_that_is_being_put_back_and_its_disks_are_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
+        Store::create(&path, &options).unwrap();
+        let store = Store::open(&path, options).unwrap();
+        let [disk, other]: [VolumeName; 2] = ["web1", "other"].map(|name| name.parse().unwrap());
+        for name in [&disk, &other] {
+            store.create_volume(name, VolumeSpec { size_bytes: 4096, logical_block_size: 512 }).unwrap();
+        }
+        let vm: VmName = "web1".parse().unwrap();
+        let spec = VmSpec { volumes: vec![disk.clone()], qmp: None, settings: serde_json::Value::Null };
+        store.create_vm(&vm, &spec).unwrap();
+        let gate = Gate::new(store.clone());
+        let machines = Arc::new(Machines::new(store.clone(), gate, directory.path(), None));
+
+        let (cancel, _) = watch::channel(false);
+        let (_, progress) = watch::channel(Taking::default());
+        let taking = machines.begin(&vm, Work::Taking { cancel, progress }).unwrap();
+        assert!(machines.begin(&vm, Work::Returning).is_err_and(|error| error.kind == ErrorKind::Busy));
+        machines.check_disks([&disk].into_iter()).unwrap();
+        drop(taking);
+        let returning = machines.begin(&vm, Work::Returning).unwrap();
+        assert!(machines.begin(&vm, Work::Returning).is_err_and(|error| error.kind == ErrorKind::Busy));
+        let refusal = machines.check_disks([&other, &disk].into_iter()).unwrap_err();
+        assert!(refusal.kind == ErrorKind::Busy && refusal.message.contains("'web1'"), "{refusal:?}");
+        machines.check_disks([&other].into_iter()).unwrap();
+        assert!(machines.cancel(&vm).is_err(), "there is no checkpoint to give up");
+        drop(returning);
+        machines.check_disks([&disk].into_iter()).unwrap();
+        store.close().unwrap();
+    }
 
     #[test]
     fn only_sockets_of_transfers_are_removed() {

@@ -4,7 +4,7 @@
 //! another label, is kept.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use cdp_store::{CheckpointInfo, CheckpointState, VmInfo};
 use cdp_types::{Label, VmName};
@@ -64,7 +64,7 @@ pub(crate) async fn keep_to_schedules(app: Arc<App>) {
             if busy.contains(&info.name) || !is_due(&app, &info, &schedule, last) {
                 continue;
             }
-            tried.insert(info.name.clone(), now_ns());
+            tried.insert(info.name.clone(), Instant::now());
             busy.insert(info.name.clone());
             let (app, vm) = (Arc::clone(&app), info.name);
             taking.spawn(async move {
@@ -86,14 +86,22 @@ async fn scheduled(app: &Arc<App>) -> Vec<(VmInfo, Schedule)> {
     tokio::task::spawn_blocking(read).await.unwrap_or_default()
 }
 
-/// Whether it is time, by the last scheduled checkpoint and the last attempt at one.
-fn is_due(app: &App, info: &VmInfo, schedule: &Schedule, tried_ns: Option<u64>) -> bool {
-    let last = match tried_ns {
-        Some(tried) => Some(tried),
-        // After a start of the daemon: as if it had not been away.
-        None => complete(app, &info.name).iter().map(|one| one.created_ns).max(),
-    };
-    last.is_none_or(|last| now_ns().saturating_sub(last) >= schedule.every_s * 1_000_000_000)
+/// Whether it is time, by the last attempt at a scheduled checkpoint, or after a start of the daemon by the last one that was
+/// taken: as if it had not been away.
+fn is_due(app: &App, info: &VmInfo, schedule: &Schedule, tried: Option<Instant>) -> bool {
+    let every = Duration::from_secs(schedule.every_s);
+    match tried {
+        Some(tried) => tried.elapsed() >= every,
+        None => {
+            let newest = complete(app, &info.name).iter().map(|one| one.created_ns).max();
+            newest.is_none_or(|newest| has_passed(every, newest, now_ns()))
+        }
+    }
+}
+
+/// Whether so long has passed since a time, by clocks that may have been set back meanwhile: nobody knows then.
+fn has_passed(every: Duration, since_ns: u64, now_ns: u64) -> bool {
+    now_ns.checked_sub(since_ns).is_none_or(|ns| Duration::from_nanos(ns) >= every)
 }
 
 async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) {
@@ -182,6 +190,15 @@ mod tests {
         let gone: Vec<u64> = surplus(all, 2).iter().map(|one| one.id.0).collect();
         assert_eq!(gone, [3, 1]);
         assert!(surplus(vec![checkpoint(1, false)], 1).is_empty());
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_does_not_end_a_schedule() {
+        let minute = Duration::from_secs(60);
+        let second = 1_000_000_000;
+        assert!(!has_passed(minute, 100 * second, 159 * second));
+        assert!(has_passed(minute, 100 * second, 160 * second));
+        assert!(has_passed(minute, 100 * second, 40 * second), "the last one lies in the future");
     }
 
     #[test]
