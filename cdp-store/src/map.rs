@@ -230,6 +230,16 @@ impl HeadMap {
         found
     }
 
+    /// Whether it is known that nothing has changed a block of the head since this request. What has gone into the index
+    /// meanwhile is not.
+    #[must_use]
+    pub fn is_unchanged_since(&self, block: u64, seq: Seq) -> bool {
+        let child = child_of(block);
+        let covers = |change: &LeafChange| child >= change.first && child - change.first < change.count;
+        let leaf = block / FANOUT as u64;
+        self.indexed <= seq && !self.pending(self.head, leaf, seq, Seq::MAX).iter().any(covers)
+    }
+
     /// Whether anything of a branch is not in the index yet, of what ends with this batch at the latest.
     #[must_use]
     pub fn has_changes_of(&self, branch: BranchId, last: Ordinal) -> bool {

@@ -103,20 +103,30 @@ impl Pool {
         Some(Buffer { memory: Some(memory), base, len, class, held, pool, _permit: permit })
     }
 
-    /// New memory of a class; of a small one a slab's worth, of which the rest is kept.
+    /// New memory of a class; of a small one a slab's worth, of which the rest is kept. Where that cannot be kept there is no
+    /// slab: one slice of it would hold all of it, and count for no more than itself.
     fn cut(&self, class: usize) -> IoBuf {
         let size = UNIT << class;
-        let slab = IoBuf::zeroed(size.max(SLAB));
+        if size >= SLAB || self.kept_bytes.get() + SLAB > KEPT_BYTES {
+            return IoBuf::zeroed(size);
+        }
+        let slab = IoBuf::zeroed(SLAB);
         (1..slab.len() / size).for_each(|nth| self.put(class, slab.slice(nth * size, size)));
         slab.slice(0, size)
     }
 
+    /// Keeps memory that is not in use, rather than larger pieces, which are soon had again.
     fn put(&self, class: usize, memory: IoBuf) {
-        let kept = self.kept_bytes.get() + (UNIT << class);
-        if kept <= KEPT_BYTES {
-            self.kept_bytes.set(kept);
-            self.free.borrow_mut()[class].push(memory);
+        let mut free = self.free.borrow_mut();
+        while self.kept_bytes.get() + (UNIT << class) > KEPT_BYTES {
+            let Some(larger) = (class + 1..CLASSES).rev().find(|&larger| !free[larger].is_empty()) else {
+                return;
+            };
+            drop(free[larger].pop());
+            self.kept_bytes.set(self.kept_bytes.get() - (UNIT << larger));
         }
+        self.kept_bytes.set(self.kept_bytes.get() + (UNIT << class));
+        free[class].push(memory);
     }
 }
 
@@ -209,6 +219,24 @@ mod tests {
         drop(first);
         assert_eq!(held.get(), 0);
         assert_eq!(block_on(pool.take(8192, &held)).unwrap().base(), base);
+    }
+
+    #[test]
+    fn where_nothing_more_is_kept_a_small_buffer_is_no_piece_of_a_slab() {
+        let pool = Pool::new(Arc::new(Budget::new(64 << 20)));
+        let held = Rc::new(Cell::new(0));
+        drop(block_on(pool.take(KEPT_BYTES, &held)).unwrap());
+        assert_eq!(pool.kept_bytes.get(), KEPT_BYTES);
+        let small: Vec<_> = (0..8).map(|_| block_on(pool.take(4096, &held)).unwrap()).collect();
+        let begins_a_slab = |buffer: &Buffer| (buffer.base() as usize).is_multiple_of(SLAB);
+        assert!(!small.iter().all(begins_a_slab), "each has a slab of its own");
+        // Small ones that come back take the place of the large one.
+        drop(small);
+        assert_eq!(pool.kept_bytes.get(), 8 * 4096);
+        let free = |class: usize| pool.free.borrow()[class].len();
+        assert_eq!((free(0), free(Pool::class(KEPT_BYTES))), (8, 0));
+        drop(block_on(pool.take(32 << 20, &held)).unwrap());
+        assert_eq!(pool.kept_bytes.get(), 8 * 4096, "too large to be kept");
     }
 
     #[test]

@@ -235,3 +235,39 @@ fn a_message_that_was_taken_and_not_acted_on_is_not_slept_over() {
     drop((queue, volume));
     store.close().unwrap();
 }
+
+#[test]
+fn a_request_may_have_more_edges_than_leaves_are_cached() {
+    const LEAF: u64 = 512 * 4096;
+    const LEAVES: u64 = 40;
+    let directory = tempfile::tempdir().unwrap();
+    let options = StoreOptions { map_budget_bytes: 0, reserve_bytes: 0, ..StoreOptions::default() };
+    let options = StoreOptions { segment_bytes: 4 << 20, ..options };
+    Store::create(directory.path(), &options).unwrap();
+    let store = Store::open(directory.path(), options).unwrap();
+    let spec = VolumeSpec { size_bytes: LEAVES * LEAF, logical_block_size: 512 };
+    let volume = store.create_volume(&"web1".parse().unwrap(), spec).unwrap();
+    let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
+    let origin = cdp_types::Origin(0);
+    let zeroes = |from: u64| {
+        let ranges = (0..LEAVES).map(|leaf| ByteRange::new(leaf * LEAF + from, 512)).collect();
+        Op::WriteZeroes { ranges, unmap: false, fua: false, origin }
+    };
+    // Nothing has ever been written; then every block that is touched lies in the log.
+    run(&mut queue, vec![zeroes(512)]).unwrap();
+    let ones = |leaf| {
+        let from = IoBuf::from_bytes(&[1; 4096]);
+        Op::Write { offset: leaf * LEAF, from, fua: false, origin }
+    };
+    run(&mut queue, (0..LEAVES).map(ones).collect()).unwrap();
+    run(&mut queue, vec![zeroes(1024)]).unwrap();
+    for leaf in 0..LEAVES {
+        let into = IoBuf::zeroed(4096);
+        run(&mut queue, vec![Op::Read { offset: leaf * LEAF, into: into.share() }]).unwrap();
+        let bytes = into.to_vec();
+        assert!(bytes[1024..1536].iter().all(|byte| *byte == 0), "leaf {leaf}");
+        assert!(bytes[..1024].iter().chain(&bytes[1536..]).all(|byte| *byte == 1), "leaf {leaf}");
+    }
+    drop((queue, volume));
+    store.close().unwrap();
+}

@@ -8,7 +8,7 @@
 use std::io;
 use std::sync::Arc;
 
-use cdp_types::{BLOCK_SIZE, BlockRange, ByteRange, IoBuf, IoError, IoErrorKind, Op, Origin};
+use cdp_types::{BLOCK_SIZE, BlockRange, ByteRange, IoBuf, IoError, IoErrorKind, Op, Origin, Seq};
 
 use super::head::{HeadQueue, Job};
 use super::write::STORE_FULL;
@@ -31,6 +31,8 @@ pub struct PartialWrite {
 #[derive(Debug)]
 struct Edge {
     block: u64,
+    /// Up to which request, at least, its state was looked up.
+    as_of: Seq,
     /// The old content, and the state of the block in the map that it was read from.
     base: Option<(BlockState, IoBuf)>,
     reading: Option<(BlockState, IoBuf)>,
@@ -55,7 +57,7 @@ impl HeadQueue {
         }
     }
 
-    /// Whether the present request has left this stage.
+    /// Whether there is more to do: for the next request, or once more for the present one.
     fn step_partial(&mut self) -> bool {
         let limit = self.volume.shared().tuning.batches_in_flight;
         let Some(mut work) = self.partial.take() else { return false };
@@ -94,6 +96,8 @@ impl HeadQueue {
     /// Finds out what a block held, reading it from the log if it lies there.
     fn start_base(&mut self, work: &mut PartialWrite, edge: usize) -> Result<(), IoError> {
         let block = work.edges[edge].block;
+        // Before the look: what comes in between is taken for a change, and the look is repeated.
+        work.edges[edge].as_of = self.volume.map().applied();
         let states = self.volume.states(BlockRange::new(block, 1)).map_err(|e| e.to_io())?;
         let landing = IoBuf::zeroed(BLOCK_SIZE as usize);
         let BlockState::Mapped(place) = states[0] else {
@@ -148,11 +152,11 @@ impl HeadQueue {
                         bases.push(edge.base.as_ref().map(|(_, b)| b.to_vec()).unwrap_or_default())
                     }
                     Readiness::Wait => {
-                        // Somebody wrote the block meanwhile: read it again.
+                        // Somebody wrote the block meanwhile: it is read again, in the caller's next step.
                         edge.base = None;
                         drop(log);
                         self.partial = Some(work);
-                        return self.step_partial();
+                        return true;
                     }
                 },
             }
@@ -187,12 +191,14 @@ impl HeadQueue {
 
 /// Whether a block is still in the state from which its base was read. Called under the log's lock.
 fn current(volume: &Volume, edge: &Edge) -> Readiness {
-    let now = volume.map().cached(edge.block);
-    match (&edge.base, now) {
-        (Some((state, _)), Some(now)) if *state == now => Readiness::Ready,
-        // An evicted leaf is loaded again by the next attempt.
-        _ => Readiness::Wait,
-    }
+    let Some((state, _)) = &edge.base else { return Readiness::Wait };
+    let map = volume.map();
+    let unchanged = match map.cached(edge.block) {
+        Some(now) => now == *state,
+        // A request may have more edges than leaves can be cached.
+        None => map.is_unchanged_since(edge.block, edge.as_of),
+    };
+    if unchanged { Readiness::Ready } else { Readiness::Wait }
 }
 
 impl PartialWrite {
@@ -200,7 +206,7 @@ impl PartialWrite {
         let mut edges: Vec<u64> = ranges(&pending.op).iter().flat_map(edge_blocks).collect::<Vec<u64>>();
         edges.sort_unstable();
         edges.dedup();
-        let edge = |block| Edge { block, base: None, reading: None };
+        let edge = |block| Edge { block, as_of: Seq::ZERO, base: None, reading: None };
         Self { pending, edges: edges.into_iter().map(edge).collect(), reads: 0, error: None }
     }
 

@@ -31,28 +31,35 @@ pub(crate) struct Args {
     writes: u64,
 }
 
-/// Runs them; each leaves its report behind even if a later one fails.
+/// Runs them, one after the other; one that fails does not keep the others from leaving their reports.
 ///
 /// # Errors
-/// Something is not built, or a benchmark fails.
+/// Something is not built, or a benchmark has failed.
 pub(crate) fn run(args: &Args) -> Result<()> {
     fs::create_dir_all(&args.reports).with_context(|| args.reports.display().to_string())?;
-    args.compare("compare", &args.dir, &[])?;
-    args.compare("compare-memory", Path::new(MEMORY), &IN_MEMORY)?;
-    if args.quick {
-        return Ok(());
+    let mut failed = Vec::new();
+    let mut part = |name: &'static str, outcome: Result<()>| {
+        if let Err(error) = outcome {
+            eprintln!("xtask: {error:#}");
+            failed.push(name);
+        }
+    };
+    part("compare", args.compare("compare", &args.dir, &[]));
+    part("compare in memory", args.compare("compare-memory", Path::new(MEMORY), &IN_MEMORY));
+    if !args.quick {
+        let writes = args.writes.to_string();
+        let checkpoints: &[&str] =
+            if args.long { &["--ledger"] } else { &["--ledger", "--memory-gib", "1,4", "--times", "10"] };
+        part("nbd", args.other("nbd", &[]));
+        part("guest", args.other("guest", &[]));
+        part("disturbance", args.other("disturbance", &[]));
+        part("checkpoint", args.other("checkpoint", checkpoints));
+        part("travel", args.other("travel", &["--writes", &format!("10,{writes}")]));
+        part("recovery", args.other("recovery", &["--writes", &writes]));
+        part("growth", args.growth());
     }
-    args.other("nbd", &[])?;
-    args.other("guest", &[])?;
-    args.other("disturbance", &[])?;
-    args.other(
-        "checkpoint",
-        if args.long { &["--ledger"] } else { &["--ledger", "--memory-gib", "1,4", "--times", "10"] },
-    )?;
-    let writes = args.writes.to_string();
-    args.other("travel", &["--writes", &format!("10,{writes}")])?;
-    args.other("recovery", &["--writes", &writes])?;
-    args.growth()
+    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
+    Ok(())
 }
 
 impl Args {
