@@ -58,8 +58,13 @@ struct Connection {
     writer: OwnedWriteHalf,
 }
 
+/// How long an agent that does not answer is asked again to thaw.
+const THAW_PATIENCE: Duration = Duration::from_secs(600);
+const THAW_AGAIN: Duration = Duration::from_secs(1);
+
 /// A guest whose file systems stand still, until [`thaw`](Self::thaw). If that fails, or is never called, dropping this
-/// tries once more in the background.
+/// has it tried in the background for ten minutes: a guest with much to write out takes long to freeze, and answers nothing
+/// before that.
 #[derive(Debug)]
 pub struct Frozen {
     agent: Agent,
@@ -262,18 +267,29 @@ impl Drop for Frozen {
         if self.thawed {
             return;
         }
-        let mut agent = Agent::new(&self.agent.path, self.agent.options);
+        let agent = Agent::new(&self.agent.path, self.agent.options);
         // The socket serves one at a time.
         self.agent.connection = None;
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             tracing::error!(path = %agent.path.display(), "a frozen guest was dropped outside a runtime: not thawed");
             return;
         };
-        runtime.spawn(async move {
-            if let Err(error) = agent.thaw().await {
-                tracing::error!(%error, "a guest may still be frozen");
-            }
-        });
+        runtime.spawn(keep_thawing(agent));
+    }
+}
+
+/// Has a guest thaw that may still be busy freezing: until all is written out its agent answers nothing, and what it is asked
+/// then would come before the end of the freeze if nobody asked again.
+async fn keep_thawing(mut agent: Agent) {
+    let by = Instant::now() + THAW_PATIENCE;
+    while let Err(error) = agent.thaw().await {
+        let is_there = matches!(error.kind(), ErrorKind::Deadline | ErrorKind::Gone | ErrorKind::Nonsense);
+        if !is_there || Instant::now() >= by {
+            tracing::error!(%error, "a guest may still be frozen");
+            return;
+        }
+        agent.connection = None;
+        tokio::time::sleep(THAW_AGAIN).await;
     }
 }
 

@@ -1,17 +1,19 @@
 //! Putting things back: after an attempt, and what a dead process has left.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, Store};
 use qmp_bridge::migration::{self, Saved};
-use qmp_bridge::{Agent, AgentOptions, Client, Options, Version};
+use qmp_bridge::{Agent, AgentOptions, Client, ErrorKind, Options, Version};
 
 use super::prepare::Undo;
 use super::{TakeError, on_thread, whole};
 use crate::doctor;
 use crate::protection::Process;
 
+/// How long the agent of a dead process's checkpoint is asked again to thaw.
+const THAW_PATIENCE: Duration = Duration::from_secs(120);
 /// Between two looks at what QEMU has still protected.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -63,28 +65,44 @@ async fn lift(process: Process) {
 }
 
 /// Undoes what an earlier process has left of a checkpoint that it began: QEMU's settings are put back and the machine
-/// runs again, if it can be reached through `qmp`; file systems that may stand still are let go; then the checkpoint is
-/// aborted.
+/// runs again; file systems that may stand still are let go; then the checkpoint is aborted. `qmp` is none if QEMU has ended.
 ///
 /// # Errors
-/// If the store does not take the abort. A QEMU or an agent that cannot be reached is no error: it may have ended.
+/// If QEMU cannot be put back as it was, or the store does not take the abort: the checkpoint is still begun then, and this
+/// can be tried again. An agent that does not answer is no error: it may have ended with the guest's last boot.
 pub async fn recover(store: &Store, left: &CheckpointInfo, qmp: Option<&Client>) -> Result<(), TakeError> {
     let undo = Undo::of(left);
     if let (Some(client), Some(undo)) = (qmp, &undo) {
-        if let Err(error) = migration::wind_down(client, &undo.settings).await {
-            tracing::warn!(checkpoint = %left.id, "QEMU could not be put back as it was: {error}");
-        }
-        if let Some(agent) = &undo.agent
-            && let Err(error) = thaw(agent).await
-        {
-            tracing::warn!(checkpoint = %left.id, "the guest's file systems may still be frozen: {error}");
-        }
+        migration::wind_down(client, &undo.settings).await.map_err(|error| {
+            TakeError::new(format!("QEMU could not be put back as it was: {}", whole(&error)))
+        })?;
+    }
+    if let Some(agent) = undo.as_ref().and_then(|undo| undo.agent.as_ref())
+        && let Err(error) = thaw_at_last(agent).await
+    {
+        tracing::error!(checkpoint = %left.id, "the guest's file systems may still be frozen: {error}");
     }
     let (store, id) = (store.clone(), left.id);
     on_thread(move || {
         store.abort_checkpoint(id, "the daemon ended while it was taken").map_err(|e| whole(&e))
     })
     .await
+}
+
+/// Lets the file systems of a machine go that may still be busy stilling them.
+async fn thaw_at_last(agent: &Path) -> Result<(), qmp_bridge::Error> {
+    let by = Instant::now() + THAW_PATIENCE;
+    loop {
+        let Err(error) = Agent::new(agent, AgentOptions::default()).thaw().await else { return Ok(()) };
+        match error.kind() {
+            // The guest has ended, and with it whatever stood still.
+            ErrorKind::Unreachable => return Ok(()),
+            ErrorKind::Deadline | ErrorKind::Gone | ErrorKind::Nonsense if Instant::now() < by => {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+            _ => return Err(error),
+        }
+    }
 }
 
 /// Lets the file systems of a machine go that runs: how many had stood still. A machine that was restored from a

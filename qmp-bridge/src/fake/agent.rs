@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -18,6 +19,8 @@ pub enum AgentConduct {
     Absent,
     /// It freezes, and does not answer that.
     FreezesInSilence,
+    /// It takes so long to freeze, and hears nothing meanwhile.
+    FreezesSlowly(Duration),
     /// It refuses to freeze.
     RefusesToFreeze,
     /// The port is closed at the first attempt to thaw, which is not carried out.
@@ -86,6 +89,9 @@ async fn serve(stream: UnixStream, conduct: AgentConduct, guest: &Mutex<Guest>) 
             serde_json::from_slice(line.strip_prefix(&[0xff]).unwrap_or(&line)).unwrap_or_default();
         line.clear();
         let name = heard["execute"].as_str().unwrap_or_default();
+        if let (AgentConduct::FreezesSlowly(time), "guest-fsfreeze-freeze") = (conduct, name) {
+            tokio::time::sleep(time).await;
+        }
         let said = {
             let mut guest = guest.lock().unwrap_or_else(PoisonError::into_inner);
             answer(name, &heard["arguments"], conduct, &mut guest)

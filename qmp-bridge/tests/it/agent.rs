@@ -60,6 +60,20 @@ async fn a_freeze_that_is_not_answered_is_undone() {
 }
 
 #[tokio::test]
+async fn a_freeze_that_ends_when_nobody_waits_any_more_is_undone() {
+    let (_dir, guest, agent) = guest(AgentConduct::FreezesSlowly(20 * SOON));
+    let error = timely(agent.freeze()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Deadline);
+    timely(async {
+        while guest.thaws() == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    assert!(!guest.is_frozen());
+}
+
+#[tokio::test]
 async fn a_freeze_that_is_given_up_is_undone() {
     let (_dir, guest, agent) = guest(AgentConduct::FreezesInSilence);
     let given_up = timely(async {

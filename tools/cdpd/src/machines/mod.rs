@@ -30,6 +30,8 @@ pub(crate) use supervisor::{Place, Supervisors};
 
 /// How long QEMU of a checkpoint that a dead daemon has left may take to answer.
 const LEFT_BEHIND: Duration = Duration::from_secs(5);
+/// After so many failures to put things back somebody has to look.
+const FAILURES_TOLD: u32 = 12;
 /// How long checkpoints that are given up because the daemon stops may take to put everything back. What is left then
 /// is undone at the next start.
 const GIVING_UP: Duration = Duration::from_secs(15);
@@ -450,22 +452,38 @@ fn is_transfer(path: &Path) -> bool {
     number.is_some_and(|number| number.parse::<u64>().is_ok())
 }
 
+/// Tries until it is done: what the dead daemon has noted is all that says how its QEMU was.
 async fn recover(app: Arc<App>, left: &CheckpointInfo) {
+    for failures in 1u32.. {
+        let Err(error) = try_to_recover(&app, left).await else { break };
+        match failures {
+            1 => tracing::warn!(checkpoint = %left.id, "not aborted yet, and tried again: {error}"),
+            FAILURES_TOLD => tracing::error!(checkpoint = %left.id, "still cannot be aborted: {error}"),
+            _ => {}
+        }
+        tokio::time::sleep(LEFT_BEHIND).await;
+    }
+    tracing::info!(checkpoint = %left.id, "aborted: it was being taken when the daemon ended");
+}
+
+async fn try_to_recover(app: &App, left: &CheckpointInfo) -> Result<(), String> {
     let path = left.restore.get("qmp").and_then(serde_json::Value::as_str).map(PathBuf::from);
     let qmp = match path {
         Some(path) => {
-            let connecting = Client::connect(&path, Options::default());
-            tokio::time::timeout(LEFT_BEHIND, connecting).await.ok().and_then(Result::ok)
+            match tokio::time::timeout(LEFT_BEHIND, Client::connect(&path, Options::default())).await {
+                Ok(Ok(client)) => Some(client),
+                // It has ended: there is nothing to put back.
+                Ok(Err(error)) if error.kind() == qmp_bridge::ErrorKind::Unreachable => None,
+                Ok(Err(error)) => return Err(error.to_string()),
+                Err(_) => return Err(format!("QEMU does not answer on {}", path.display())),
+            }
         }
         None => None,
     };
     if qmp.is_some() {
-        disks_are_back(&app, left.vm).await;
+        disks_are_back(app, left.vm).await;
     }
-    match ckpt::take::recover(&app.store, left, qmp.as_ref()).await {
-        Ok(()) => tracing::info!(checkpoint = %left.id, "aborted: it was being taken when the daemon ended"),
-        Err(error) => tracing::error!(checkpoint = %left.id, "cannot be aborted: {error}"),
-    }
+    ckpt::take::recover(&app.store, left, qmp.as_ref()).await.map_err(|error| error.to_string())
 }
 
 /// Waits until a machine's QEMU has begun to make its connections to its disks again, or too long. One that is continued
