@@ -182,7 +182,8 @@ impl Loop<'_> {
     /// Looks after a QEMU until it has ended.
     fn attend(&self, qemu: &Qemu, state: Supervised) -> anyhow::Result<End> {
         let mut state = state;
-        let mut anew = false;
+        // Started anew once it has ended; never once somebody wants it to end for good.
+        let (mut anew, mut stopping) = (false, false);
         let mut deadline: Option<(Instant, Signal)> = None;
         loop {
             let event = match deadline {
@@ -192,7 +193,13 @@ impl Loop<'_> {
             match event {
                 Ok(Event::Ended(status)) => {
                     let status = status.context("cannot wait for QEMU")?;
-                    return Ok(if anew { End::Anew } else { End::Final(status) });
+                    return Ok(if anew && !stopping { End::Anew } else { End::Final(status) });
+                }
+                Ok(Event::Order(Order::Restart)) if stopping => {
+                    eprintln!(
+                        "cdp-tool: machine {} is being stopped, and does not go back",
+                        self.machine.name
+                    );
                 }
                 Ok(Event::Order(Order::Restart)) => {
                     eprintln!("cdp-tool: machine {} goes back to a checkpoint", self.machine.name);
@@ -209,10 +216,12 @@ impl Loop<'_> {
                 Ok(Event::Attached) => drop(self.reports.tell(state)),
                 Ok(Event::Signal { again: false }) => {
                     eprintln!("cdp-tool: asking the guest to switch itself off (once more: at once)");
+                    stopping = true;
                     switch_off(self.machine)?;
                     deadline = Some((Instant::now() + self.machine.patience, Signal::TERM));
                 }
                 Ok(Event::Signal { again: true } | Event::Interrupt) => {
+                    stopping = true;
                     qemu.send(Signal::TERM);
                     deadline = Some((Instant::now() + ENDING, Signal::KILL));
                 }
@@ -301,27 +310,43 @@ fn hear(client: &Client, name: &VmName, known: &mut bool, events: &Sender<Event>
     }
 }
 
-/// Asks the guest to switch itself off, in a thread: QMP may be in use.
+/// Asks the guest to switch itself off, in a thread. QMP may be in use for as long as a checkpoint is taken: that is given up
+/// then, and the guest is asked again for as long as it has to do as it is asked.
 fn switch_off(machine: &Machine) -> anyhow::Result<()> {
-    let qmp = machine.qmp.clone();
+    let (qmp, store, name) = (machine.qmp.clone(), machine.store.clone(), machine.name.clone());
+    let by = Instant::now() + machine.patience;
     std::thread::Builder::new().name("switch-off".to_owned()).spawn(move || {
-        let asked = runtime().and_then(|runtime| {
-            runtime.block_on(async {
-                let asking = async {
-                    let client = qmp_bridge::Client::connect(&qmp, qmp_bridge::Options::default()).await?;
-                    qmp_bridge::control::system_powerdown(&client).await
-                };
-                match tokio::time::timeout(ASKING, asking).await {
-                    Ok(asked) => asked.map_err(|error| anyhow!(error)),
-                    Err(_) => Err(anyhow!("QEMU's QMP socket is in use")),
+        let mut told = false;
+        while let Err(error) = ask_to_switch_off(&qmp) {
+            if !std::mem::replace(&mut told, true) {
+                eprintln!("cdp-tool: the guest could not be asked to switch itself off: {error:#}");
+                if let Ok(client) = online(&store) {
+                    // That none is being taken is the usual refusal.
+                    let _ = client.delete::<()>(&format!("/v1/vms/{name}/taking"));
                 }
-            })
-        });
-        if let Err(error) = asked {
-            eprintln!("cdp-tool: the guest could not be asked to switch itself off: {error:#}");
+            }
+            let gone = error.downcast_ref::<qmp_bridge::Error>();
+            let is_gone = gone.is_some_and(|error| error.kind() == qmp_bridge::ErrorKind::Unreachable);
+            if is_gone || Instant::now() >= by {
+                return;
+            }
+            std::thread::sleep(AGAIN);
         }
     })?;
     Ok(())
+}
+
+fn ask_to_switch_off(qmp: &Path) -> anyhow::Result<()> {
+    runtime()?.block_on(async {
+        let asking = async {
+            let client = qmp_bridge::Client::connect(qmp, qmp_bridge::Options::default()).await?;
+            qmp_bridge::control::system_powerdown(&client).await
+        };
+        match tokio::time::timeout(ASKING, asking).await {
+            Ok(asked) => asked.map_err(anyhow::Error::from),
+            Err(_) => Err(anyhow!("QEMU's QMP socket is in use")),
+        }
+    })
 }
 
 /// Turns signals into events. QEMU has the same terminal: it hears of an interruption from there itself.
@@ -372,5 +397,34 @@ mod tests {
         for told in told {
             assert_eq!(told.recv_timeout(Duration::from_secs(20)), Err(RecvTimeoutError::Disconnected));
         }
+    }
+
+    /// How the loop ends for a QEMU, which only sleeps here, after these events.
+    fn after(events: impl IntoIterator<Item = Event>) -> End {
+        let directory = tempfile::tempdir().unwrap();
+        let machine = Machine {
+            store: directory.path().to_owned(),
+            name: "web1".parse().unwrap(),
+            boot: ["sleep", "60"].map(str::to_owned).to_vec(),
+            incoming: Vec::new(),
+            directory: directory.path().to_owned(),
+            qmp: directory.path().join("none"),
+            patience: Duration::from_secs(60),
+        };
+        let (sender, inbox) = mpsc::channel();
+        let reports = Reports(mpsc::channel().0);
+        let qemu = Qemu::start(&machine.boot, &machine.directory, &sender).unwrap();
+        events.into_iter().for_each(|event| sender.send(event).unwrap());
+        let looking = Loop { machine: &machine, events: sender, inbox, reports };
+        looking.attend(&qemu, Supervised::Running).unwrap()
+    }
+
+    #[test]
+    fn what_is_stopped_is_not_started_anew_whatever_came_first() {
+        assert!(matches!(after([Event::Order(Order::Restart)]), End::Anew));
+        let stop = || Event::Signal { again: false };
+        assert!(matches!(after([Event::Order(Order::Restart), Event::Interrupt]), End::Final(_)));
+        assert!(matches!(after([Event::Order(Order::Restart), stop(), Event::Interrupt]), End::Final(_)));
+        assert!(matches!(after([stop(), Event::Order(Order::Restart), Event::Interrupt]), End::Final(_)));
     }
 }
