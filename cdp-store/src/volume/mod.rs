@@ -37,8 +37,9 @@ pub use info::{
     VolumeState, VolumeStats,
 };
 
-/// How long a queue waits for the end of a revert before it is opened: a revert gives up earlier.
-const ENTER_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a queue waits for the end of a revert before it is opened: shorter than a revert waits for requests in flight, since
+/// the thread that waits here may be the one that has to end them for other queues.
+const ENTER_PATIENCE: Duration = Duration::from_secs(3);
 
 /// After so many bytes the background syncs the log, in case that no guest does.
 const SYNC_EVERY_BYTES: u64 = 64 << 20;
@@ -169,7 +170,7 @@ impl Volume {
     /// for its end: whoever comes in then asks which history it is that the volume has.
     ///
     /// # Errors
-    /// If that takes longer than a revert can.
+    /// If that takes long.
     pub(crate) fn enter(&self) -> io::Result<u64> {
         let began = std::time::Instant::now();
         loop {
