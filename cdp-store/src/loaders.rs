@@ -1,4 +1,4 @@
-//! Looking up where blocks lie when the head map does not know: the time index may have to be read from the disk for it,
+//! Looking up where blocks lie when no map knows: the time index may have to be read from the disk for it,
 //! and the thread of a queue has other requests to move on meanwhile.
 
 use std::fmt;
@@ -10,15 +10,24 @@ use cdp_types::BlockRange;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::FANOUT;
+use crate::leaves::States;
 use crate::queue::{Inbox, Mail};
-use crate::volume::Volume;
 
 /// Threads of a store: a disk answers several reads at once sooner than one after the other.
 const THREADS: usize = 4;
 
+/// Who knows where blocks lie: a volume's head, or one of its past instants.
+pub trait Places: Send + Sync {
+    /// The states of these blocks. May read the time index from the disk.
+    ///
+    /// # Errors
+    /// If the time index cannot be read.
+    fn states(&self, blocks: BlockRange) -> Result<States>;
+}
+
 /// One read that waits for its places.
 pub struct Errand {
-    volume: Weak<Volume>,
+    places: Weak<dyn Places>,
     blocks: BlockRange,
     to: Arc<Inbox>,
     ticket: usize,
@@ -26,10 +35,10 @@ pub struct Errand {
 }
 
 impl Errand {
-    /// To find the places of some blocks of a volume's head; the answer goes to this inbox, with the ticket.
+    /// To find the places of some blocks; the answer goes to this inbox, with the ticket.
     #[must_use]
-    pub fn new(volume: &Arc<Volume>, blocks: BlockRange, to: &Arc<Inbox>, ticket: usize) -> Self {
-        Self { volume: Arc::downgrade(volume), blocks, to: Arc::clone(to), ticket, answered: false }
+    pub fn new(places: Weak<dyn Places>, blocks: BlockRange, to: &Arc<Inbox>, ticket: usize) -> Self {
+        Self { places, blocks, to: Arc::clone(to), ticket, answered: false }
     }
 
     /// The ticket of a request that nobody answers: this is not an answer to it.
@@ -40,12 +49,12 @@ impl Errand {
     }
 
     fn run(mut self) {
-        if let Some(volume) = self.volume.upgrade() {
-            self.answer(volume.states(self.blocks).map(Box::new));
+        if let Some(places) = self.places.upgrade() {
+            self.answer(places.states(self.blocks).map(Box::new));
         }
     }
 
-    fn answer(&mut self, states: Result<Box<crate::leaves::States>>) {
+    fn answer(&mut self, states: Result<Box<States>>) {
         self.answered = true;
         self.to.send(Mail::Located { ticket: self.ticket, states }, None);
     }

@@ -17,10 +17,10 @@ use super::flush::Flushes;
 use super::inbox::{Inbox, Mail};
 use super::partial::PartialWrite;
 use super::read::{READ_TOKEN, Reader};
+use super::seeking::{Seeking, Sought};
 use super::write::is_partial;
 use crate::index::BlockState;
 use crate::leaves::States;
-use crate::loaders::Errand;
 use crate::log::{Draft, Pending};
 use crate::storage::{AlignedBuf, Done, Lane, Token};
 use crate::volume::Volume;
@@ -40,14 +40,6 @@ pub(super) enum Job {
     Sync,
     /// The old content of a block that is written in part.
     Base(usize),
-}
-
-/// A read whose blocks' places are being looked up.
-#[derive(Debug)]
-struct Seeking {
-    id: RequestId,
-    offset: u64,
-    into: IoBuf,
 }
 
 /// One queue of a volume's head. Passive between calls; everything happens on the caller's thread.
@@ -70,8 +62,7 @@ pub struct HeadQueue {
     pub(super) spare: Vec<AlignedBuf>,
     pub(super) flushes: Flushes,
     reader: Reader,
-    /// Reads that wait for where their blocks lie.
-    seeking: Slab<Seeking>,
+    seeking: Seeking,
     /// Batches whose completions were returned by the last `poll`.
     pub(super) handed_over: Vec<Ordinal>,
     mail: Vec<Mail>,
@@ -106,7 +97,7 @@ impl HeadQueue {
             spare: Vec::new(),
             flushes: Flushes::default(),
             reader,
-            seeking: Slab::new(),
+            seeking: Seeking::default(),
             handed_over: Vec::new(),
             mail: Vec::new(),
             stirred: false,
@@ -184,19 +175,15 @@ impl HeadQueue {
 
     /// Has somebody else find out where a read's blocks lie; says whether there is somebody.
     fn send_for(&mut self, id: RequestId, offset: u64, into: &IoBuf, blocks: BlockRange) -> bool {
-        let ticket = self.seeking.insert(Seeking { id, offset, into: into.share() });
-        let errand = Errand::new(&self.volume, blocks, &self.inbox, ticket);
-        let sent = self.volume.shared().loaders.send(errand);
-        if let Err(errand) = sent {
-            self.seeking.remove(errand.withdraw());
-            return false;
-        }
-        true
+        let sought = Sought { id, offset, into: into.share() };
+        let places = Arc::downgrade(&self.volume);
+        let loaders = &self.volume.shared().loaders;
+        self.seeking.send(sought, blocks, places, &self.inbox, loaders)
     }
 
     /// Somebody has found out where a read's blocks lie.
     fn located(&mut self, ticket: usize, states: crate::error::Result<Box<States>>) {
-        let Some(Seeking { id, offset, into }) = self.seeking.try_remove(ticket) else { return };
+        let Some(Sought { id, offset, into }) = self.seeking.found(ticket) else { return };
         match states {
             // What its blocks held before the revert is not what its reader wants to know.
             _ if self.is_superseded() => self.finish(id, Err(IoError::new(IoErrorKind::Gone, SUPERSEDED))),

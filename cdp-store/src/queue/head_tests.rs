@@ -1,4 +1,4 @@
-//! What only shows from inside a queue.
+//! What only shows from inside a queue of a head.
 #![allow(clippy::unwrap_used)]
 
 use std::fs::OpenOptions;
@@ -6,57 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::*;
-use crate::{Store, StoreOptions, VolumeSpec};
-
-/// A store in `directory`, with one volume of a MiB.
-fn store_with_volume(directory: &Path) -> (Store, Arc<Volume>) {
-    let path = directory.join("store");
-    let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
-    Store::create(&path, &options).unwrap();
-    let store = Store::open(&path, options).unwrap();
-    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 512 };
-    let volume = store.create_volume(&"web1".parse().unwrap(), spec).unwrap();
-    (store, volume)
-}
-
-/// Has the queue do all of this.
-fn run(queue: &mut HeadQueue, ops: Vec<Op>) -> Result<(), IoError> {
-    let mut left = ops.len();
-    (0..).zip(ops).for_each(|(id, op)| queue.submit(RequestId(id), op));
-    let mut events = Vec::new();
-    while left > 0 {
-        queue.poll(Wait::Forever, &mut events).unwrap();
-        left -= events.len();
-        for event in events.drain(..) {
-            if let Event::Completed { result, .. } = event {
-                result?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn pattern(blocks: usize) -> Vec<u8> {
-    (0..blocks * 4096).map(|at| (at / 4096 * 31 + at % 251) as u8).collect()
-}
-
-fn write(bytes: &[u8]) -> Op {
-    Op::Write { offset: 0, from: IoBuf::from_bytes(bytes), fua: false, origin: cdp_types::Origin(0) }
-}
-
-/// Memory as a guest's.
-fn foreign(len: usize) -> IoBuf {
-    let memory = IoBuf::zeroed(len);
-    // SAFETY: all of it is in `memory`, which is the owner.
-    unsafe { IoBuf::new(memory.segments().iter().copied().collect(), Arc::new(memory.share())) }
-}
-
-/// Reads of the first blocks, one by one.
-fn reads(buffers: &[IoBuf]) -> impl Iterator<Item = (RequestId, Op)> {
-    let reads =
-        (0..).zip(buffers).map(|(nth, into)| (nth, Op::Read { offset: nth * 4096, into: into.share() }));
-    reads.map(|(nth, op)| (RequestId(nth), op))
-}
+use crate::StoreOptions;
+use crate::queue::testing::{foreign, pattern, portions, reads, run, store_of, store_with_volume, write};
 
 /// Waits until the queue's lane has ended so many operations.
 fn gather(queue: &mut HeadQueue, operations: usize) {
@@ -65,22 +16,9 @@ fn gather(queue: &mut HeadQueue, operations: usize) {
     }
 }
 
-/// How many requests the next polls end, while the queue says that it has something.
-fn portions(queue: &mut dyn DeviceQueue, requests: usize) -> Vec<usize> {
-    let (mut events, mut portions) = (Vec::new(), Vec::new());
-    while portions.iter().sum::<usize>() < requests {
-        assert_eq!(queue.arm().unwrap(), Wait::No, "after {portions:?} of {requests}");
-        queue.poll(Wait::For(Duration::from_secs(20)), &mut events).unwrap();
-        assert!(events.iter().all(|e| matches!(e, Event::Completed { result: Ok(()), .. })), "{events:?}");
-        portions.push(events.drain(..).count());
-    }
-    portions
-}
-
 #[test]
 fn reads_that_end_together_are_reported_in_portions() {
     const BLOCKS: usize = 48;
-    const PORTIONS: [usize; 9] = [1, 2, 4, 8, 8, 8, 8, 8, 1];
     let directory = tempfile::tempdir().unwrap();
     let (store, volume) = store_with_volume(directory.path());
     let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
@@ -89,19 +27,9 @@ fn reads_that_end_together_are_reported_in_portions() {
     let buffers: Vec<IoBuf> = (0..BLOCKS).map(|_| foreign(4096)).collect();
     reads(&buffers).for_each(|(id, op)| queue.submit(id, op));
     gather(&mut queue, BLOCKS);
-    assert_eq!(portions(&mut queue, BLOCKS), PORTIONS);
+    assert_eq!(portions(&mut queue, BLOCKS), [1, 2, 4, 8, 8, 8, 8, 8, 1]);
     assert!(buffers.iter().zip(bytes.chunks(4096)).all(|(into, block)| into.to_vec() == block));
-
-    let at = store.resolve(&"web1".parse().unwrap(), &cdp_types::Instant::Head).unwrap();
-    let at = crate::lineage::At { branch: at.branch, seq: at.seq };
-    let leaves = volume.shared().leaf_budget.cache(16);
-    let mut past = super::super::PastQueue::new(Arc::clone(&volume), at, leaves, 1 << 20).unwrap();
-    let buffers: Vec<IoBuf> = (0..BLOCKS).map(|_| foreign(4096)).collect();
-    reads(&buffers).for_each(|(id, op)| past.submit(id, op));
-    past.gather(BLOCKS);
-    assert_eq!(portions(&mut past, BLOCKS), PORTIONS);
-    assert!(buffers.iter().zip(bytes.chunks(4096)).all(|(into, block)| into.to_vec() == block));
-    drop((past, queue, volume));
+    drop((queue, volume));
     store.close().unwrap();
 }
 
@@ -241,12 +169,8 @@ fn a_request_may_have_more_edges_than_leaves_are_cached() {
     const LEAF: u64 = 512 * 4096;
     const LEAVES: u64 = 40;
     let directory = tempfile::tempdir().unwrap();
-    let options = StoreOptions { map_budget_bytes: 0, reserve_bytes: 0, ..StoreOptions::default() };
-    let options = StoreOptions { segment_bytes: 4 << 20, ..options };
-    Store::create(directory.path(), &options).unwrap();
-    let store = Store::open(directory.path(), options).unwrap();
-    let spec = VolumeSpec { size_bytes: LEAVES * LEAF, logical_block_size: 512 };
-    let volume = store.create_volume(&"web1".parse().unwrap(), spec).unwrap();
+    let options = StoreOptions { map_budget_bytes: 0, segment_bytes: 4 << 20, ..StoreOptions::default() };
+    let (store, volume) = store_of(directory.path(), LEAVES * LEAF, options);
     let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
     let origin = cdp_types::Origin(0);
     let zeroes = |from: u64| {

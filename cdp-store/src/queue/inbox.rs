@@ -43,7 +43,7 @@ pub struct Inbox {
     /// `None` once nobody reads it any more.
     mail: Mutex<Option<Vec<Mail>>>,
     waker: Option<Arc<dyn Waker>>,
-    /// During which of the volume's tenures the queue was opened; none if it is nobody's.
+    /// During which of the volume's tenures the queue was opened; none if it is nobody's, or a reader's.
     tenure: Option<u64>,
 }
 
@@ -53,6 +53,12 @@ impl Inbox {
     #[must_use]
     pub fn new(waker: Arc<dyn Waker>, tenure: u64) -> Arc<Self> {
         Arc::new(Self { mail: Mutex::new(Some(Vec::new())), waker: Some(waker), tenure: Some(tenure) })
+    }
+
+    /// The same of a queue that never appends anything.
+    #[must_use]
+    pub fn of_reader(waker: Arc<dyn Waker>) -> Arc<Self> {
+        Arc::new(Self { mail: Mutex::new(Some(Vec::new())), waker: Some(waker), tenure: None })
     }
 
     /// A mailbox that nobody reads, for batches without requests.

@@ -7,9 +7,12 @@ mod landing;
 mod partial;
 mod past;
 mod read;
+mod seeking;
+#[cfg(test)]
+mod testing;
 mod write;
 
 pub use head::HeadQueue;
 pub use inbox::{Inbox, Mail};
 pub use landing::Landings;
-pub use past::PastQueue;
+pub use past::{Past, PastQueue};

@@ -4,55 +4,62 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use cdp_types::{BlockRange, ByteRange, DeviceQueue, Event, IoError, IoErrorKind, Op, RequestId, Wait};
+use cdp_types::{
+    BlockRange, ByteRange, DeviceQueue, Event, IoBuf, IoError, IoErrorKind, Op, RequestId, Seq, Wait,
+};
 
+use super::inbox::{Inbox, Mail};
 use super::read::Reader;
+use super::seeking::{Seeking, Sought};
 use crate::error::Result;
-use crate::index::FANOUT;
+use crate::index::{BlockState, FANOUT};
 use crate::leaves::{SharedLeaves, States, lock_leaves};
 use crate::lineage::{At, Branch};
+use crate::loaders::Places;
 use crate::storage::{Done, Lane};
 use crate::volume::Volume;
 
-/// One queue of a past instant of a volume.
-pub struct PastQueue {
+/// Leaves that a past instant which is open may cache, whatever the budget says.
+const LEAVES_ALWAYS: usize = 64;
+
+/// An instant of a branch, read as a volume, whose branch it need not be.
+pub struct Past {
     volume: Arc<Volume>,
     /// Held, so that its history stays.
-    _branch: Option<Arc<Branch>>,
+    _branch: Arc<Branch>,
     at: At,
-    capacity: u64,
-    lane: Box<dyn Lane>,
-    reader: Reader,
     /// What all queues of this instant have found out.
     leaves: SharedLeaves,
-    events: Vec<Event>,
-    done: Vec<Done>,
-    in_flight: usize,
 }
 
-impl PastQueue {
-    /// A queue that reads `volume` as it was at an instant of a branch, which may be another volume's.
-    ///
-    /// # Errors
-    /// If the operating system gives no lane.
-    pub fn new(volume: Arc<Volume>, at: At, leaves: SharedLeaves, capacity: u64) -> io::Result<Self> {
-        let lane = volume.shared().storage.lane()?;
-        let reader = Reader::new(volume.shared());
-        Ok(Self {
-            _branch: volume.shared().branches.get(at.branch),
-            volume,
-            at,
-            capacity,
-            lane,
-            reader,
-            leaves,
-            events: Vec::new(),
-            done: Vec::new(),
-            in_flight: 0,
-        })
+impl Past {
+    /// What `volume` held when its log ended at `seq` of `branch`.
+    #[must_use]
+    pub fn new(volume: Arc<Volume>, branch: Arc<Branch>, seq: Seq) -> Arc<Self> {
+        let leaves = volume.shared().leaf_budget.cache(LEAVES_ALWAYS);
+        let at = At { branch: branch.row.id, seq };
+        Arc::new(Self { volume, _branch: branch, at, leaves })
     }
 
-    fn states(&mut self, blocks: BlockRange) -> Result<States> {
+    /// The volume that it is read as.
+    pub fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
+    /// Which instant it is.
+    pub fn at(&self) -> At {
+        self.at
+    }
+
+    /// The states of these blocks, if they are all known.
+    fn cached_states(&self, blocks: BlockRange) -> Option<States> {
+        let mut states = States::new();
+        (lock_leaves(&self.leaves).run(blocks, &mut states) == blocks.count).then_some(states)
+    }
+}
+
+impl Places for Past {
+    fn states(&self, blocks: BlockRange) -> Result<States> {
         let mut states = States::new();
         loop {
             let done = states.len() as u64;
@@ -66,23 +73,47 @@ impl PastQueue {
             lock_leaves(&self.leaves).insert(leaf, loaded);
         }
     }
+}
 
-    /// Notes so many reads that have ended as if they had done so at once.
-    #[cfg(test)]
-    pub(super) fn gather(&mut self, reads: usize) {
-        let mut ended = Vec::new();
-        while ended.len() < reads {
-            self.lane.poll(Wait::Forever, &mut ended).expect("the ring works");
-        }
-        for one in ended {
-            if let Done::Io { token, result, .. } = one {
-                self.reader.ended(token, result);
-            }
-        }
+/// One queue of a past instant of a volume.
+pub struct PastQueue {
+    past: Arc<Past>,
+    capacity: u64,
+    lane: Box<dyn Lane>,
+    inbox: Arc<Inbox>,
+    reader: Reader,
+    seeking: Seeking,
+    events: Vec<Event>,
+    mail: Vec<Mail>,
+    done: Vec<Done>,
+    in_flight: usize,
+}
+
+impl PastQueue {
+    /// A queue that reads this instant.
+    ///
+    /// # Errors
+    /// If the operating system gives no lane.
+    pub fn new(past: Arc<Past>) -> io::Result<Self> {
+        let shared = past.volume.shared();
+        let lane = shared.storage.lane()?;
+        Ok(Self {
+            capacity: past.volume.geometry().0,
+            inbox: Inbox::of_reader(lane.waker()),
+            lane,
+            reader: Reader::new(shared),
+            seeking: Seeking::default(),
+            past,
+            events: Vec::new(),
+            mail: Vec::new(),
+            done: Vec::new(),
+            in_flight: 0,
+        })
     }
 
+    /// Whether there is nothing to be reported, nor to be looked at before that.
     fn has_nothing(&self) -> bool {
-        self.events.is_empty() && !self.reader.has_unchecked()
+        self.events.is_empty() && self.done.is_empty() && !self.reader.has_unchecked()
     }
 
     fn start(&mut self, id: RequestId, op: &Op) -> std::result::Result<(), IoError> {
@@ -90,11 +121,7 @@ impl PastQueue {
             Op::Read { offset, into } => {
                 let range = ByteRange::new(*offset, into.len() as u64);
                 range.check(self.capacity, cdp_types::SECTOR_SIZE)?;
-                let states = self.states(range.touched_blocks()).map_err(|e| e.to_io())?;
-                let volume = Arc::clone(&self.volume);
-                let segments = &volume.shared().log.segments;
-                self.reader.start(&mut *self.lane, segments, id, *offset, into, &states, &mut self.events);
-                Ok(())
+                self.start_read(id, *offset, into, range.touched_blocks()).map_err(|e| e.to_io())
             }
             Op::Flush => {
                 self.events.push(Event::Completed { id, result: Ok(()) });
@@ -104,6 +131,67 @@ impl PastQueue {
                 Err(IoError::new(IoErrorKind::ReadOnly, "a past instant cannot be changed; clone it"))
             }
         }
+    }
+
+    fn start_read(&mut self, id: RequestId, offset: u64, into: &IoBuf, blocks: BlockRange) -> Result<()> {
+        match self.past.cached_states(blocks) {
+            Some(states) => self.read_from(id, offset, into, &states),
+            // Without anything else to do this thread is the quickest.
+            None if self.in_flight > 1 && self.send_for(id, offset, into, blocks) => {}
+            None => {
+                let states = self.past.states(blocks)?;
+                self.read_from(id, offset, into, &states);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has somebody else find out where a read's blocks lie; says whether there is somebody.
+    fn send_for(&mut self, id: RequestId, offset: u64, into: &IoBuf, blocks: BlockRange) -> bool {
+        let sought = Sought { id, offset, into: into.share() };
+        let places = Arc::downgrade(&self.past);
+        let loaders = &self.past.volume.shared().loaders;
+        self.seeking.send(sought, blocks, places, &self.inbox, loaders)
+    }
+
+    fn read_from(&mut self, id: RequestId, offset: u64, into: &IoBuf, states: &[BlockState]) {
+        let segments = &self.past.volume.shared().log.segments;
+        self.reader.start(&mut *self.lane, segments, id, offset, into, states, &mut self.events);
+    }
+
+    /// Goes on with the reads whose blocks' places have been found; says whether there were any.
+    fn take_mail(&mut self) -> bool {
+        let mut mail = std::mem::take(&mut self.mail);
+        self.inbox.take(&mut mail);
+        let any = !mail.is_empty();
+        for message in mail.drain(..) {
+            // Nothing else is ever sent to a queue that appends nothing.
+            let Mail::Located { ticket, states } = message else { continue };
+            let Some(Sought { id, offset, into }) = self.seeking.found(ticket) else { continue };
+            match states {
+                Ok(states) => self.read_from(id, offset, &into, &states),
+                Err(error) => self.events.push(Event::Completed { id, result: Err(error.to_io()) }),
+            }
+        }
+        self.mail = mail;
+        any
+    }
+
+    /// Takes in what the lane's operations have brought. Reads are only noted.
+    fn take_done(&mut self) {
+        for one in self.done.drain(..) {
+            match one {
+                Done::Ready { tag } => self.events.push(Event::Ready { tag }),
+                Done::Io { token, result, .. } => self.reader.ended(token, result),
+            }
+        }
+    }
+}
+
+impl Drop for PastQueue {
+    /// Nobody reads answers any more that are still on their way.
+    fn drop(&mut self) {
+        self.inbox.close();
     }
 }
 
@@ -125,15 +213,16 @@ impl DeviceQueue for PastQueue {
     }
 
     fn poll(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
+        self.take_mail();
+        self.take_done();
         let wait = if self.has_nothing() { wait } else { Wait::No };
         self.lane.poll(wait, &mut self.done)?;
-        for one in self.done.drain(..) {
-            match one {
-                Done::Ready { tag } => self.events.push(Event::Ready { tag }),
-                Done::Io { token, result, .. } => self.reader.ended(token, result),
-            }
-        }
+        self.take_done();
         self.reader.check_some(&mut *self.lane, &mut self.events);
+        // Those that were found while this thread slept: the disk is to have them at once.
+        if self.take_mail() {
+            self.lane.poll(Wait::No, &mut self.done)?;
+        }
         let completed = self.events.iter().filter(|e| matches!(e, Event::Completed { .. })).count();
         self.in_flight -= completed;
         events.append(&mut self.events);
@@ -145,7 +234,8 @@ impl DeviceQueue for PastQueue {
     }
 
     fn arm(&mut self) -> io::Result<Wait> {
-        let idle = self.has_nothing() && self.lane.arm()?;
+        // What comes after this look wakes the lane, which has said by then that it sleeps.
+        let idle = self.has_nothing() && self.lane.arm()? && !self.inbox.has_mail();
         Ok(if idle { Wait::Forever } else { Wait::No })
     }
 
@@ -153,3 +243,7 @@ impl DeviceQueue for PastQueue {
         self.in_flight
     }
 }
+
+#[cfg(test)]
+#[path = "past_tests.rs"]
+mod tests;

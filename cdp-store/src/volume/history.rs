@@ -11,13 +11,9 @@ use super::{Head, MarkInfo, RecordInfo, Resolved, Volume, VolumeInfo, VolumeStat
 use crate::catalogue::MarkRow;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::RecordKind;
-use crate::leaves::SharedLeaves;
-use crate::lineage::{At, Branch};
+use crate::lineage::At;
 use crate::log::{BatchAt, ChainReader};
-use crate::queue::PastQueue;
-
-/// Leaves that a past instant which is open may cache, whatever the budget says.
-const PAST_LEAVES_ALWAYS: usize = 64;
+use crate::queue::{Past, PastQueue};
 
 impl Volume {
     /// Everything there is to tell of it; `marks` are the store's.
@@ -126,8 +122,7 @@ impl Volume {
             self.shared().branches.get(at.branch).ok_or_else(|| {
                 Error::new(ErrorKind::NotFound, format!("branch {} was deleted", at.branch))
             })?;
-        let leaves = self.shared().leaf_budget.cache(PAST_LEAVES_ALWAYS);
-        Ok(Arc::new(PastDevice { volume: Arc::clone(self), _branch: branch, at, leaves }))
+        Ok(Arc::new(PastDevice(Past::new(Arc::clone(self), branch, at.seq))))
     }
 
     /// Calls `visit` with the acknowledged batches of its log from the one of ordinal `from` on, until it says no.
@@ -208,34 +203,25 @@ impl Volume {
 }
 
 /// A past instant of a volume, read-only.
-struct PastDevice {
-    volume: Arc<Volume>,
-    /// Held, so that its history stays.
-    _branch: Arc<Branch>,
-    at: Resolved,
-    /// Shared by its queues.
-    leaves: SharedLeaves,
-}
+struct PastDevice(Arc<Past>);
 
 impl fmt::Debug for PastDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PastDevice({:?} at seq {})", self.volume, self.at.seq)
+        write!(f, "PastDevice({:?} at seq {})", self.0.volume(), self.0.at().seq)
     }
 }
 
 impl BlockDevice for PastDevice {
     fn info(&self) -> DeviceInfo {
-        DeviceInfo { read_only: true, ..self.volume.info() }
+        DeviceInfo { read_only: true, ..self.0.volume().info() }
     }
 
     fn identity(&self) -> DeviceIdentity {
-        DeviceIdentity { branch: self.at.branch, ..self.volume.identity() }
+        DeviceIdentity { branch: self.0.at().branch, ..self.0.volume().identity() }
     }
 
     fn open_queue(&self) -> io::Result<Box<dyn DeviceQueue>> {
-        let capacity = self.info().capacity;
-        let at = At { branch: self.at.branch, seq: self.at.seq };
-        Ok(Box::new(PastQueue::new(Arc::clone(&self.volume), at, Arc::clone(&self.leaves), capacity)?))
+        Ok(Box::new(PastQueue::new(Arc::clone(&self.0))?))
     }
 
     fn new_origin(&self) -> Origin {

@@ -23,6 +23,7 @@ use crate::format::data_start;
 use crate::index::FANOUT;
 use crate::leaves::States;
 use crate::lineage::At;
+use crate::loaders::Places;
 use crate::log::{Acked, Append, Draft, Failed, LogEnd, LogState};
 use crate::map::{HeadMap, apply_changes};
 use crate::queue::{HeadQueue, Inbox, Mail};
@@ -477,6 +478,12 @@ impl Volume {
                 return Ok(());
             }
         }
+    }
+}
+
+impl Places for Volume {
+    fn states(&self, blocks: BlockRange) -> Result<States> {
+        Self::states(self, blocks)
     }
 }
 
