@@ -332,7 +332,11 @@ impl<T: Transport> Haggling<'_, T> {
         replies.export(device.capacity, self.flags(&*export, device.read_only));
         let preferred =
             device.physical_block_size.max(device.logical_block_size).max(512).next_power_of_two();
-        replies.block_size(device.logical_block_size, preferred, self.terms.limits.max_request as u32);
+        // One figure for reads and writes: what is told is what both can have.
+        let writable = export.writable() && !device.read_only;
+        let longest_write = if writable { device.max_write_bytes } else { u64::MAX };
+        let longest = longest_write.min(self.terms.limits.max_request as u64);
+        replies.block_size(device.logical_block_size, preferred, longest as u32);
         if question.infos.contains(&info::NAME) {
             replies.text(info::NAME, export.name());
         }

@@ -28,12 +28,14 @@ fn build(info: &DeviceInfo, queues: u16, writeback: bool) -> [u8; LEN] {
     let block_sectors = (BLOCK_SIZE / SECTOR_SIZE) as u32;
 
     put(0, &(info.capacity / SECTOR_SIZE).to_le_bytes());
-    put(8, &SIZE_MAX.to_le_bytes());
-    put(12, &SEG_MAX.to_le_bytes());
+    let (size_max, seg_max) = largest(info.max_write_bytes);
+    put(8, &size_max.to_le_bytes());
+    put(12, &seg_max.to_le_bytes());
     put(20, &logical.to_le_bytes());
     put(24, &[(physical / logical).ilog2() as u8]); // logical blocks per physical one, as a power of two
     put(26, &((physical / logical) as u16).to_le_bytes()); // smallest size that costs no read, in logical blocks
-    put(28, &(SIZE_MAX / logical).to_le_bytes()); // best size, in logical blocks
+    let best = u64::from(SIZE_MAX).min(info.max_write_bytes) as u32;
+    put(28, &(best / logical).to_le_bytes()); // best size, in logical blocks
     put(WRITEBACK_OFFSET as usize, &[u8::from(writeback)]);
     put(34, &queues.to_le_bytes());
     put(36, &max_sectors.to_le_bytes());
@@ -45,6 +47,14 @@ fn build(info: &DeviceInfo, queues: u16, writeback: bool) -> [u8; LEN] {
     space
 }
 
+/// Bytes in a segment and segments in a request, so that no request a guest can make of them is longer than a write may
+/// be. A segment has a page at least: Linux refuses less.
+fn largest(max_write_bytes: u64) -> (u32, u32) {
+    let seg_max = u64::from(SEG_MAX).min(max_write_bytes / BLOCK_SIZE).max(1);
+    let size_max = u64::from(SIZE_MAX).min(max_write_bytes / seg_max / BLOCK_SIZE * BLOCK_SIZE);
+    (size_max as u32, seg_max as u32)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,6 +64,7 @@ mod tests {
             capacity: 10 << 30,
             logical_block_size: 512,
             physical_block_size: 4096,
+            max_write_bytes: 32 << 20,
             read_only: false,
             serial: String::new(),
         }
@@ -67,6 +78,21 @@ mod tests {
         assert_eq!((u32_at(8), u32_at(12), u32_at(20)), (SIZE_MAX, SEG_MAX, 512));
         assert_eq!((space[24], space[32], space[34]), (3, 1, 3));
         assert_eq!((u32_at(40), u32_at(44), u32_at(52), space[56]), (256, 8, 256, 1));
+    }
+
+    #[test]
+    fn no_request_of_a_guest_is_longer_than_the_disk_takes() {
+        assert_eq!(largest(32 << 20), (SIZE_MAX, SEG_MAX));
+        for max_write_bytes in (18..=25).map(|bits| 1u64 << bits) {
+            let (size_max, seg_max) = largest(max_write_bytes);
+            let longest = u64::from(size_max) * u64::from(seg_max);
+            assert!(longest <= max_write_bytes, "{size_max} bytes in {seg_max} segments");
+            // Not much is given away, and pages fit.
+            assert!(longest >= max_write_bytes / 2, "{size_max} bytes in {seg_max} segments");
+            assert!(size_max >= 4096 && size_max.is_multiple_of(4096), "{size_max} bytes");
+        }
+        let space = read(&DeviceInfo { max_write_bytes: 256 << 10, ..info() }, 1, true, 8, 8);
+        assert_eq!(space, [4096u32.to_le_bytes(), 64u32.to_le_bytes()].concat());
     }
 
     #[test]

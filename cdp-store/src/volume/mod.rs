@@ -494,6 +494,7 @@ impl BlockDevice for Volume {
             capacity: row.size_bytes,
             logical_block_size: row.logical_block_size,
             physical_block_size: cdp_types::BLOCK_SIZE as u32,
+            max_write_bytes: self.shared.tuning.max_request_bytes,
             read_only: self.is_read_only(),
             serial: format!("cdp{:017}", row.id.0),
         }

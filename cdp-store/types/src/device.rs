@@ -20,6 +20,8 @@ pub struct DeviceInfo {
     pub logical_block_size: u32,
     /// What they had better be multiples of, in bytes.
     pub physical_block_size: u32,
+    /// The most data that one write may carry, in bytes: a power of two, at least 256 KiB. Reads may be longer.
+    pub max_write_bytes: u64,
     /// Whether writes, discards and write-zeroes are refused.
     pub read_only: bool,
     /// What GET_ID answers: at most 20 bytes of ASCII (virtio 1.3, 5.2.6).

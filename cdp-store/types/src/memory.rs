@@ -48,6 +48,7 @@ impl MemoryConfig {
             capacity,
             logical_block_size: 512,
             physical_block_size: 4096,
+            max_write_bytes: 32 << 20,
             read_only: false,
             serial: "memory".to_owned(),
         };
@@ -238,6 +239,9 @@ impl Shared {
             Op::Write { offset, from, origin, fua } => {
                 self.writable()?;
                 self.check(ByteRange::new(offset, from.len() as u64))?;
+                if from.len() as u64 > self.config.info.max_write_bytes {
+                    return Err(IoError::new(IoErrorKind::Invalid, "more than one write may carry"));
+                }
                 Ok(Work::Write { offset, data: from.to_vec(), origin, fua })
             }
             Op::WriteZeroes { ranges, origin, fua, .. } => {

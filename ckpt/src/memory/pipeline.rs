@@ -10,8 +10,8 @@ use crate::{Error, PAGE_SIZE, ZERO_PAGE};
 const BATCH_BYTES: usize = 2 << 20;
 /// The most there are. One is being filled, the others are being read, compared and written.
 const BATCHES: usize = 8;
-/// The largest request: as much as the log takes in one batch of its own.
-const REQUEST_BYTES: usize = 1 << 20;
+/// The largest request: what a store of the smallest segments takes in one write.
+const REQUEST_BYTES: usize = 256 << 10;
 
 /// Takes pages in any order. What it holds is bounded: 32 MiB, if there is that much to hold.
 #[derive(Debug)]

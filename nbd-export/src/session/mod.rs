@@ -62,6 +62,8 @@ struct View {
     size: u64,
     block: u64,
     writable: bool,
+    /// Longest write, in bytes.
+    longest_write: u64,
     headers: Headers,
     contexts: Vec<Arc<dyn StatusContext>>,
 }
@@ -126,6 +128,7 @@ pub(crate) async fn serve<T: Transport>(
             size,
             block: u64::from(info.logical_block_size),
             writable: opened.export.writable() && !info.read_only,
+            longest_write: info.max_write_bytes.min(limits.max_request as u64),
             headers,
             contexts: opened.contexts.clone(),
         },

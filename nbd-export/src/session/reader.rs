@@ -155,8 +155,11 @@ impl<T: Transport> Session<'_, T> {
             command::READ if header.length > longest && self.view.headers != Headers::Simple => {
                 return refuse(Errno::Overflow, "the read is longer than the longest payload");
             }
-            command::READ | command::WRITE if header.length > longest => {
-                return refuse(Errno::Inval, "the request is longer than the longest payload");
+            command::READ if header.length > longest => {
+                return refuse(Errno::Inval, "the read is longer than the longest payload");
+            }
+            command::WRITE if header.length > self.view.longest_write => {
+                return refuse(Errno::Inval, "the write is longer than the longest payload");
             }
             _ => {}
         }

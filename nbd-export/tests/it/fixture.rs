@@ -131,8 +131,12 @@ impl Fixture {
     }
 
     pub(crate) fn with(faults: Option<MemoryFaults>, change: impl FnOnce(&mut ServerConfig)) -> Self {
+        Self::of(MemoryConfig { faults, ..MemoryConfig::new(CAPACITY) }, change)
+    }
+
+    pub(crate) fn of(disk: MemoryConfig, change: impl FnOnce(&mut ServerConfig)) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let disk = MemoryDevice::new(MemoryConfig { faults, ..MemoryConfig::new(CAPACITY) }).unwrap();
+        let disk = MemoryDevice::new(disk).unwrap();
         let exports =
             Arc::new(TestExports { disk: Arc::new(disk), opened: 0.into(), dropped: Arc::default() });
         let listen = Listen::Unix { path: directory.path().join("nbd.sock"), mode: 0o600 };

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::client::{Client, Headers, cmd, flag};
+use crate::client::{Client, Headers, cmd, flag, opt, question, rep};
 use crate::fixture::{CAPACITY, EXTENT, Fixture, late};
 
 const ALL: [Headers; 3] = [Headers::Simple, Headers::Structured, Headers::Extended];
@@ -216,6 +216,27 @@ fn longest_requests_pass_and_what_is_out_of_step_ends_it() {
     client.send(&far_too_long);
     assert!(client.is_closed());
     fixture.nobody_is_left();
+}
+
+#[test]
+fn a_disk_that_takes_less_in_one_write_says_so_and_a_longer_one_is_refused() {
+    let mut disk = cdp_types::MemoryConfig::new(CAPACITY);
+    disk.info.max_write_bytes = 1 << 20;
+    let fixture = Fixture::of(disk, |_| {});
+    let maximum = |name: &str| {
+        let replies = Client::greeted(&fixture.socket()).ask(opt::INFO, &question(name, &[3]));
+        let blocks = replies.iter().find(|(kind, data)| *kind == rep::INFO && data[..2] == [0, 3]).unwrap();
+        u32::from_be_bytes(blocks.1[10..14].try_into().unwrap())
+    };
+    assert_eq!((maximum("disk"), maximum("past")), (1 << 20, 32 << 20));
+    let mut client = Client::ready(&fixture.socket(), "disk", Headers::Structured, &[]);
+    let longest = vec![3; 1 << 20];
+    assert_eq!(client.write(0, 4096, &longest), 0);
+    assert_eq!(client.write(0, 0, &vec![4; (1 << 20) + 512]), INVAL);
+    // Nothing of it was written, and what it had with it was not taken for a request.
+    assert_eq!(client.read(0, 4096), [0; 4096]);
+    // Reads may be longer all the same.
+    assert_eq!(client.read(4096, 2 << 20)[..1 << 20], longest);
 }
 
 #[test]

@@ -155,6 +155,8 @@ pub struct Writer {
     import: Import,
     size_bytes: u64,
     block: u64,
+    /// Longest single write, in bytes.
+    longest: usize,
     /// Where the next data may begin.
     position: u64,
     next: u64,
@@ -175,6 +177,7 @@ impl Writer {
             import,
             size_bytes: info.capacity,
             block: u64::from(info.logical_block_size),
+            longest: REQUEST_BYTES.min(info.max_write_bytes) as usize,
             position: 0,
             next: 0,
             events: Vec::new(),
@@ -196,7 +199,7 @@ impl Writer {
         }
         self.position = range.end();
         let mut offset = offset;
-        for part in bytes.chunks(REQUEST_BYTES as usize) {
+        for part in bytes.chunks(self.longest) {
             let from = IoBuf::from_bytes(part);
             self.submit(Op::Write { offset, from, origin: Origin::default(), fua: false })?;
             offset += part.len() as u64;
@@ -258,4 +261,42 @@ fn no_queue(error: &io::Error) -> ApiError {
 
 fn broken_queue(error: &io::Error) -> ApiError {
     ApiError::new(ErrorKind::Io, format!("the I/O queue is broken: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use cdp_store::{StoreOptions, VolumeSpec};
+    use cdp_types::{Instant, VolumeName};
+
+    use super::*;
+
+    #[test]
+    fn content_goes_through_a_store_of_the_smallest_segments() {
+        const AT: u64 = 4096;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
+        Store::create(&path, &options).unwrap();
+        let store = Store::open(&path, options).unwrap();
+        let volume: VolumeName = "web1".parse().unwrap();
+        let spec = VolumeSpec { size_bytes: 4 << 20, logical_block_size: 512 };
+        let mut writer = Writer::new(store.begin_import(&volume, spec).unwrap()).unwrap();
+        let bytes: Vec<u8> = (0..3 << 20).map(|at: u32| (at / 512) as u8 | 1).collect();
+        writer.write(AT, &bytes).unwrap();
+        writer.commit().unwrap();
+
+        let mut found = Vec::new();
+        let mut sink = |frame| {
+            if let Frame::Data { offset, bytes } = frame {
+                assert_eq!(offset, AT + found.len() as u64);
+                found.extend(bytes);
+            }
+            Ok(true)
+        };
+        read(&store, &VolumeAt { volume, instant: Instant::Head }, &mut sink).unwrap();
+        assert!(found == bytes, "{} bytes of {}", found.len(), bytes.len());
+        store.close().unwrap();
+    }
 }
