@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use cdp_store::{Epoch, EpochCut, Store};
 use cdp_types::{RingStop, VmControl};
@@ -58,7 +59,13 @@ pub trait DiskGuard: Send + Sync {
 #[derive(Debug)]
 pub enum GateEvent {
     /// It was cut.
-    Cut(EpochCut),
+    Cut {
+        /// What was cut.
+        cut: EpochCut,
+        /// When the machine's last ring stopped, by the system's clock, in microseconds since 1970; none if it did not stop for
+        /// this cut, since none has run.
+        still_us: Option<u64>,
+    },
     /// It cannot be cut any more, or what was cut counts for nothing.
     Void {
         /// Why.
@@ -177,7 +184,7 @@ impl Gate {
         state.next_ticket += 1;
         state.armed.insert(number, armed);
         if paused && state.is_still(number) {
-            self.cut(&mut state, number);
+            self.cut(&mut state, number, None);
         }
         drop(state);
         Ticket { gate: Arc::clone(self), number }
@@ -195,18 +202,18 @@ impl Gate {
                 let why = "the disks were stopped twice while the machine was saved";
                 let _ = armed.tell.send(GateEvent::passing(why));
             }
-            _ => self.cut(state, number),
+            _ => self.cut(state, number, Some(now_us())),
         }
     }
 
     /// Cuts, and opens the windows in the same moment: no ring runs, and none can start before this returns.
-    fn cut(&self, state: &mut State, number: u64) {
+    fn cut(&self, state: &mut State, number: u64, still_us: Option<u64>) {
         let Some(armed) = state.armed.get_mut(&number).filter(|armed| !armed.cut) else { return };
         armed.cut = true;
         let event = match self.store.cut_epoch(&armed.epoch) {
             Err(error) => GateEvent::failed(error.to_string()),
             Ok(cut) => match open_windows(armed) {
-                Ok(()) => GateEvent::Cut(cut),
+                Ok(()) => GateEvent::Cut { cut, still_us },
                 Err(why) => {
                     armed.windows.clear();
                     GateEvent::failed(why)
@@ -222,6 +229,11 @@ impl Gate {
         let concerned = state.armed.values_mut().filter(|armed| armed.sockets.iter().any(|s| s == socket));
         concerned.for_each(&mut act);
     }
+}
+
+fn now_us() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn open_windows(armed: &mut Armed) -> Result<(), String> {
@@ -250,7 +262,7 @@ impl Ticket {
         let mut state = self.gate.state();
         let unused = state.armed.get(&self.number).is_some_and(|armed| !armed.ran && !armed.cut);
         if unused && state.is_still(self.number) {
-            self.gate.cut(&mut state, self.number);
+            self.gate.cut(&mut state, self.number, None);
         }
     }
 }

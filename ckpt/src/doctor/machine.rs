@@ -21,7 +21,7 @@ const OTHER_MODE: &str = "use --mode live or pause, or a back end of QEMU's own"
 /// Looks at a machine whose registered disks are served on these sockets.
 #[must_use]
 pub fn of_machine(described: &Machine, sockets: &[PathBuf]) -> Vec<Check> {
-    let mut checks = vec![version(described), memory(described), blockers(described)];
+    let mut checks = vec![state(described), version(described), memory(described), blockers(described)];
     checks.extend(disks(described));
     checks.extend(sockets.iter().map(|socket| attached(described, socket)));
     let others = described.served_elsewhere().filter(|device| !is_ours(described, device, sockets));
@@ -73,6 +73,25 @@ fn version(described: &Machine) -> Check {
     }
     let ok = || Check::ok("QEMU", format!("version {version}, machine type {}", described.machine_type));
     hot_doubt(described).unwrap_or_else(ok)
+}
+
+/// Whether QEMU saves a machine in this state, and lets it go on afterwards.
+fn state(described: &Machine) -> Check {
+    let (found, cure) = match described.run_state.as_str() {
+        "suspended" => (
+            "the guest is suspended to memory (S3): once saved, it could not be woken up",
+            "wake it first (system_wakeup in QMP)",
+        ),
+        "postmigrate" => (
+            "QEMU has saved this machine while it stood still, and does so but once before it has run again",
+            "let it run first (cont in QMP)",
+        ),
+        "inmigrate" => {
+            ("this QEMU waits for a machine", "wait until it has one, or start it without -incoming")
+        }
+        state => return Check::ok("state", state),
+    };
+    Check::in_the_way(&MODES, "state", found, cure)
 }
 
 fn memory(described: &Machine) -> Check {
@@ -207,6 +226,19 @@ mod tests {
     #[test]
     fn a_machine_as_it_should_be_has_nothing_in_the_way() {
         let checks = of_machine(&machine(|_| {}), &sockets());
+        assert!(checks.iter().all(|check| check.verdict == Verdict::Ok), "{checks:?}");
+    }
+
+    #[test]
+    fn a_state_that_qemu_does_not_save_is_told_with_what_ends_it() {
+        for (state, cure) in
+            [("suspended", "system_wakeup"), ("postmigrate", "cont"), ("inmigrate", "-incoming")]
+        {
+            let check = trouble(|m| m["run_state"] = state.into());
+            assert!(check.cure.as_ref().is_some_and(|told| told.contains(cure)), "{check}");
+            assert_eq!(check.hinders, MODES);
+        }
+        let checks = of_machine(&machine(|m| m["run_state"] = "paused".into()), &sockets());
         assert!(checks.iter().all(|check| check.verdict == Verdict::Ok), "{checks:?}");
     }
 

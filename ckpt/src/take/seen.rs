@@ -1,6 +1,8 @@
 //! What QEMU and the gate tell while a checkpoint is taken, and what of it ends it.
 //!
-//! A cut counts if its stop was the migration's own: QEMU's STOP came after MIGRATION `active`, and it was the only one.
+//! A cut counts if its stop was the migration's own: QEMU's STOP came after MIGRATION `active`, it was the only one, and the
+//! last ring had stopped by then. A hot one could otherwise be cut when its guest, which used no disk at the stop, leaves
+//! one that it has used since.
 
 use cdp_store::EpochCut;
 use qmp_bridge::migration::{self, Mode};
@@ -14,6 +16,8 @@ use crate::gate::GateEvent;
 pub(super) struct Seen {
     mode: Mode,
     pub(super) cut: Option<EpochCut>,
+    /// When the last ring stopped for it, by the system's clock, as QEMU's is.
+    still_us: Option<u64>,
     /// QEMU has said anything of this migration: before that, what it says is of an earlier one.
     begun: bool,
     active: bool,
@@ -31,6 +35,7 @@ impl Seen {
         Self {
             mode,
             cut: None,
+            still_us: None,
             begun: false,
             active: false,
             stops: 0,
@@ -47,8 +52,8 @@ impl Seen {
     /// There is no cut, or it counts for nothing.
     pub(super) fn note_gate(&mut self, event: GateEvent) -> Result<(), TakeError> {
         match event {
-            GateEvent::Cut(cut) => {
-                self.cut = Some(cut);
+            GateEvent::Cut { cut, still_us } => {
+                (self.cut, self.still_us) = (Some(cut), still_us);
                 Ok(())
             }
             GateEvent::Void { why, passing: true } => Err(TakeError::passing(why)),
@@ -121,6 +126,10 @@ impl Seen {
         if self.stops != u32::from(was_running) {
             let text = format!("the machine was stopped {} times while it was saved", self.stops);
             return Err(TakeError::passing(text));
+        }
+        // QEMU says that it has stopped when the rings have.
+        if self.still_us.zip(self.stopped_us).is_some_and(|(rings, machine)| rings > machine) {
+            return Err(TakeError::passing("its disks stood still only after the machine had"));
         }
         let none = || TakeError::passing("its disks were not cut: no ring of it has stopped");
         self.cut.clone().ok_or_else(none)

@@ -80,7 +80,7 @@ impl Bed {
     }
 
     fn was_cut(&mut self) -> bool {
-        matches!(self.events.try_recv(), Ok(GateEvent::Cut(_)))
+        matches!(self.events.try_recv(), Ok(GateEvent::Cut { .. }))
     }
 
     fn was_voided(&mut self) -> bool {

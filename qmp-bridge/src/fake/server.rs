@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -41,15 +41,15 @@ pub struct Fake {
 /// Has a fake QEMU say something unasked.
 #[derive(Clone, Debug)]
 pub struct Voice {
-    say: mpsc::UnboundedSender<Say>,
+    say: mpsc::UnboundedSender<(Say, SystemTime)>,
 }
 
 impl Voice {
     /// Says it once what was asked before is answered. As with QEMU, a client that has not negotiated yet hears nothing
-    /// of it, nor does one that comes later.
+    /// of it, nor does one that comes later. Events bear the time of this call.
     pub fn say(&self, say: Say) {
         // A fake that has gone says nothing.
-        let _ = self.say.send(say);
+        let _ = self.say.send((say, SystemTime::now()));
     }
 }
 
@@ -202,7 +202,7 @@ impl Conversation {
         mut self,
         (major, minor, micro): (u32, u32, u32),
         answer: &mut F,
-        unasked: &mut mpsc::UnboundedReceiver<Say>,
+        unasked: &mut mpsc::UnboundedReceiver<(Say, SystemTime)>,
     ) where
         F: FnMut(&str, &Value) -> Vec<Say>,
     {
@@ -213,8 +213,8 @@ impl Conversation {
         loop {
             let heard = tokio::select! {
                 heard = self.hear() => heard,
-                Some(say) = unasked.recv(), if negotiated => {
-                    if self.carry_out(say, &Value::Null).await { continue } else { return }
+                Some((say, at)) = unasked.recv(), if negotiated => {
+                    if self.carry_out(say, at, &Value::Null).await { continue } else { return }
                 }
             };
             let Some(heard) = heard else { return };
@@ -228,7 +228,7 @@ impl Conversation {
                 _ => answer(name, &heard["arguments"]),
             };
             for say in said {
-                if !self.carry_out(say, &heard["id"]).await {
+                if !self.carry_out(say, SystemTime::now(), &heard["id"]).await {
                     return;
                 }
             }
@@ -236,7 +236,7 @@ impl Conversation {
     }
 
     /// Whether the conversation goes on.
-    async fn carry_out(&mut self, say: Say, id: &Value) -> bool {
+    async fn carry_out(&mut self, say: Say, at: SystemTime, id: &Value) -> bool {
         match say {
             Say::Return(value) => self.say(&json!({ "return": value, "id": id })).await,
             Say::Refuse(class, desc) => {
@@ -244,7 +244,8 @@ impl Conversation {
                 self.say(&json!({ "error": error, "id": id })).await;
             }
             Say::Event(name, data) => {
-                let timestamp = json!({ "seconds": 1, "microseconds": 2 });
+                let at = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+                let timestamp = json!({ "seconds": at.as_secs(), "microseconds": at.subsec_micros() });
                 self.say(&json!({ "event": name, "data": data, "timestamp": timestamp })).await;
             }
             Say::Wait(time) => tokio::time::sleep(time).await,

@@ -38,6 +38,10 @@ pub enum Act {
     SendRest,
     /// The socket is closed.
     Close,
+    /// The guest begins to use its disk.
+    UseDisk,
+    /// The guest uses its disk no more.
+    LeaveDisk,
     /// The guest's driver resets its disk.
     ResetDisk,
     /// The disk's connection is lost.
@@ -79,6 +83,8 @@ pub fn undisturbed(mode: cdp_store::CheckpointMode) -> Vec<Act> {
 #[derive(Debug)]
 pub struct State {
     pub running: bool,
+    /// Whether the guest uses its disk.
+    uses_disk: bool,
     stopped_by_migration: bool,
     pub migration: &'static str,
     error: Option<&'static str>,
@@ -114,6 +120,7 @@ impl Qemu {
         let parameters = json!({ "max-bandwidth": 1 << 27, "downtime-limit": 300, "tls-creds": "" });
         let state = State {
             running: true,
+            uses_disk: true,
             stopped_by_migration: false,
             migration: "none",
             error: None,
@@ -148,7 +155,9 @@ impl Qemu {
         if !std::mem::replace(&mut self.state().running, false) {
             return false;
         }
-        self.gate.ring_stopped(&self.disk, 0, RingStop::Asked, true);
+        if self.state().uses_disk {
+            self.gate.ring_stopped(&self.disk, 0, RingStop::Asked, true);
+        }
         true
     }
 
@@ -156,8 +165,20 @@ impl Qemu {
         if std::mem::replace(&mut self.state().running, true) {
             return false;
         }
-        self.gate.ring_started(&self.disk, 0);
+        if self.state().uses_disk {
+            self.gate.ring_started(&self.disk, 0);
+        }
         true
+    }
+
+    /// Has the guest, which runs, begin to use its disk, or leave it.
+    pub fn use_disk(&self, uses: bool) {
+        self.state().uses_disk = uses;
+        if uses {
+            self.gate.ring_started(&self.disk, 0);
+        } else {
+            self.gate.ring_stopped(&self.disk, 0, RingStop::Asked, true);
+        }
     }
 
     /// What it does with a command.
@@ -352,6 +373,8 @@ impl Qemu {
                     std::thread::sleep(Duration::from_millis(2));
                 }
             }
+            Act::UseDisk => self.use_disk(true),
+            Act::LeaveDisk => self.use_disk(false),
             Act::ResetDisk => {
                 self.gate.ring_stopped(&self.disk, 0, RingStop::Reset, true);
                 self.gate.ring_started(&self.disk, 0);

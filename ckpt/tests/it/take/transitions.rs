@@ -63,6 +63,20 @@ async fn a_stop_that_may_not_have_been_the_migration_s_is_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn disks_that_stand_still_only_after_the_machine_has_are_no_cut_of_it() {
+    let bed = Bed::new().await;
+    // As in firmware: at the stop nothing uses the disk; later a driver does, leaves it, and the next one takes over.
+    bed.qemu.use_disk(false);
+    let hot = undisturbed(Hot);
+    let late = [Act::UseDisk, Act::LeaveDisk, Act::UseDisk];
+    retried(&bed, Hot, with(&hot, after(&hot, "GoOn"), &late)).await;
+    // One that nothing uses at all is saved as it is.
+    bed.qemu.use_disk(false);
+    bed.take(&Bed::order(Hot), &[]).await.unwrap();
+    bed.assert_put_back("unused");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_is_stopped_again_and_again_is_given_up() {
     let bed = Bed::new().await;
     let hot = undisturbed(Hot);
