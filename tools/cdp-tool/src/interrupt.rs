@@ -1,4 +1,5 @@
-//! Unfinished files, which an interruption must not leave behind.
+//! Interruptions: SIGINT and SIGTERM. They end the program, but leave no unfinished file behind; and what can be given up
+//! in good order hears of them instead.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -12,17 +13,49 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Files to remove when a signal ends the program.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 static WATCH: Once = Once::new();
+/// Whether there has been an interruption, while somebody listens.
+static HEARD: Mutex<Option<bool>> = Mutex::new(None);
 
 /// The exit status of an interruption: a failure.
 const INTERRUPTED: i32 = 2;
 
-/// A new file in `directory`, removed unless it is kept: also when SIGINT or SIGTERM ends the program.
-pub(crate) fn unfinished_file(directory: &Path) -> anyhow::Result<Unfinished> {
+/// Has a thread wait for signals, from now on. What the system would do about them does not come back.
+fn watch_signals() {
     WATCH.call_once(|| {
-        // Without the watcher an interruption leaves the file behind, which is no reason to do nothing at
-        // all.
+        // Without the watcher an interruption leaves things behind, which is no reason to do nothing at all.
         let _ = std::thread::Builder::new().name("signals".to_owned()).spawn(watch);
     });
+}
+
+/// While it lives, an interruption does not end the program. There is one at a time.
+pub(crate) struct Listening(());
+
+impl Listening {
+    pub(crate) fn begin() -> Self {
+        watch_signals();
+        *heard() = Some(false);
+        Self(())
+    }
+
+    /// Whether there has been an interruption since.
+    pub(crate) fn was_interrupted(&self) -> bool {
+        *heard() == Some(true)
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        *heard() = None;
+    }
+}
+
+fn heard() -> MutexGuard<'static, Option<bool>> {
+    HEARD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A new file in `directory`, removed unless it is kept: also when SIGINT or SIGTERM ends the program.
+pub(crate) fn unfinished_file(directory: &Path) -> anyhow::Result<Unfinished> {
+    watch_signals();
     let cannot = || format!("cannot make a file in {}", directory.display());
     let file = Builder::new()
         .prefix(".cdp-tool-")
@@ -104,11 +137,16 @@ fn watch() {
     let signalled = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            match &mut *heard() {
+                Some(heard) => *heard = true,
+                None => return std::io::Result::Ok(()),
+            }
         }
-        std::io::Result::Ok(())
     });
     if signalled.is_ok() {
         let unfinished = unfinished();

@@ -8,9 +8,9 @@ use cdp_types::VmName;
 use cdpd::api::{Checkpoint, NewCheckpoint, Vm};
 use cdpd::client::Client;
 use hyper::Method;
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::access::online;
+use crate::interrupt::Listening;
 use crate::progress::Progress;
 
 /// Between two looks at how far it is.
@@ -20,7 +20,8 @@ const OFTEN: u64 = 3;
 /// A page of memory, in bytes.
 const PAGE_BYTES: u64 = 4096;
 
-/// Takes a checkpoint, with a bar on a terminal. An interruption gives the checkpoint up; the machine runs on.
+/// Takes a checkpoint, with a bar on a terminal. An interruption gives the checkpoint up; the machine runs on. One that
+/// comes too late for that is an error all the same: whoever wanted to go on from there has been told not to.
 pub(super) fn take(
     client: &Client,
     store: &Path,
@@ -28,37 +29,30 @@ pub(super) fn take(
     new: &NewCheckpoint,
 ) -> anyhow::Result<Checkpoint> {
     let (done, ended) = mpsc::channel();
-    std::thread::scope(|threads| {
+    let listening = Listening::begin();
+    let taken: Checkpoint = std::thread::scope(|threads| {
         // Without the watcher there is no bar, which is no reason to take no checkpoint.
+        let listening = &listening;
         let _ = std::thread::Builder::new().name("taking".to_owned()).spawn_scoped(threads, move || {
-            let _ = watch(store, vm, &ended);
+            let _ = watch(store, vm, &ended, listening);
         });
         let taken = client.send(Method::POST, &format!("/v1/vms/{vm}/checkpoints"), new);
         drop(done);
-        Ok(taken?)
-    })
+        taken
+    })?;
+    if listening.was_interrupted() {
+        anyhow::bail!("interrupted; checkpoint {} of {vm} was complete by then, and stays", taken.id);
+    }
+    Ok(taken)
 }
 
 /// Shows how far it is until nobody holds the other end of `ended`.
-fn watch(store: &Path, vm: &VmName, ended: &mpsc::Receiver<()>) -> anyhow::Result<()> {
+fn watch(store: &Path, vm: &VmName, ended: &mpsc::Receiver<()>, listening: &Listening) -> anyhow::Result<()> {
     let client = online(store)?;
     let bar = Progress::new("saving memory");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    let (mut interrupt, mut terminate) = {
-        let _inside = runtime.enter();
-        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
-    };
     let (mut given_up, mut said) = (false, false);
     while ended.recv_timeout(LOOK_EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
-        let signalled = runtime.block_on(async {
-            tokio::select! {
-                biased;
-                _ = interrupt.recv() => true,
-                _ = terminate.recv() => true,
-                () = tokio::task::yield_now() => false,
-            }
-        });
-        if signalled && !given_up {
+        if listening.was_interrupted() && !given_up {
             given_up = true;
             bar.note("giving the checkpoint up");
             if let Err(error) = client.delete::<()>(&format!("/v1/vms/{vm}/taking")) {
