@@ -21,7 +21,7 @@ use crate::report::{Phase, Report, Settings, TargetReport, WorkloadReport};
 use crate::server::{Ours, StorageDaemon, make_raw_file};
 use crate::workload::{self, Access, Layout, Order, Workload};
 
-/// What a sustained phase writes: eight times the pool of prepared segments.
+/// What a sustained phase writes: twice what our store can have prepared.
 const SUSTAINED_BYTES: u64 = 8 << 30;
 /// A sustained phase ends by its bytes, or if that takes longer than this.
 const SUSTAINED_TIME: Duration = Duration::from_secs(300);

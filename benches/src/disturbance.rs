@@ -23,8 +23,8 @@ const AT: Duration = Duration::from_secs(2);
 const WINDOW: Duration = Duration::from_secs(1);
 /// Rounds on one store, which takes what they write: each happening is once the first, the second and the third in them.
 const ROUNDS_ON_ONE: u64 = HAPPENINGS.len() as u64;
-/// What a round writes at most, in bytes.
-const ROUND_BYTES: u64 = 9 << 30;
+/// What a phase writes at most, in bytes, and takes in the store: as much as a very fast disk lets it.
+const PHASE_BYTES: u64 = 6 << 30;
 const DEPTH: usize = 32;
 const BLOCK: usize = 4096;
 
@@ -77,9 +77,9 @@ struct DisturbanceReport {
 /// There is too little space, or our daemon fails.
 pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(args.rounds > 0 && args.size_gib > 0, "nothing to do");
-    // One phase more: the first on a store.
-    let rounds = args.rounds.min(ROUNDS_ON_ONE) + 1;
-    need_space(&args.dir, (args.size_gib << 30) + rounds * ROUND_BYTES)?;
+    // The first on a store is one more.
+    let phases = args.rounds.min(ROUNDS_ON_ONE) * HAPPENINGS.len() as u64 + 1;
+    need_space(&args.dir, phases * PHASE_BYTES / 100 * 108 + (4 << 30))?;
     let home = Home::new(&args.dir)?;
     let report = home.explain(measure(args, &home))?;
     println!("| random writes, second after / second before | median (least–most) |\n| --- | --- |");
@@ -109,7 +109,9 @@ fn measure(args: &Args, home: &Home) -> Result<DisturbanceReport> {
         let ours = store.as_ref().context("made in the first round")?;
         for turn in 0..rows.len() {
             let row = &mut rows[(round as usize + turn) % HAPPENINGS.len()];
-            meter::settle(ours.pid()?)?;
+            if !meter::settle(ours.pid()?)? {
+                eprintln!("not quiet before the next figure");
+            }
             let ratio = phase(ours, row.happening, round, size_bytes)?;
             eprintln!("round {}: {:?} {ratio:.2}", round + 1, row.happening);
             row.ratios.push(ratio);
@@ -131,7 +133,7 @@ fn phase(ours: &Ours, happening: Happening, round: u64, size_bytes: u64) -> Resu
         range_bytes: size_bytes,
         warmup: Duration::ZERO,
         time: AT + 2 * WINDOW,
-        limit_bytes: u64::MAX,
+        limit_bytes: PHASE_BYTES,
         rate: None,
         seed: 1000 * (round + 1),
     };

@@ -135,7 +135,9 @@ fn compare(args: &Args, cdpd: &mut Cdpd, guest: &mut Guest, work: Work) -> Resul
     let mut rates = [Vec::new(), Vec::new()];
     for round in 0..args.rounds {
         for disk in [round % 2, 1 - round % 2] {
-            meter::settle(cdpd.pid()?)?;
+            if !meter::settle(cdpd.pid()?)? {
+                eprintln!("not quiet before the next figure");
+            }
             rates[disk].push(fio(args, guest, DISKS[disk], work)?);
         }
         eprintln!(

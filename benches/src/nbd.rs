@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::home::Home;
 use crate::machine::{Machine, need_space};
+use crate::meter;
 use crate::report::Spread;
 use crate::server::{Ours, make_raw_file};
 
@@ -85,6 +86,8 @@ fn measure(args: &Args, home: &Home) -> Result<NbdReport> {
     let theirs = QemuNbd::start(home.dir(), &raw)?;
     let uris = [ours.nbd_uri("disk"), theirs.uri()];
     let past = ours.nbd_uri(&format!("disk@seq:{}", tool.head("disk")?.seq));
+    // Segments filled ahead and the index: not during anybody's turn. Reads leave nothing to be done.
+    ensure!(meter::settle(ours.pid()?)?, "cdpd does not become quiet");
 
     let fio = |depth| move |uri: &str| fio_random_reads(uri, depth, args.seconds, bytes);
     let copy = move |uri: &str| nbdcopy(uri, bytes);
@@ -132,6 +135,8 @@ pub(crate) fn fio_random_reads(uri: &str, depth: usize, seconds: u64, bytes: u64
     fio.args([
         "--name=read",
         "--ioengine=nbd",
+        // One that is killed leaves no job behind then.
+        "--thread",
         "--rw=randread",
         "--bs=4k",
         "--time_based",

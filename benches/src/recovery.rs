@@ -109,6 +109,7 @@ fn measure(args: &Args, home: &Home) -> Result<RecoveryReport> {
         eprintln!("first read after {:.0} ms", recovery.first_read_ms);
         runs.push(recovery);
     }
+    ours.destroy()?;
     let first_read_ms = Spread::of(runs.iter().map(|run| run.first_read_ms).collect());
     Ok(RecoveryReport { machine, disk_bytes, rss_anon_max_writing_bytes: watch.most(), first_read_ms, runs })
 }

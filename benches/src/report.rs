@@ -8,8 +8,9 @@ use crate::drive::{Outcome, SLICE};
 use crate::machine::{Machine, gib};
 use crate::workload::Workload;
 
-/// What a new store has prepared: 4 segments of 256 MiB that were filled with zeroes ahead.
-const POOL_BYTES: u64 = 4 * (256 << 20);
+/// What our store has prepared at most: 4 segments of 256 MiB, and four times as many once guests have used them up, filled
+/// with zeroes ahead.
+const POOL_BYTES: u64 = 16 * (256 << 20);
 
 /// How everything was measured.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -340,12 +341,12 @@ mod tests {
 
     #[test]
     fn a_sustained_phase_is_cut_where_the_pool_ends() {
-        // 1 GiB is 8192 requests of 128 KiB: five slices of 1600, then four slower ones and a rest.
-        let mut slices = vec![1600; 5];
+        // 4 GiB are 32,768 requests of 128 KiB: twenty slices of 1600, then as many slower ones and a rest.
+        let mut slices = vec![1600; 20];
         slices.extend([800; 20]);
         slices.push(3);
         let pool = around_the_pool(&slices, 128 << 10);
         assert_eq!((pool.iops_within, pool.iops_past, pool.slowest_second_past), (16000.0, 8000.0, 8000));
-        assert_eq!(pool.bytes, (8000 + 16000 + 3) * (128 << 10));
+        assert_eq!(pool.bytes, (32000 + 16000 + 3) * (128 << 10));
     }
 }

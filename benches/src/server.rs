@@ -17,7 +17,7 @@ use rustix::fs::FallocateFlags;
 use rustix::process::Signal;
 
 use crate::client::Place;
-use crate::home::STORE;
+use crate::home::{self, STORE};
 
 /// How long a server may take until it listens; one that recovers a long log included.
 const READY: Duration = Duration::from_secs(120);
@@ -130,12 +130,20 @@ impl Ours {
         Ok(())
     }
 
-    /// Stops it and removes everything it has made, and has the file system finish with that.
+    /// Stops it and, unless `$KEEP` is set, removes everything it has made, and has the file system finish with that.
     ///
     /// # Errors
-    /// It does not stop, or something cannot be removed.
+    /// Its log speaks of an error, it does not stop, or something cannot be removed.
     pub(crate) fn destroy(mut self) -> Result<()> {
         self.stop()?;
+        let complaints = self.complaints()?;
+        ensure!(complaints.is_empty(), "cdpd complains: {}", complaints.join("\n"));
+        if home::kept() {
+            // The next one may be made in the same place.
+            let mut names = (0..).map(|nth| self.dir.with_extension(format!("kept{nth}")));
+            let free = names.find(|name| !name.exists()).context("all names are taken")?;
+            return Ok(fs::rename(&self.dir, free)?);
+        }
         fs::remove_dir_all(&self.dir)?;
         let parent = File::open(self.dir.parent().unwrap_or(Path::new("/")))?;
         Ok(rustix::fs::syncfs(parent)?)
@@ -244,14 +252,16 @@ impl StorageDaemon {
     fn serve(dir: &Path, name: &str, nodes: &[&str]) -> Result<Self> {
         let socket = dir.join(format!("{name}.sock"));
         let export = format!(
-            "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={QUEUES}",
+            "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={QUEUES},\
+             iothread=io",
             socket.display()
         );
         let mut command = tied(&system("qemu-storage-daemon")?);
         nodes.iter().for_each(|node| {
             command.args(["--blockdev", node]);
         });
-        command.args(["--export", &export]);
+        // A thread of its own looks for work before it sleeps, as ours does; the main loop never would.
+        command.args(["--object", "iothread,id=io", "--export", &export]);
         let mut process = Process::spawn("qemu-storage-daemon", command, &dir.join(format!("{name}.log")))?;
         wait_for("qemu-storage-daemon's socket", READY, || {
             process.must_run()?;

@@ -15,6 +15,7 @@ use crate::client::{Client, Shape};
 use crate::drive::{self, Job};
 use crate::home::Home;
 use crate::machine::{Machine, need_space};
+use crate::meter;
 use crate::nbd::{self, FirstByte};
 use crate::report::{Spread, percentile};
 use crate::server::{Ours, VOLUME};
@@ -110,6 +111,9 @@ fn measure(args: &Args, home: &Home, size_gib: u64, writes: u64) -> Result<Trave
     let api = Api::of(&ours);
     let head = api.head()?;
     let first = (head >> 40) << 40;
+    ensure!(meter::settle(ours.pid()?)?, "cdpd does not become quiet");
+    // First, while past and present are the same. Reads of blocks that were never written would cost nothing, in either.
+    let past_to_head = (writes >= written / BLOCK).then(|| reads(args, &ours, head)).transpose()?;
     let some_seq = move |random: &mut SmallRng| random.random_range(first + 1..=head);
 
     let mut reverts = Vec::new();
@@ -130,8 +134,6 @@ fn measure(args: &Args, home: &Home, size_gib: u64, writes: u64) -> Result<Trave
         let offset = random.random_range(0..written / BLOCK) * BLOCK;
         first_bytes.push(FirstByte::of(&ours.nbd_socket(), &export, offset)?.as_secs_f64() * 1e3);
     }
-    // Reads of blocks that were never written would cost nothing, in the past or in the present.
-    let past_to_head = (writes >= written / BLOCK).then(|| reads(args, &ours, head)).transpose()?;
     ours.destroy()?;
     let [revert_p99_ms, clone_p99_ms, first_byte_p99_ms] =
         [&reverts, &clones, &first_bytes].map(|figures| percentile(figures, 99));

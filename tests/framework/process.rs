@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -13,6 +14,8 @@ use rustix::process::{Pid, Signal, kill_process};
 const POLL: Duration = Duration::from_millis(10);
 /// What counts of the time between two looks: a test that was itself stopped has not waited for anybody.
 const COUNTED: Duration = Duration::from_secs(5);
+/// How long the output of a command that has ended is waited for.
+const AFTER_END: Duration = Duration::from_secs(2);
 
 /// Looks until `probe` has an answer.
 ///
@@ -63,8 +66,7 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Output> {
         let _ = child.kill();
         let _ = child.wait();
     }
-    let stdout = stdout.join().unwrap_or_default();
-    let stderr = stderr.join().unwrap_or_default();
+    let [stdout, stderr] = [stdout, stderr].map(Collected::take);
     let status = done.with_context(|| {
         format!("{shown}\n{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr))
     })?;
@@ -84,15 +86,34 @@ pub fn run_ok(command: &mut Command, limit: Duration) -> Result<String> {
     Ok(stdout)
 }
 
-fn collect(pipe: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
+/// What comes out of a pipe, while it comes.
+struct Collected {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    ended: mpsc::Receiver<()>,
+}
+
+impl Collected {
+    /// All of it, once the pipe has ended. A child of the command's may hold it open for longer: that is not waited for.
+    fn take(self) -> Vec<u8> {
+        let _ = self.ended.recv_timeout(AFTER_END);
+        std::mem::take(&mut *self.bytes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn collect(pipe: Option<impl Read + Send + 'static>) -> Collected {
+    let (end, ended) = mpsc::channel();
+    let bytes: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let into = Arc::clone(&bytes);
     std::thread::spawn(move || {
-        let mut all = Vec::new();
-        if let Some(mut pipe) = pipe {
-            // A read error ends the output; the exit status tells the rest.
-            let _ = pipe.read_to_end(&mut all);
+        let _end: mpsc::Sender<()> = end;
+        let Some(mut pipe) = pipe else { return };
+        let mut piece = vec![0; 64 << 10];
+        // A read error ends the output; the exit status tells the rest.
+        while let Ok(count @ 1..) = pipe.read(&mut piece) {
+            into.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&piece[..count]);
         }
-        all
-    })
+    });
+    Collected { bytes, ended }
 }
 
 /// A running server whose output goes to a file; dropping it kills it.
@@ -216,6 +237,15 @@ mod tests {
                 .unwrap_err();
         assert!(started.elapsed() < Duration::from_secs(10));
         assert!(format!("{error:#}").contains("here"), "{error:#}");
+    }
+
+    #[test]
+    fn output_that_a_child_of_a_command_holds_open_is_not_waited_for() {
+        let started = Instant::now();
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo here; sleep 20 & true"]);
+        assert_eq!(run_ok(&mut command, Duration::from_secs(10)).unwrap(), "here\n");
+        assert!(started.elapsed() < Duration::from_secs(15));
     }
 
     #[test]

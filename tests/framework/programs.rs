@@ -21,7 +21,7 @@ pub fn built(name: &str) -> Result<PathBuf> {
     // Test programs lie one level down.
     let built = if own.ends_with("deps") { own.parent().unwrap_or(own) } else { own };
     let dir = match env::var_os("HINDSIGHT_BIN_DIR") {
-        Some(dir) if name != "guest-agent" => PathBuf::from(dir),
+        Some(dir) if matches!(name, "cdpd" | "cdp-tool") => PathBuf::from(dir),
         _ => built.to_owned(),
     };
     let path = dir.join(name);

@@ -133,6 +133,7 @@ fn measure(args: &Args, scene: &Scene, memory_gib: u32) -> Result<MachineReport>
         report.ledger = Some(ledger(&subject, memory_gib)?);
     }
     subject.cdpd.stop()?;
+    scene.judge_logs()?;
     Ok(report)
 }
 
@@ -171,6 +172,11 @@ fn series(
         last = taken.id;
     }
     let disk = disk.then(|| latencies(beats, running)).transpose()?;
+    // None at all means that its disk has failed, not that it was fast.
+    ensure!(
+        disk.iter().flatten().all(|latency| latency.requests > 0),
+        "the guest's disk has answered nothing"
+    );
     let disk = disk.map(|[outside, inside]| Disk { outside, inside, after: Spread::of(after) });
     Ok((Series { mode: mode.to_owned(), disk, figures }, last))
 }

@@ -99,7 +99,8 @@ impl<'a> Subject<'a> {
         let window = Span { from, to: now_ns() };
         let events = guest.qmp().take_events()?;
         let at = |name: &str| {
-            let event = events.iter().find(|event| event["event"] == name);
+            // Of an attempt that came to nothing there are others before; they count among the other stalls.
+            let event = events.iter().rev().find(|event| event["event"] == name);
             event.and_then(event_ns).with_context(|| format!("QEMU has not said {name}: {events:?}"))
         };
         let stopped = Span { from: at("STOP")?, to: at("RESUME")? };

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::json;
 
@@ -20,8 +20,11 @@ use crate::workload::Access;
 
 /// Writes on a branch before the next one begins.
 const ON_BRANCH: u64 = 64;
-/// Writes on each of many volumes.
+/// Writes on each of many volumes, and on each once more shortly before the kill.
 const ON_VOLUME: u64 = 64;
+const AT_LAST: u64 = 4;
+/// Writes on one of them during which the daemon is killed.
+const BEFORE_KILL: u64 = 20_000;
 
 /// A store with many volumes.
 #[derive(Debug, Serialize)]
@@ -86,31 +89,51 @@ pub(super) fn volumes(home: &Home, plan: &Plan, volumes: usize) -> Result<Crowd>
         let serve = json!({"socket": socket, "queues": 1});
         api.timed("PUT", &format!("/v1/volumes/{name}/serve"), &serve)?;
         let place = Place::VhostUser(socket);
-        let shape = Shape { queues: 1, depth: 8, request_bytes: BLOCK as usize };
-        let job = plan.history(index as u64, ON_VOLUME);
-        drive::run(&mut Client::connect(&place, shape)?, &job, || ())?;
+        write(plan, &place, index, ON_VOLUME)?;
         places.push(place);
         if index % 100 == 99 {
             eprintln!("{} volumes in {:.0} s", index + 1, start.elapsed().as_secs_f64());
         }
     }
-    subject.write_and_kill(&plan.recent())?;
+    // A volume that nobody has written for two seconds is as after a clean stop.
+    let start = Instant::now();
+    for (index, place) in places.iter().enumerate().skip(1) {
+        write(plan, place, index, AT_LAST)?;
+    }
+    eprintln!("each written once more in {:.1} s", start.elapsed().as_secs_f64());
+    let last = plan.history(0, BEFORE_KILL);
+    subject.write_and_kill(&last)?;
 
     let start = Instant::now();
     subject.ours.spawn()?;
     let pid = subject.ours.pid()?;
     let watch = MemoryWatch::new(pid);
     let elapsed_ms = || start.elapsed().as_secs_f64() * 1e3;
-    read_when_served(&mut subject.ours, &places[0], 0)?;
+    read_written(&mut subject, &places[0], &last)?;
     let (first_read_ms, rss_bytes) = (elapsed_ms(), meter::rss(pid)?);
-    for place in &places[1..] {
-        read_when_served(&mut subject.ours, place, 0)?;
+    for (index, place) in places.iter().enumerate().skip(1) {
+        read_written(&mut subject, place, &plan.history(index as u64, AT_LAST))?;
     }
     let (all_read_ms, rss_all_bytes) = (elapsed_ms(), meter::rss(pid)?);
     eprintln!("first read after {first_read_ms:.0} ms, of all after {all_read_ms:.0} ms");
     let rss_anon_max_bytes = watch.most();
     subject.ours.destroy()?;
     Ok(Crowd { volumes, first_read_ms, all_read_ms, rss_bytes, rss_all_bytes, rss_anon_max_bytes })
+}
+
+fn write(plan: &Plan, place: &Place, index: usize, count: u64) -> Result<()> {
+    let shape = Shape { queues: 1, depth: 8, request_bytes: BLOCK as usize };
+    drive::run(&mut Client::connect(place, shape)?, &plan.history(index as u64, count), || ()).map(drop)
+}
+
+/// Reads the first block that a job has written, and sees that it was.
+fn read_written(subject: &mut Subject, place: &Place, job: &Job) -> Result<()> {
+    let offset = drive::places(job)?.next().context("the job writes nothing")?;
+    let mut client = read_when_served(&mut subject.ours, place, offset)?;
+    let mut block = [0; BLOCK as usize];
+    client.lanes()[0].copy(0, &mut block);
+    ensure!(block.iter().any(|byte| *byte != 0), "byte {offset} was written, and reads as zeroes");
+    Ok(())
 }
 
 impl Crowd {

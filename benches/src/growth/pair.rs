@@ -65,11 +65,15 @@ pub(super) struct Touch {
     pub(super) p99_us: f64,
 }
 
-/// Blocks of leaves that were in no cache, read one after the other; and then the same blocks again.
+/// Blocks of leaves that the daemon has not looked up since it was started, read one after the other.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Cold {
     pub(super) blocks: usize,
+    /// As soon as it is quiet, so that the kernel holds the newest part of the index.
+    pub(super) opened: Touch,
+    /// Of another start, when the kernel holds nothing of the index either.
     pub(super) first: Touch,
+    /// The same blocks again.
     pub(super) again: Touch,
 }
 
@@ -127,7 +131,7 @@ impl Pair {
         })
     }
 
-    /// Opens both stores anew and touches leaves of each.
+    /// Opens both stores anew, twice, and touches leaves of each.
     ///
     /// # Errors
     /// A daemon does not start, or a read fails.
@@ -139,19 +143,24 @@ impl Pair {
         offsets.truncate(plan.cold);
         let mut cold = Vec::new();
         for subject in self.both() {
-            subject.open_anew(None)?;
-            meter::settle(subject.ours.pid()?)?;
-            let mut client = Client::connect(
-                &subject.ours.place(),
-                Shape { queues: 1, depth: 1, request_bytes: super::subject::BLOCK as usize },
-            )?;
+            let opened = touch(&mut quiet_again(subject)?, &offsets)?;
+            let mut client = quiet_again(subject)?;
+            subject.drop_cached_index()?;
             let first = touch(&mut client, &offsets)?;
             let again = touch(&mut client, &offsets)?;
-            eprintln!("cold leaves: {first:?}, the same again: {again:?}");
-            cold.push(Cold { blocks: offsets.len(), first, again });
+            eprintln!("leaves after an opening: {opened:?}, cold: {first:?}, the same again: {again:?}");
+            cold.push(Cold { blocks: offsets.len(), opened, first, again });
         }
         cold.try_into().ok().context("two stores")
     }
+}
+
+/// Opens a store anew, and connects to it when it is quiet.
+fn quiet_again(subject: &mut Subject) -> Result<Client> {
+    subject.open_anew(None)?;
+    ensure!(meter::settle(subject.ours.pid()?)?, "cdpd does not become quiet");
+    let shape = Shape { queues: 1, depth: 1, request_bytes: super::subject::BLOCK as usize };
+    Client::connect(&subject.ours.place(), shape)
 }
 
 fn touch(client: &mut Client, offsets: &[u64]) -> Result<Touch> {

@@ -126,15 +126,19 @@ fn leaves(out: &mut String, rows: &[(String, &Figures)]) {
     put(
         out,
         format_args!(
-            "\nBlocks of leaves that are in no cache, one at a time, and the same blocks again: p50 / p99, µs.\n\n\
-             | past | blocks | cold | again | without a past: cold | again | p99: cold to again | cold to without |\n\
-             | --- | --- | --- | --- | --- | --- | --- | --- |"
+            "\nBlocks of leaves that were not looked up since a start, one at a time: when the daemon has become quiet and the \
+             kernel holds the newest part of the index (opened), when it holds nothing of it (cold), and the same blocks \
+             again: p50 / p99, µs.\n\n\
+             | past | blocks | opened | cold | again | without a past: opened | cold | again | p99 to without: opened | cold |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         ),
     );
     for (past, figures) in rows {
         let [aged, young] = &figures.cold;
-        let of = |Cold { first, again, .. }: &Cold| {
-            format!("{:.0} / {:.0} | {:.0} / {:.0}", first.p50_us, first.p99_us, again.p50_us, again.p99_us)
+        let of = |Cold { opened, first, again, .. }: &Cold| {
+            [opened, first, again]
+                .map(|touch| format!("{:.0} / {:.0}", touch.p50_us, touch.p99_us))
+                .join(" | ")
         };
         put(
             out,
@@ -143,7 +147,7 @@ fn leaves(out: &mut String, rows: &[(String, &Figures)]) {
                 aged.blocks,
                 of(aged),
                 of(young),
-                aged.first.p99_us / aged.again.p99_us,
+                aged.opened.p99_us / young.opened.p99_us,
                 aged.first.p99_us / young.first.p99_us
             ),
         );

@@ -178,8 +178,8 @@ impl Subject {
         Ok(in_flight)
     }
 
-    /// Stops the daemon cleanly and starts it with another budget for the map, or its own. Nothing of the index is in memory
-    /// then, neither in the daemon's nor in the kernel's.
+    /// Stops the daemon cleanly and starts it with another budget for the map, or its own, when nothing of the index is in
+    /// memory; it then begins to read the newest part of it by itself.
     ///
     /// # Errors
     /// It does not stop or start.
@@ -188,11 +188,20 @@ impl Subject {
         self.ours.configure(
             &budget_bytes.map_or(String::new(), |bytes| format!("[store]\nmap_budget = {bytes}\n")),
         )?;
+        self.drop_cached_index()?;
+        self.ours.spawn()?;
+        self.ours.wait_until_it_serves()
+    }
+
+    /// Has the kernel forget what it holds of the index.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(super) fn drop_cached_index(&self) -> Result<()> {
         for path in self.index_files()? {
             rustix::fs::fadvise(File::open(path)?, 0, None, Advice::DontNeed)?;
         }
-        self.ours.spawn()?;
-        self.ours.wait_until_it_serves()
+        Ok(())
     }
 
     /// What the time index takes on the disk.

@@ -127,6 +127,10 @@ fn verify(args: &Args, target: &mut Target, seed: u64) -> Result<()> {
     let mut random = SmallRng::seed_from_u64(seed);
     let mut model = Model::new(seed, args.size_mib << 20);
     let (mut in_flight, mut doubtful) = (0, 0);
+    if matches!(target, Target::Ours(_)) {
+        // Of others, requests that they do not take are made as writes.
+        ensure!(target.connect(1, 1)?.can_zero()?, "cdpd offers no discards or no write-zeroes");
+    }
     for cut in 0..args.cuts {
         let (queues, depth) =
             (random.random_range(1..=args.queues), DEPTHS[random.random_range(0..DEPTHS.len())]);

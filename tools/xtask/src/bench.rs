@@ -11,6 +11,19 @@ use e2e::programs::built;
 const MEMORY: &str = "/dev/shm";
 const IN_MEMORY: [&str; 4] = ["rand-read-4k-d1", "rand-read-4k-d32", "rand-write-4k-d1", "rand-write-4k-d32"];
 
+/// What a run leaves, as far as it comes.
+const REPORTS: [&str; 9] = [
+    "compare",
+    "compare-memory",
+    "nbd",
+    "guest",
+    "disturbance",
+    "checkpoint",
+    "travel",
+    "recovery",
+    "growth",
+];
+
 /// Which measurements, and where.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -36,7 +49,7 @@ pub(crate) struct Args {
 /// # Errors
 /// Something is not built, or a benchmark has failed.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    fs::create_dir_all(&args.reports).with_context(|| args.reports.display().to_string())?;
+    forget_reports(&args.reports).with_context(|| args.reports.display().to_string())?;
     let mut failed = Vec::new();
     let mut part = |name: &'static str, outcome: Result<()>| {
         if let Err(error) = outcome {
@@ -59,6 +72,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         part("growth", args.growth());
     }
     ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
+    Ok(())
+}
+
+/// Removes the reports of earlier runs: one that this run does not get to would pass for its own.
+fn forget_reports(directory: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(directory)?;
+    for (name, extension) in REPORTS.iter().flat_map(|name| ["json", "md", "svg"].map(|kind| (name, kind))) {
+        match fs::remove_file(directory.join(name).with_extension(extension)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
     Ok(())
 }
 

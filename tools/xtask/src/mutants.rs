@@ -60,6 +60,7 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
     let copy = target_directory(root).join("mutants");
     prepare(root, &copy)?;
     let chosen = |m: &&Mutant| only.is_none_or(|only| m.name.contains(only));
+    ensure!(list.mutant.iter().any(|m| chosen(&m)), "no planted bug has such a name");
     let mut failed = Vec::new();
     for mutant in list.mutant.iter().filter(chosen) {
         let started = Instant::now();
