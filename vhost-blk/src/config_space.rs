@@ -34,8 +34,7 @@ fn build(info: &DeviceInfo, queues: u16, writeback: bool) -> [u8; LEN] {
     put(20, &logical.to_le_bytes());
     put(24, &[(physical / logical).ilog2() as u8]); // logical blocks per physical one, as a power of two
     put(26, &((physical / logical) as u16).to_le_bytes()); // smallest size that costs no read, in logical blocks
-    let best = u64::from(SIZE_MAX).min(info.max_write_bytes) as u32;
-    put(28, &(best / logical).to_le_bytes()); // best size, in logical blocks
+    put(28, &(SIZE_MAX / logical).to_le_bytes()); // best size, in logical blocks
     put(WRITEBACK_OFFSET as usize, &[u8::from(writeback)]);
     put(34, &queues.to_le_bytes());
     put(36, &max_sectors.to_le_bytes());
@@ -48,7 +47,7 @@ fn build(info: &DeviceInfo, queues: u16, writeback: bool) -> [u8; LEN] {
 }
 
 /// Bytes in a segment and segments in a request, so that no request a guest can make of them is longer than a write may
-/// be. A segment has a page at least: Linux refuses less.
+/// be. A segment has 4 KiB at least: Linux refuses less than a page.
 fn largest(max_write_bytes: u64) -> (u32, u32) {
     let seg_max = u64::from(SEG_MAX).min(max_write_bytes / BLOCK_SIZE).max(1);
     let size_max = u64::from(SIZE_MAX).min(max_write_bytes / seg_max / BLOCK_SIZE * BLOCK_SIZE);

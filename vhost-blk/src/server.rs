@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use cdp_types::{BlockDevice, VmControl};
 use front_end::{Complaints, peer_of};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError, VhostUserProtocolFeatures};
 
 use crate::back_channel::{BackChannel, peek};
@@ -218,16 +218,21 @@ impl Shared {
     fn serve_messages(&self, socket: &UnixListener, connection: &mut Connection) -> io::Result<Left> {
         loop {
             let (message, client, changed) = {
+                let limit = locked(&connection.session).retains_for().map(|limit| Timespec {
+                    tv_sec: limit.as_secs() as i64,
+                    tv_nsec: limit.subsec_nanos().into(),
+                });
                 let mut fds = [
                     PollFd::new(&connection.stream, PollFlags::IN),
                     PollFd::new(self.stop.fd(), PollFlags::IN),
                     PollFd::new(socket, PollFlags::IN),
                     PollFd::new(self.changed.fd(), PollFlags::IN),
                 ];
-                match poll(&mut fds, None) {
+                match poll(&mut fds, limit.as_ref()) {
                     Err(rustix::io::Errno::INTR) => continue,
                     result => result?,
                 };
+                locked(&connection.session).release_memory();
                 let ready = |at: usize| !fds[at].revents().is_empty();
                 (ready(0), ready(2), ready(3))
             };

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use cdp_types::{BlockDevice, RingStop, VmControl};
 use vhost::vhost_user::message::{
@@ -26,6 +27,10 @@ use crate::queue::{Context, tell_of_other_history};
 use crate::rings::Rings;
 use crate::stats::ServerCounters;
 
+/// How long rings go on with memory that the front end has taken back. It may give it again at once, in other regions, one
+/// by one: QEMU does so while rings run, when the guest moves what lies next to its memory.
+const RETAINED: Duration = Duration::from_millis(300);
+
 /// What stays the same from connection to connection.
 pub(crate) struct Disk {
     pub(crate) config: ServerConfig,
@@ -44,7 +49,10 @@ pub(crate) struct Session {
     disk: Arc<Disk>,
     features: Features,
     protocol: VhostUserProtocolFeatures,
+    /// As the front end has it.
     memory: Arc<MemoryMap>,
+    /// What the rings still go on with, and until when, after some of it was taken back.
+    retained: Option<(Arc<MemoryMap>, Instant)>,
     /// As the front end has sent it; in use only while LOG_ALL is negotiated.
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<InflightRegion>>,
@@ -73,6 +81,7 @@ impl Session {
             features: Features::default(),
             protocol: VhostUserProtocolFeatures::empty(),
             memory: Arc::default(),
+            retained: None,
             log: None,
             inflight: None,
             history: History::Ours,
@@ -129,7 +138,7 @@ impl Session {
 
     /// Lets the rings go on with what has changed.
     fn spread(&mut self) {
-        self.rings.memory = Arc::clone(&self.memory);
+        self.rings.memory = Arc::clone(self.retained.as_ref().map_or(&self.memory, |(memory, _)| memory));
         self.rings.log = self.active_log().map(Arc::clone);
         self.rings.features = self.features;
         self.rings.inflight = self.inflight.clone();
@@ -139,19 +148,49 @@ impl Session {
     }
 
     fn change_memory(&mut self, memory: MemoryMap) -> Result<()> {
+        self.set_memory(memory)?;
+        self.use_memory();
+        Ok(())
+    }
+
+    fn set_memory(&mut self, memory: MemoryMap) -> Result<()> {
         // A page that the log has no bit for would be lost by the migration, without anyone noticing.
         if self.active_log().is_some_and(|log| !log.covers(memory.end())) {
             return self.refuse("the memory goes on past the end of the dirty log");
         }
         self.memory = Arc::new(memory);
-        self.disk.guard.set_memory(&self.memory);
-        self.spread();
-        self.disk.vm.memory_changed(&self.disk.config.socket);
         Ok(())
     }
 
+    /// Lets the rings go on with the memory as the front end has it.
+    fn use_memory(&mut self) {
+        self.retained = None;
+        self.disk.guard.set_memory(&self.memory);
+        self.spread();
+        self.disk.vm.memory_changed(&self.disk.config.socket);
+    }
+
+    /// How long the rings still go on with memory that was taken back, and not given again.
+    pub(crate) fn retains_for(&self) -> Option<Duration> {
+        self.retained.as_ref().map(|(_, until)| until.saturating_duration_since(Instant::now()))
+    }
+
+    /// Gives memory up that was taken back, if it is time.
+    pub(crate) fn release_memory(&mut self) {
+        if self.retains_for().is_some_and(|left| left.is_zero()) {
+            self.use_memory();
+        }
+    }
+
+    /// Gives it up at once, because no ring runs any more.
+    fn release_unused_memory(&mut self) {
+        if self.retained.is_some() && !self.rings.any_running() {
+            self.use_memory();
+        }
+    }
+
     fn check_log(&mut self, log: &DirtyLog) -> Result<()> {
-        let end = self.memory.end().max(self.rings.used_log_end());
+        let end = self.memory.end().max(self.rings.memory.end()).max(self.rings.used_log_end());
         if log.covers(end) { Ok(()) } else { self.refuse("the dirty log is shorter than the memory") }
     }
 
@@ -212,7 +251,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.rings.reset().map_err(not_drained)
+        self.rings.reset().map_err(not_drained)?;
+        self.release_unused_memory();
+        Ok(())
     }
 
     fn get_features(&mut self) -> Result<u64> {
@@ -293,6 +334,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let ring = self.check_ring(index)?;
         let base = self.rings.stop(ring, RingStop::Asked).map_err(not_drained)?;
+        self.release_unused_memory();
         Ok(VhostUserVringState::new(index, base.into()))
     }
 
@@ -423,13 +465,27 @@ impl VhostUserBackendReqHandlerMut for Session {
             return self.refuse(format!("the memory region {spec:x?} is refused: its bounds overflow"));
         }
         match self.memory.with(spec, file) {
-            Ok(memory) => self.change_memory(memory).map(|()| None),
+            Ok(memory) => {
+                let more_to_come = self.retained.as_ref().is_some_and(|(used, _)| !memory.has_all_of(used));
+                if more_to_come {
+                    self.set_memory(memory)?
+                } else {
+                    self.change_memory(memory)?
+                }
+                Ok(None)
+            }
             Err(error) => self.refuse(format!("the memory region {spec:x?} is refused: {error}")),
         }
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         match self.memory.without(spec(region)) {
+            Ok(memory) if self.rings.any_running() => {
+                let used = Arc::clone(&self.rings.memory);
+                self.memory = Arc::new(memory);
+                self.retained = Some((used, Instant::now() + RETAINED));
+                Ok(())
+            }
             Ok(memory) => self.change_memory(memory),
             Err(error) => self.refuse(format!("the memory region {:x?} stays: {error}", spec(region))),
         }
@@ -441,6 +497,10 @@ impl VhostUserBackendReqHandlerMut for Session {
             Ok(log) => Arc::new(log),
             Err(error) => return self.refuse(format!("the dirty log cannot be used: {error}")),
         };
+        if self.retained.is_some() {
+            // It need not have room for what was taken back.
+            self.use_memory();
+        }
         if self.features.log_all() {
             self.check_log(&log)?;
         }

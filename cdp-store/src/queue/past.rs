@@ -210,6 +210,7 @@ impl DeviceQueue for PastQueue {
     fn unwatch(&mut self, tag: u64) {
         self.lane.unwatch(tag);
         self.events.retain(|e| !matches!(e, Event::Ready { tag: t } if *t == tag));
+        self.done.retain(|d| !matches!(d, Done::Ready { tag: t } if *t == tag));
     }
 
     fn poll(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {

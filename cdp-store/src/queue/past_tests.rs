@@ -88,8 +88,10 @@ fn what_is_not_known_yet_is_looked_up_elsewhere_and_read_all_the_same() {
     assert!(buffers.iter().enumerate().all(|(leaf, into)| into.to_vec() == content(leaf, 0)));
 
     // A queue may go while it is being looked for.
-    let mut hasty = PastQueue::new(now(&store, &volume)).unwrap();
+    let past = now(&store, &volume);
+    let mut hasty = PastQueue::new(Arc::clone(&past)).unwrap();
     ask_for_all(&mut hasty);
     drop((hasty, queue, head, volume));
     store.close().unwrap();
+    drop(past);
 }

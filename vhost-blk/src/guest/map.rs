@@ -112,6 +112,11 @@ impl MemoryMap {
         Ok(Self { regions })
     }
 
+    /// Whether all guest memory of another map is in this one.
+    pub(crate) fn has_all_of(&self, other: &Self) -> bool {
+        other.regions.iter().all(|region| self.pieces(region.spec.guest, region.spec.len, |_, _| ()))
+    }
+
     /// Whether the front end has shared nothing.
     pub(crate) fn is_empty(&self) -> bool {
         self.regions.is_empty()

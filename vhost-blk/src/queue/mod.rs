@@ -166,9 +166,20 @@ impl Queue {
             broken: false,
             context,
         };
+        if queue.ring.used() != 0 {
+            queue.remind();
+        }
         queue.recover();
         queue.look_at_ring();
         Ok(queue)
+    }
+
+    /// Whoever served this ring before may have reported requests and not come to the interrupt; without it the guest would
+    /// wait for ever. One too many does no harm.
+    fn remind(&self) {
+        if let Some(call) = &self.wiring.call {
+            call.signal();
+        }
     }
 
     /// Finds what a dead process had taken and not reported. The front end does not know it: when a connection is
@@ -185,11 +196,8 @@ impl Queue {
             }
             Found::Requests(requests) => requests,
         };
-        // The dead process may have reported requests and not come to the interrupt; without it the guest would wait
-        // for ever. One too many does no harm.
-        if let Some(call) = &self.wiring.call {
-            call.signal();
-        }
+        // The index of the used ring may have come round to 0.
+        self.remind();
         self.ring.set_taken(self.ring.used().wrapping_add(requests.len() as u16));
         if requests.is_empty() {
             return;

@@ -252,14 +252,16 @@ fn what_the_log_has_is_completed_and_the_rest_is_run_in_order() {
 /// A server that dies between reporting a request and interrupting the guest leaves it asleep.
 #[test]
 fn a_guest_that_comes_back_is_interrupted_once_for_what_it_may_have_missed() {
-    let fixture = Fixture::new(1 << 20, None);
-    let mut guest = Guest::start(&fixture.socket(), Options { inflight: true, ..Options::default() });
-    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
-    guest.connection = None;
-    let _ = guest.rings[0].call.read();
-    guest.connect(&fixture.socket());
-    guest.start_rings(None);
-    eventually("the interrupt", || guest.rings[0].call.read().is_ok());
+    for inflight in [true, false] {
+        let fixture = Fixture::new(1 << 20, None);
+        let mut guest = Guest::start(&fixture.socket(), Options { inflight, ..Options::default() });
+        assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+        guest.connection = None;
+        let _ = guest.rings[0].call.read();
+        guest.connect(&fixture.socket());
+        guest.start_rings(None);
+        eventually("the interrupt", || guest.rings[0].call.read().is_ok());
+    }
 }
 
 #[test]
