@@ -104,13 +104,69 @@ fn release(faults: &OwnedFd, start: u64, len: u64) {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::os::fd::FromRawFd;
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
     use super::*;
 
+    const PAGE: usize = 4096;
+    // <linux/userfaultfd.h>: the version, write protection as a feature and as a mode, and two requests.
+    const API: u64 = 0xaa;
+    const FEATURE_WP: u64 = 1;
+    const MODE_WP: u64 = 2;
+    const UFFDIO_API: libc::c_ulong = 0xC018_AA3F;
+    const REGISTER: libc::c_ulong = 0xC020_AA00;
+
+    /// A page of this process that is write-protected, and what it is protected with.
+    fn protected_page() -> (OwnedFd, usize) {
+        // SAFETY: the call takes flags and returns a new descriptor, which nobody else owns.
+        let faults = unsafe {
+            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK);
+            let hint =
+                "userfaultfd is needed: run as root, or set /proc/sys/vm/unprivileged_userfaultfd to 1";
+            assert!(fd >= 0, "{hint}: {}", io::Error::last_os_error());
+            OwnedFd::from_raw_fd(fd as i32)
+        };
+        // SAFETY: new memory, which is not unmapped before this process ends; the page is there once it was written to.
+        let page = unsafe {
+            let (rights, kind) =
+                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let page = libc::mmap(std::ptr::null_mut(), PAGE, rights, kind, -1, 0);
+            assert_ne!(page, libc::MAP_FAILED);
+            page.cast::<u8>().write_volatile(1);
+            page as usize
+        };
+        let ask = |request, argument: &mut [u64; 4]| {
+            // SAFETY: no request's structure is longer than four `u64`.
+            let done = unsafe { libc::ioctl(faults.as_raw_fd(), request, argument.as_mut_ptr()) };
+            assert_eq!(done, 0, "{}", io::Error::last_os_error());
+        };
+        ask(UFFDIO_API, &mut [API, FEATURE_WP, 0, 0]);
+        ask(REGISTER, &mut [page as u64, PAGE as u64, MODE_WP, 0]);
+        ask(WRITE_PROTECT, &mut [page as u64, PAGE as u64, 1, 0]);
+        (faults, page)
+    }
+
     #[test]
-    fn a_process_that_has_ended_or_is_another_is_left_alone() {
+    fn whoever_waits_for_a_protected_page_goes_on_and_only_in_that_process() {
+        let (_faults, page) = protected_page();
+        let (wrote, has_written) = channel();
+        std::thread::spawn(move || {
+            // SAFETY: mapped and writable, and nobody else uses it.
+            unsafe { (page as *mut u8).write_volatile(2) };
+            let _ = wrote.send(());
+        });
         let own = Process::of(std::process::id() as i32).unwrap();
-        own.unprotect().unwrap();
         Process { started: own.started + 1, ..own }.unprotect().unwrap();
+        let moment = Duration::from_millis(200);
+        assert!(has_written.recv_timeout(moment).is_err(), "memory of another process was unprotected");
+        own.unprotect().unwrap();
+        has_written.recv_timeout(Duration::from_secs(20)).expect("the write goes on");
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_left_alone() {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let gone = Process::of(child.id() as i32).unwrap();
         child.wait().unwrap();

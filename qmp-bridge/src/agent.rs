@@ -2,6 +2,7 @@
 //! checkpoint.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -61,6 +62,16 @@ struct Connection {
 /// How long an agent that does not answer is asked again to thaw.
 const THAW_PATIENCE: Duration = Duration::from_secs(600);
 const THAW_AGAIN: Duration = Duration::from_secs(1);
+
+/// Guests that are being thawed in the background.
+static THAWING: AtomicUsize = AtomicUsize::new(0);
+
+/// How many guests this process is thawing in the background, since whoever had stilled them has failed or gone. If it ends
+/// before they are, they stay as they are.
+#[must_use]
+pub fn thawing() -> usize {
+    THAWING.load(Ordering::Relaxed)
+}
 
 /// A guest whose file systems stand still, until [`thaw`](Self::thaw). If that fails, or is never called, dropping this
 /// has it tried in the background for ten minutes: a guest with much to write out takes long to freeze, and answers nothing
@@ -274,7 +285,27 @@ impl Drop for Frozen {
             tracing::error!(path = %agent.path.display(), "a frozen guest was dropped outside a runtime: not thawed");
             return;
         };
-        runtime.spawn(keep_thawing(agent));
+        let counted = Counted::new();
+        runtime.spawn(async move {
+            let _counted = counted;
+            keep_thawing(agent).await;
+        });
+    }
+}
+
+/// One more in [`THAWING`].
+struct Counted(());
+
+impl Counted {
+    fn new() -> Self {
+        THAWING.fetch_add(1, Ordering::Relaxed);
+        Self(())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        THAWING.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -44,7 +44,7 @@ mod message;
 pub mod migration;
 mod subscription;
 
-pub use agent::{Agent, AgentOptions, Frozen};
+pub use agent::{Agent, AgentOptions, Frozen, thawing};
 pub use bridge::{Backoff, Bridge, State};
 pub use client::{Client, Options, Reply};
 pub use error::{Error, ErrorKind, Refusal, Result};

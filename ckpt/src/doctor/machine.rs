@@ -21,7 +21,7 @@ const OTHER_MODE: &str = "use --mode live or pause, or a back end of QEMU's own"
 /// Looks at a machine whose registered disks are served on these sockets.
 #[must_use]
 pub fn of_machine(described: &Machine, sockets: &[PathBuf]) -> Vec<Check> {
-    let mut checks = vec![state(described), version(described), memory(described), blockers(described)];
+    let mut checks = vec![version(described), memory(described), blockers(described)];
     checks.extend(disks(described));
     checks.extend(sockets.iter().map(|socket| attached(described, socket)));
     let others = described.served_elsewhere().filter(|device| !is_ours(described, device, sockets));
@@ -31,6 +31,8 @@ pub fn of_machine(described: &Machine, sockets: &[PathBuf]) -> Vec<Check> {
         let found = "another process writes its packets into guest memory past QEMU and past us";
         Check::in_the_way(&HOT, format!("network '{}'", network.name), found, OTHER_MODE)
     }));
+    // Last: what is in the way for ever is to be told first.
+    checks.push(state(described));
     checks
 }
 

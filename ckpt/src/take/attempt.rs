@@ -129,10 +129,11 @@ impl<'a> Attempt<'a> {
             Some(receiver.map_err(|error| TakeError::new(format!("{}: {error}", path.display())))?);
         self.prepared.plan.apply(&self.machine.qmp, &self.before).await.map_err(|e| whole(&e))?;
         if let Some(agent) = &self.order.quiesce {
-            self.stillness = tokio::select! {
-                frozen = Stillness::freeze(agent, self.saved.running) => frozen?,
+            self.stillness = Stillness::begin(agent, self.saved.running)?;
+            tokio::select! {
+                frozen = self.stillness.frozen() => frozen?,
                 error = hold.cancelled() => return Err(error),
-            };
+            }
         }
         self.arm(epoch);
         if self.mode() == Mode::Pause && self.saved.running {

@@ -15,6 +15,8 @@ use super::{TakeError, whole};
 pub(super) enum Stillness {
     /// Nobody has asked for it, or all is over.
     Never,
+    /// The agent was asked, by a task of its own: should nobody wait any more, the guest stills them all the same.
+    Freezing(JoinHandle<qmp_bridge::Result<Frozen>>),
     /// They stand still.
     Frozen {
         /// The hold on them.
@@ -35,17 +37,28 @@ pub(super) struct Thawed {
 }
 
 impl Stillness {
-    /// Stills the file systems of a machine that runs. If this fails, or is dropped, they are let go.
+    /// Begins to still the file systems of a machine that runs.
     ///
     /// # Errors
-    /// The machine stands still, nobody answers, or a file system refuses: with what to do about it.
-    pub(super) async fn freeze(agent: &Path, running: bool) -> Result<Self, TakeError> {
+    /// The machine stands still: with what to do about it.
+    pub(super) fn begin(agent: &Path, running: bool) -> Result<Self, TakeError> {
         if !running {
             let text = "the machine stands still, so its agent cannot be asked to quiesce it: continue it, or leave \
                         out --quiesce";
             return Err(TakeError::new(text));
         }
-        let frozen = Agent::new(agent, AgentOptions::default()).freeze().await.map_err(|error| {
+        Ok(Self::Freezing(tokio::spawn(Agent::new(agent, AgentOptions::default()).freeze())))
+    }
+
+    /// Waits until they stand still. May be dropped, and called again.
+    ///
+    /// # Errors
+    /// Nobody answers, or a file system refuses: with what to do about it. They have been let go then.
+    pub(super) async fn frozen(&mut self) -> Result<(), TakeError> {
+        let Self::Freezing(freezing) = self else { return Ok(()) };
+        let frozen = freezing.await;
+        *self = Self::Never;
+        let frozen = frozen.map_err(|error| whole(&error))?.map_err(|error| {
             let cure = match error.kind() {
                 ErrorKind::Deadline | ErrorKind::Unreachable => {
                     "; is qemu-guest-agent installed and running in it?"
@@ -54,23 +67,26 @@ impl Stillness {
             };
             TakeError::new(format!("the guest's file systems were not quiesced: {}{cure}", whole(&error)))
         })?;
-        Ok(Self::Frozen { frozen, since: Instant::now() })
+        *self = Self::Frozen { frozen, since: Instant::now() };
+        Ok(())
     }
 
     /// Begins to let them go, unless that was done before.
     pub(super) fn let_go(&mut self) {
         *self = match std::mem::replace(self, Self::Never) {
-            Self::Frozen { frozen, since } => Self::Thawing(tokio::spawn(async move {
-                let filesystems = frozen.filesystems();
-                let error = frozen.thaw().await.err().map(|error| whole(&error).to_string());
-                let frozen_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
-                Thawed { filesystems, frozen_us, error }
+            Self::Frozen { frozen, since } => Self::Thawing(tokio::spawn(thaw(frozen, since))),
+            Self::Freezing(freezing) => Self::Thawing(tokio::spawn(async move {
+                match freezing.await {
+                    Ok(Ok(frozen)) => thaw(frozen, Instant::now()).await,
+                    // What it has begun, it has undone.
+                    _ => Thawed { filesystems: 0, frozen_us: 0, error: None },
+                }
             })),
             other => other,
         };
     }
 
-    /// Waits until they have been let go: what is to be kept of it, if they ever stood still.
+    /// Waits until they have been let go, also if they were being stilled when they were: what is to be kept of it, if they ever stood still.
     pub(super) async fn over(self, vm: &VmName) -> Option<Value> {
         let Self::Thawing(thawing) = self else { return None };
         let thawed = thawing.await.ok()?;
@@ -83,4 +99,11 @@ impl Stillness {
             "thaw_error": thawed.error,
         }))
     }
+}
+
+async fn thaw(frozen: Frozen, since: Instant) -> Thawed {
+    let filesystems = frozen.filesystems();
+    let error = frozen.thaw().await.err().map(|error| whole(&error).to_string());
+    let frozen_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+    Thawed { filesystems, frozen_us, error }
 }

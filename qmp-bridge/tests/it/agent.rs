@@ -64,6 +64,7 @@ async fn a_freeze_that_ends_when_nobody_waits_any_more_is_undone() {
     let (_dir, guest, agent) = guest(AgentConduct::FreezesSlowly(20 * SOON));
     let error = timely(agent.freeze()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Deadline);
+    assert!(qmp_bridge::thawing() > 0, "nobody can tell that it still has to be thawed");
     timely(async {
         while guest.thaws() == 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -41,6 +41,11 @@ impl Listening {
     pub(crate) fn was_interrupted(&self) -> bool {
         *heard() == Some(true)
     }
+
+    /// The same; from here on one ends the program.
+    pub(crate) fn end(self) -> bool {
+        heard().take() == Some(true)
+    }
 }
 
 impl Drop for Listening {

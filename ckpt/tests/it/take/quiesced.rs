@@ -62,6 +62,22 @@ async fn file_systems_go_on_wherever_the_checkpoint_fails() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_freeze_that_is_given_up_is_over_when_the_checkpoint_is() {
+    let bed = Bed::new().await;
+    let (agent, path) = agent(&bed, "agent", AgentConduct::FreezesSlowly(Duration::from_millis(1500)));
+    let order = order(CheckpointMode::Hot, &path);
+    let cancel = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        bed.qemu.state().cancel.as_ref().unwrap().send_replace(true);
+    };
+    let (taken, ()) = tokio::join!(bed.take(&order, &[]), cancel);
+    assert!(taken.unwrap_err().contains("cancelled"));
+    // A daemon that ends now leaves nothing behind.
+    assert!(agent.thaws() > 0 && !agent.is_frozen());
+    bed.assert_put_back("given up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_not_there_or_refuses_is_told_in_words() {
     let bed = Bed::new().await;
     let (refusing, path) = agent(&bed, "refuses", AgentConduct::RefusesToFreeze);

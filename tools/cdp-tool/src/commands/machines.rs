@@ -152,9 +152,16 @@ fn revert(client: &Client, store: &Path, args: &VmRevertArgs, output: &mut Outpu
         // A number that was mistyped costs nothing then.
         client.get::<Checkpoint>(&format!("/v1/vms/{name}/checkpoints/{}", args.to))?;
         let taken = taking::take(client, store, name, &NewCheckpoint::default());
-        saved = Some(taken.context(
+        let (taken, interrupted) = taken.context(
             "the machine cannot be saved as it is now (to put it back without that, and lose its memory: --no-save)",
-        )?);
+        )?;
+        if interrupted {
+            anyhow::bail!(
+                "interrupted: '{name}' runs on, and was not put back; checkpoint {} stays",
+                taken.id
+            );
+        }
+        saved = Some(taken);
     }
     let request = VmRevert { to: args.to.clone(), disks_only: args.disks_only };
     let reverted = client.send::<VmReverted>(Method::POST, &format!("/v1/vms/{name}/revert"), &request);
@@ -252,7 +259,7 @@ fn take(
     new: &NewCheckpoint,
     output: &mut Output,
 ) -> anyhow::Result<()> {
-    let taken = taking::take(client, store, vm, new)?;
+    let (taken, _) = taking::take(client, store, vm, new)?;
     if output.is_json() {
         return output.item(&taken);
     }

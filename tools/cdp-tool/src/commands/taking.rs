@@ -20,14 +20,14 @@ const OFTEN: u64 = 3;
 /// A page of memory, in bytes.
 const PAGE_BYTES: u64 = 4096;
 
-/// Takes a checkpoint, with a bar on a terminal. An interruption gives the checkpoint up; the machine runs on. One that
-/// comes too late for that is an error all the same: whoever wanted to go on from there has been told not to.
+/// Takes a checkpoint, with a bar on a terminal. An interruption gives the checkpoint up; the machine runs on. Says too
+/// whether there was one that came too late for that: whoever wanted to go on from there has been told not to.
 pub(super) fn take(
     client: &Client,
     store: &Path,
     vm: &VmName,
     new: &NewCheckpoint,
-) -> anyhow::Result<Checkpoint> {
+) -> anyhow::Result<(Checkpoint, bool)> {
     let (done, ended) = mpsc::channel();
     let listening = Listening::begin();
     let taken: Checkpoint = std::thread::scope(|threads| {
@@ -40,26 +40,34 @@ pub(super) fn take(
         drop(done);
         taken
     })?;
-    if listening.was_interrupted() {
-        anyhow::bail!("interrupted; checkpoint {} of {vm} was complete by then, and stays", taken.id);
-    }
-    Ok(taken)
+    Ok((taken, listening.end()))
 }
 
 /// Shows how far it is until nobody holds the other end of `ended`.
 fn watch(store: &Path, vm: &VmName, ended: &mpsc::Receiver<()>, listening: &Listening) -> anyhow::Result<()> {
     let client = online(store)?;
+    let vm_path = format!("/v1/vms/{vm}");
     let bar = Progress::new("saving memory");
-    let (mut given_up, mut said) = (false, false);
+    let (mut given_up, mut said, mut complaint) = (false, false, String::new());
     while ended.recv_timeout(LOOK_EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
         if listening.was_interrupted() && !given_up {
-            given_up = true;
-            bar.note("giving the checkpoint up");
-            if let Err(error) = client.delete::<()>(&format!("/v1/vms/{vm}/taking")) {
-                bar.note(&error.to_string());
+            // It may not have begun: then it is asked again.
+            match client.delete::<()>(&format!("{vm_path}/taking")) {
+                Ok(()) => {
+                    given_up = true;
+                    bar.note("giving the checkpoint up");
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    if text != complaint {
+                        bar.note(&text);
+                        complaint = text;
+                    }
+                }
             }
         }
-        let now: Vm = client.get(&format!("/v1/vms/{vm}"))?;
+        // Without an answer there is no bar, but interruptions are heard.
+        let Ok(now) = client.get::<Vm>(&vm_path) else { continue };
         if let Some((came, total)) = now.taking.filter(|(_, total)| *total > 0) {
             bar.at(came.min(total) * PAGE_BYTES, total * PAGE_BYTES);
             if came >= OFTEN * total && !std::mem::replace(&mut said, true) {

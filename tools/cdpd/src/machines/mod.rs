@@ -199,7 +199,8 @@ impl Machines {
         }
     }
 
-    /// Gives up all checkpoints that are being taken, so that no machine stands still while no daemon runs.
+    /// Gives up all checkpoints that are being taken, so that no machine stands still while no daemon runs, nor its file
+    /// systems.
     pub(crate) async fn stop(&self) {
         for work in self.work().values() {
             if let Work::Taking { cancel, .. } = work {
@@ -208,12 +209,14 @@ impl Machines {
         }
         let is_taken = |work: &Work| matches!(work, Work::Taking { .. });
         let given_up = async {
-            while self.work().values().any(is_taken) {
+            while self.work().values().any(is_taken) || qmp_bridge::thawing() > 0 {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         };
         if tokio::time::timeout(GIVING_UP, given_up).await.is_err() {
-            tracing::warn!("a checkpoint is not given up after {GIVING_UP:?}; the next start undoes it");
+            tracing::warn!(
+                "a checkpoint is not given up after {GIVING_UP:?}, or a guest not thawed; the next start undoes what it finds"
+            );
         }
     }
 
