@@ -1,7 +1,7 @@
 //! Processes with a deadline and an owner: none outlives the test that started it.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -109,8 +109,14 @@ fn collect(pipe: Option<impl Read + Send + 'static>) -> Collected {
         let Some(mut pipe) = pipe else { return };
         let mut piece = vec![0; 64 << 10];
         // A read error ends the output; the exit status tells the rest.
-        while let Ok(count @ 1..) = pipe.read(&mut piece) {
-            into.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&piece[..count]);
+        loop {
+            match pipe.read(&mut piece) {
+                Ok(count @ 1..) => {
+                    into.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&piece[..count]);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Ok(0) | Err(_) => return,
+            }
         }
     });
     Collected { bytes, ended }

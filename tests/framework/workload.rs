@@ -16,6 +16,20 @@ pub struct TestFile {
     pub number: u64,
 }
 
+/// A writer keeps this many of its files, so that it can run for any time on any disk.
+pub const KEPT_FILES: usize = 150;
+
+/// How many files, numbered from 0, have at least that many bytes together.
+#[must_use]
+pub fn files_of(seed: u64, bytes: u64) -> u64 {
+    let (mut number, mut sum) = (0, 0);
+    while sum < bytes {
+        sum += TestFile { seed, number }.size();
+        number += 1;
+    }
+    number
+}
+
 /// The largest test file. Small files make a journal busy, large ones make long requests.
 pub const MAX_FILE_BYTES: u64 = 512 << 10;
 

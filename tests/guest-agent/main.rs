@@ -15,22 +15,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use e2e::agent::{Event, Request};
-use e2e::workload::{Progress, TestFile};
+use e2e::workload::{KEPT_FILES, Progress, TestFile, files_of};
 
 const USAGE: &str = "\
 guest-agent serve PORT                    run the commands that come in on a serial port
 guest-agent write DIR SEED synced|lazy    write test files until DIR.stop exists
 guest-agent fill DIR SEED MIB             write test files of that many mebibytes
-guest-agent check DIR SEED                compare every test file in DIR with what it must contain
+guest-agent check DIR SEED COUNT          compare the test files in DIR, which are so many, with what they must contain
 guest-agent pages PAGES BLOCKS DISK...    fill pages by direct reads of blocks, and check them, for ever
 guest-agent stamp WRITERS FIRST SLOTS DISK...
                                           keep counters in memory and in SLOTS blocks each from FIRST on, for ever
 guest-agent beat PORT FILL_MIB DIRTY_MIB [DISK]
                                           fill memory, and say on a serial port every millisecond that we live
 guest-agent still PORT DIR                freeze and thaw the file system at DIR as qemu-ga is asked to";
-
-/// A writer keeps this many of its files, so that it can run for any time on any disk.
-const KEPT_FILES: usize = 150;
 
 fn main() -> ExitCode {
     let args: Vec<String> = env::args().skip(1).collect();
@@ -55,7 +52,9 @@ fn main() -> ExitCode {
             parse(fill).and_then(|fill| beat::run(port, fill, parse(dirty)?, Some(disk)))
         }
         ["still", port, mounted] => stillness::answer(Path::new(port), mounted),
-        ["check", dir, seed] => parse(seed).and_then(|seed| check(Path::new(dir), seed)),
+        ["check", dir, seed, count] => {
+            parse(seed).and_then(|seed| check(Path::new(dir), seed, parse(count)?))
+        }
         _ => Err(anyhow::anyhow!(USAGE)),
     };
     match result {
@@ -193,20 +192,15 @@ fn write_lazily(dir: &Path, seed: u64) -> Result<()> {
 /// Writes at least that many bytes of test files.
 fn fill(dir: &Path, seed: u64, bytes: u64) -> Result<()> {
     fs::create_dir_all(dir)?;
-    let mut written = 0;
-    for number in 0.. {
+    for number in 0..files_of(seed, bytes) {
         let file = TestFile { seed, number };
         fs::write(dir.join(file.name()), file.content())?;
-        written += file.size();
-        if written >= bytes {
-            break;
-        }
     }
     Ok(())
 }
 
-/// Checks all test files of a directory and says how many there are.
-fn check(dir: &Path, seed: u64) -> Result<()> {
+/// Checks all test files of a directory, and that none is missing.
+fn check(dir: &Path, seed: u64, count: u64) -> Result<()> {
     let mut checked = 0;
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
@@ -215,7 +209,6 @@ fn check(dir: &Path, seed: u64) -> Result<()> {
         TestFile { seed, number }.check(dir)?;
         checked += 1;
     }
-    ensure!(checked > 0, "{} holds no test files", dir.display());
-    println!("checked {checked}");
+    ensure!(checked == count, "{} holds {checked} test files, not {count}", dir.display());
     Ok(())
 }

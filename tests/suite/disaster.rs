@@ -2,6 +2,7 @@
 //! Under a guest that runs, a disk goes back only by force.
 
 use anyhow::{Context, Result, ensure};
+use e2e::workload::files_of;
 use e2e::{Cdpd, Guest, Scene, Tool, run_scene};
 use serde_json::{Value, json};
 
@@ -9,6 +10,8 @@ use crate::writers::{Writer, format, mount};
 
 /// The seed of the files that the disaster takes.
 const SEED: u64 = 11;
+/// Bytes of files, in mebibytes.
+const MIB: u64 = 24;
 /// What of a guest's kernel is to be expected when its disk has been reverted under it.
 const DISK_GONE: [&str; 4] =
     ["I/O error", "EXT4-fs error", "EXT4-fs warning", "another history of this disk"];
@@ -38,7 +41,8 @@ fn boot(scene: &Scene, tool: &Tool, volume: &str) -> Result<Guest> {
 }
 
 fn has_all_files(guest: &mut Guest) -> Result<()> {
-    guest.run(&format!("guest-agent check /mnt/vda/files {SEED}")).map(drop)
+    let count = files_of(SEED, MIB << 20);
+    guest.run(&format!("guest-agent check /mnt/vda/files {SEED} {count}")).map(drop)
 }
 
 fn has_no_files(guest: &mut Guest) -> Result<()> {
@@ -56,7 +60,7 @@ fn ruin(scene: &Scene, tool: &Tool) -> Result<(String, String)> {
     let socket = tool.create_and_serve(scene, "web1", "256M", 1)?;
     let mut guest = Guest::builder().disk(&socket).boot(scene)?;
     format(&mut guest, "vda")?;
-    guest.run(&format!("touch /mnt/vda/keep && guest-agent fill /mnt/vda/files {SEED} 24 && sync"))?;
+    guest.run(&format!("touch /mnt/vda/keep && guest-agent fill /mnt/vda/files {SEED} {MIB} && sync"))?;
     let before = tool.head("web1")?;
     // Another clock tick at least, so that the time names this instant and not the next.
     std::thread::sleep(std::time::Duration::from_millis(20));

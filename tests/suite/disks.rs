@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use e2e::process::wait_for;
+use e2e::workload::files_of;
 use e2e::{Cdpd, Guest, run_scene};
 
 use crate::writers::{Writer, format};
@@ -64,7 +65,8 @@ fn a_volume_that_grows_grows_in_its_running_guest() {
         // More than fitted on the disk before.
         guest.run("guest-agent fill /mnt/vda/files 7 200")?;
         guest.drop_caches()?;
-        guest.run("guest-agent check /mnt/vda/files 7 && umount /mnt/vda")?;
+        let count = files_of(7, 200 << 20);
+        guest.run(&format!("guest-agent check /mnt/vda/files 7 {count} && umount /mnt/vda"))?;
 
         let said = tool.refused(&["volume", "resize", "web1", "--size", "128M"])?;
         ensure!(said.contains("shrink"), "{said}");

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use e2e::workload::mix;
 use e2e::{Cdpd, Guest, run_scene};
 
@@ -29,6 +29,12 @@ fn a_guest_goes_on_while_its_server_is_killed_ten_times_in_the_middle_of_writes(
             pause(mix(round + KILLS) % 600);
             cdpd.start_again()?;
         }
+        // One of ten kills at least must have met requests under way.
+        let log = std::fs::read_to_string(scene.path("cdpd.log"))?;
+        ensure!(
+            log.contains("requests were in flight when the connection was lost"),
+            "every kill met an idle disk"
+        );
         synced.wait_files(1)?;
         lazy.wait_files(1)?;
         synced.stop_and_check(&mut guest)?;

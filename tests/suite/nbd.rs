@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e::process::{run, run_ok, wait_for};
 use e2e::programs::system;
-use e2e::workload::mix;
+use e2e::workload::{block_content, mix};
 use e2e::{Cdpd, Scene, Tool, run_scene};
 use serde_json::Value;
 
@@ -124,10 +124,10 @@ fn every_client_reads_the_same_bytes() {
             serde_json::from_str(&client("qemu-img", &["map", "--output=json", "-f", "raw", &first])?)?;
         let data: u64 = map.iter().filter(|e| e["data"] == true).filter_map(|e| e["length"].as_u64()).sum();
         ensure!(data == (12288 - 4096) / 3 * 4096 + 4096, "data: {data}");
-        let word = mix(3).to_le_bytes()[0];
+        let line: Vec<String> = block_content(3)[..16].iter().map(|byte| format!("{byte:02x}")).collect();
         let read =
             client("qemu-io", &["-r", "-f", "raw", "-c", &format!("read -v {} 16", 3 * 4096), &first])?;
-        ensure!(read.contains(&format!("{word:02x}")), "{read}");
+        ensure!(read.contains(&line.join(" ")), "not {line:?} in {read}");
         cdpd.stop()
     });
 }
@@ -297,6 +297,41 @@ fn what_is_open_never_changes_whatever_happens_to_the_volume() {
 }
 
 #[test]
+fn a_client_that_has_a_head_keeps_it_from_being_reverted_until_it_is_forced_off() {
+    run_scene(|scene| {
+        let (mut cdpd, tool, nbd, _image) = with_volume(scene)?;
+        let (opened, go_on) = (scene.path("opened"), scene.path("go-on"));
+        let script = format!(
+            "import os, time\n\
+            h.connect_uri('{}')\n\
+            h.pwrite(b'x' * 4096, 0)\n\
+            open('{}', 'w').close()\n\
+            while not os.path.exists('{}'):\n\
+            \x20   time.sleep(0.05)\n\
+            try:\n\
+            \x20   h.pwrite(b'y' * 4096, 0)\n\
+            except nbd.Error:\n\
+            \x20   pass\n\
+            else:\n\
+            \x20   raise AssertionError('it can still write')\n",
+            nbd.uri("web1"),
+            opened.display(),
+            go_on.display()
+        );
+        let writer = std::thread::spawn(move || client("nbdsh", &["-c", &script]));
+        wait_for("the writer", CLIENT, || Ok(opened.exists().then_some(())))?;
+        let said = tool.refused(&["revert", "web1@mark:first"])?;
+        ensure!(said.contains("web1") && said.contains("in use"), "{said}");
+        tool.run(&["revert", "web1@mark:first", "--force"])?;
+        fs::write(&go_on, "")?;
+        writer.join().map_err(|_| anyhow::anyhow!("the writer has panicked"))??;
+        let (head, first) = (nbd.uri("web1"), nbd.uri("web1@mark:first"));
+        client("qemu-img", &["compare", "-f", "raw", "-F", "raw", &head, &first])?;
+        cdpd.stop()
+    });
+}
+
+#[test]
 fn names_that_mean_nothing_are_refused_with_the_reason() {
     run_scene(|scene| {
         let (mut cdpd, _tool, nbd, _image) = with_volume(scene)?;
@@ -306,7 +341,7 @@ fn names_that_mean_nothing_are_refused_with_the_reason() {
             ("web1@2001-01-01T00:00:00Z", "begins at"),
             ("web1@seq:99999999999999999", "not in the history yet"),
             ("web1@yesterday", "no instant"),
-            ("web1%2Fx", "name"),
+            ("web1%2Fx", "not a valid volume name"),
             ("web1@-5m:scratchy", "no instant"),
         ] {
             let text = refused("qemu-img", &["info", &nbd.uri(name)])?;

@@ -5,12 +5,15 @@ use std::process::Command;
 use anyhow::ensure;
 use e2e::process::{run, wait_for};
 use e2e::programs::system;
+use e2e::workload::files_of;
 use e2e::{Cdpd, Guest, run_scene};
 
 use crate::nbd::{Nbd, client};
 use crate::writers::{STEP, Writer, format};
 
 const SEED: u64 = 23;
+/// Bytes of files, in mebibytes.
+const MIB: u64 = 16;
 
 #[test]
 fn a_guest_mounts_the_past_of_a_disk_that_another_guest_writes() {
@@ -21,7 +24,7 @@ fn a_guest_mounts_the_past_of_a_disk_that_another_guest_writes() {
         let socket = tool.create_and_serve(scene, "web1", "256M", 1)?;
         let mut writer = Guest::builder().disk(&socket).boot(scene)?;
         format(&mut writer, "vda")?;
-        writer.run(&format!("guest-agent fill /mnt/vda/files {SEED} 16 && sync"))?;
+        writer.run(&format!("guest-agent fill /mnt/vda/files {SEED} {MIB} && sync"))?;
         tool.run(&["mark", "web1", "filled"])?;
         writer.run("rm -rf /mnt/vda/files")?;
         let mut busy = Writer::synced(&mut writer, "/mnt/vda/busy", 1)?;
@@ -31,16 +34,18 @@ fn a_guest_mounts_the_past_of_a_disk_that_another_guest_writes() {
         reader.run(&format!("nbd-client 10.0.2.2 {port} /dev/nbd0 -N web1@mark:filled -R -b 512"))?;
         // Its journal is as the running guest had left it: not to be replayed on a disk that cannot be written.
         reader.run("mkdir -p /mnt/past && mount -t ext4 -o ro,noload /dev/nbd0 /mnt/past")?;
-        reader.run(&format!("guest-agent check /mnt/past/files {SEED}"))?;
+        let count = files_of(SEED, MIB << 20);
+        reader.run(&format!("guest-agent check /mnt/past/files {SEED} {count}"))?;
         busy.wait_files(30)?;
         reader.run("echo 3 >/proc/sys/vm/drop_caches")?;
-        reader.run(&format!("test ! -e /mnt/past/busy && guest-agent check /mnt/past/files {SEED}"))?;
+        reader
+            .run(&format!("test ! -e /mnt/past/busy && guest-agent check /mnt/past/files {SEED} {count}"))?;
         reader.run("umount /mnt/past && nbd-client -d /dev/nbd0")?;
 
         // A writable view of the same instant: the journal is replayed there, and nowhere else.
         reader.run(&format!("nbd-client 10.0.2.2 {port} /dev/nbd1 -N web1@mark:filled:scratch -b 512"))?;
         reader.run("mount -t ext4 /dev/nbd1 /mnt/past && echo changed >/mnt/past/note && sync")?;
-        reader.run(&format!("guest-agent check /mnt/past/files {SEED} && umount /mnt/past"))?;
+        reader.run(&format!("guest-agent check /mnt/past/files {SEED} {count} && umount /mnt/past"))?;
         reader.run("nbd-client -d /dev/nbd1")?;
         reader.quit()?;
 

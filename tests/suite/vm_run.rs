@@ -163,6 +163,9 @@ fn checkpoints_are_taken_on_schedule_and_the_oldest_go() {
         tool.run(&["checkpoint", "schedule", "web1", "--off"])?;
         wait_for("the older ones' end", LIMIT, || Ok((list()?.len() <= 2).then_some(())))?;
         let kept = list()?;
+        // None is taken any more; those that were taken last stay.
+        let ids: Vec<u64> = kept.iter().filter_map(|one| one["id"].as_u64()).collect();
+        ensure!(ids.len() == 2 && ids.iter().all(|&id| id > 2), "{kept:?}");
         ensure!(
             kept.iter().all(|one| one["label"].as_str().is_some_and(|label| label.starts_with("auto-"))),
             "{kept:?}"

@@ -109,9 +109,19 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_an_epoch_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
-            if let Ok(epoch) = EpochRecord::decode(&bytes) {
-                prop_assert_eq!(epoch.encode().len(), bytes.len());
+        fn any_bytes_are_an_epoch_or_an_error(
+            mut bytes in prop::collection::vec(any::<u8>(), 0..600),
+            members in 0_usize..40,
+        ) {
+            // At random, next to none has a length that its count allows.
+            if members > 0 {
+                bytes.resize(FIXED_LEN + members * MEMBER_LEN, 0x5a);
+                bytes[COUNT..COUNT + 4].copy_from_slice(&(members as u32).to_le_bytes());
+            }
+            let decoded = EpochRecord::decode(&bytes);
+            prop_assert!(members == 0 || members > MAX_MEMBERS || decoded.is_ok());
+            if let Ok(epoch) = decoded {
+                prop_assert_eq!(EpochRecord::decode(&epoch.encode()), Ok(epoch));
             }
         }
     }

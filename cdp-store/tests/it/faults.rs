@@ -106,6 +106,21 @@ fn a_failed_write_is_never_seen_and_those_behind_it_run_again() {
             (0..4).map(|block| bench.block(0, block).unwrap()).collect::<Vec<_>>()
         };
         let before = seen(&bench, "at once");
+        // All were in flight at once, so of several that succeeded any may be the last; but one of them is there.
+        for (block, held) in (0..).zip(&before) {
+            let succeeded = |event: &Event| match event {
+                Event::Completed { id: RequestId(stamp), result: Ok(()) } => {
+                    (stamp - 6000) / 10 * 2 + stamp % 10 % 2 == block
+                }
+                Event::Completed { .. } | Event::Ready { .. } => false,
+            };
+            let of_block: Vec<&Event> = results.iter().filter(|event| succeeded(event)).collect();
+            let is_one = |event: &&Event| matches!(event, Event::Completed { id, .. } if id.0 == *held);
+            assert!(
+                of_block.is_empty() || of_block.iter().any(is_one),
+                "invariant 1 violated: block {block} holds {held} and none of {of_block:?}, which were acknowledged"
+            );
+        }
         bench.machine.disk.land_late_writes();
         assert_eq!(seen(&bench, "after it landed late"), before);
         for how in [Crash::Kill, Crash::Kill] {

@@ -275,6 +275,7 @@ fn a_shells_limit_of_open_files_does_not_limit_a_store() {
     bench.wait_until_ready();
     let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.0.id())).unwrap();
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
-    let soft = line.split_whitespace().next().unwrap();
-    assert_ne!(soft, "64", "{limits}");
+    let [soft, hard] = [0, 1].map(|nth| line.split_whitespace().nth(nth).unwrap().parse::<u64>().unwrap());
+    // As many as it may, unless that is more than it wants.
+    assert_eq!(soft, hard.min(1 << 20), "{limits}");
 }

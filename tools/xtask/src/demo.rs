@@ -162,7 +162,8 @@ fn the_killed_server(narrator: &mut Narrator, cdpd: &mut Cdpd, guest: &mut Guest
     let (status, output) = writer.finish(STEP)?;
     ensure!(status == 0, "the guest's writer failed:\n{output}");
     guest.drop_caches()?;
-    let check = format!("guest-agent check /mnt/work {SEED}");
+    let progress: Vec<Progress> = output.lines().filter_map(Progress::parse).collect();
+    let check = format!("guest-agent check /mnt/work {SEED} {}", must_survive(&progress).len());
     narrator.guest(guest, &check).context("a file differs from what was written")?;
     let errors = guest.run("dmesg | grep -ci 'i/o error' || true")?;
     narrator.say(&format!("I/O errors in the guest's kernel log: {}", errors.trim()));

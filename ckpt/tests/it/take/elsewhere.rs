@@ -38,6 +38,7 @@ async fn found(
 async fn another_machine_is_refused_with_both_values_before_anything_is_touched() {
     let bed = Bed::new().await;
     bed.take(&Bed::order(CheckpointMode::Pause), &[]).await.unwrap();
+    bed.qemu.state().commands.clear();
     let (version, machine, memory) = ((10, 0, 2), "pc-1.0", 1 << 20);
     assert_eq!(found(&bed, version, machine, memory, "inmigrate").await.unwrap(), "");
     assert_eq!(
@@ -55,6 +56,5 @@ async fn another_machine_is_refused_with_both_values_before_anything_is_touched(
     assert!(running.contains("-incoming defer"), "{running}");
     let touched = ["migrate-incoming", "cont", "migrate-set-capabilities"];
     let commands = bed.qemu.state().commands.clone();
-    let after = commands.iter().rposition(|name| name == "migrate").unwrap();
-    assert!(!commands[after..].iter().any(|name| name == touched[0]), "{commands:?}");
+    assert!(!commands.iter().any(|name| touched.contains(&name.as_str())), "{commands:?}");
 }

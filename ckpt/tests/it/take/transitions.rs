@@ -106,6 +106,8 @@ async fn events_that_were_missed_are_made_up_for_by_another_try() {
     let taken = bed.take(&Bed::order(Hot), &[]).await.unwrap();
     assert!(matches!(taken.state, CheckpointState::Committed(_)));
     assert_eq!(bed.count(), 1);
+    let tries = bed.qemu.state().commands.iter().filter(|name| *name == "migrate").count();
+    assert_eq!(tries, 2, "the first has missed events");
     bed.assert_put_back("flooded");
 }
 

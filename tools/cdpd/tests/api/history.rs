@@ -198,12 +198,21 @@ fn of_several_guests_one_is_enough_to_keep_all_disks() {
     let mut bench = Bench::new();
     let seqs = [bench.filled("a"), bench.filled("b")];
     let sockets = [bench.serve_here("a"), bench.serve_here("b")];
-    let mut guests = sockets.each_ref().map(|socket| Guest::start(socket));
-    guests.iter_mut().for_each(|guest| guest.zero(0, 4096));
     let body = |force: bool| {
         let [a, b] = seqs.map(|seq| format!("seq:{seq}"));
         json!({ "volumes": [{ "name": "a", "at": a }, { "name": "b", "at": b }], "force": force })
     };
+    let names = |refusal: &ApiError| {
+        sockets.each_ref().map(|socket| refusal.message.contains(socket.to_str().unwrap()))
+    };
+    let branches = || ["a", "b"].map(|name| bench.branches(name).len());
+    let second = Guest::start(&sockets[1]);
+    let refusal = bench.post::<Vec<Reverted>>("/v1/revert", &body(false)).unwrap_err();
+    assert_eq!((refusal.kind, names(&refusal)), (ErrorKind::Busy, [false, true]), "{refusal}");
+    assert_eq!(branches(), [1, 1], "neither was reverted");
+
+    let mut guests = [Guest::start(&sockets[0]), second];
+    guests.iter_mut().for_each(|guest| guest.zero(0, 4096));
     let refusal = bench.post::<Vec<Reverted>>("/v1/revert", &body(false)).unwrap_err();
     assert_eq!(refusal.kind, ErrorKind::Busy);
     assert!(sockets.iter().all(|s| refusal.message.contains(s.to_str().unwrap())), "{refusal}");
