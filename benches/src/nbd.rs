@@ -1,4 +1,4 @@
-//! NBD: our exports next to `qemu-nbd`'s of a raw file.
+//! NBD: our exports next to those of `qemu-nbd` and of nbdkit, of a raw file.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use e2e::process::{Process, run_ok, tied, wait_for};
 use e2e::programs::system;
+use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -28,7 +29,7 @@ pub(crate) struct Args {
     /// The disk's size, in GiB; all of it holds data
     #[arg(long, value_name = "GIB", default_value_t = 2)]
     size_gib: u64,
-    /// Rounds: each measures both servers once
+    /// Rounds: each measures every server once
     #[arg(long, value_name = "N", default_value_t = 5)]
     rounds: usize,
     /// How long each phase of random reads takes, in seconds
@@ -48,7 +49,13 @@ struct Comparison {
     what: &'static str,
     unit: &'static str,
     ours: Spread,
-    qemu_nbd: Spread,
+    peers: Vec<Peer>,
+}
+
+#[derive(Debug, Serialize)]
+struct Peer {
+    name: &'static str,
+    rate: Spread,
     /// Ours divided by theirs, round by round; the rate of a copy counts, not its time.
     ratio: Spread,
 }
@@ -83,21 +90,22 @@ fn measure(args: &Args, home: &Home) -> Result<NbdReport> {
     let ours = Ours::create(&home.dir().join("ours"), 1 << 30)?;
     let tool = ours.tool();
     tool.run(&["volume", "create", "disk", "--from", &raw.to_string_lossy()])?;
-    let theirs = QemuNbd::start(home.dir(), &raw)?;
-    let uris = [ours.nbd_uri("disk"), theirs.uri()];
-    let past = ours.nbd_uri(&format!("disk@seq:{}", tool.head("disk")?.seq));
+    // nbdkit goes through the page cache: what was just written, or read to be imported, would not be read from the disk.
+    fadvise(fs::File::open(&raw)?, 0, None, Advice::DontNeed)?;
+    let peers = [PeerServer::qemu_nbd(home.dir(), &raw)?, PeerServer::nbdkit(home.dir(), &raw)?];
+    let (head, past) = (ours.nbd_uri("disk"), ours.nbd_uri(&format!("disk@seq:{}", tool.head("disk")?.seq)));
     // Segments filled ahead and the index: not during anybody's turn. Reads leave nothing to be done.
     ensure!(meter::settle(ours.pid()?)?, "cdpd does not become quiet");
 
     let fio = |depth| move |uri: &str| fio_random_reads(uri, depth, args.seconds, bytes);
     let copy = move |uri: &str| nbdcopy(uri, bytes);
     let comparisons = vec![
-        compare("random reads, 4 KiB, 1 in flight (fio)", "1/s", args.rounds, &uris, fio(1))?,
-        compare("random reads, 4 KiB, 32 in flight (fio)", "1/s", args.rounds, &uris, fio(32))?,
-        compare("the whole disk, copied (nbdcopy)", "MiB/s", args.rounds, &uris, copy)?,
-        compare("a past instant, copied (nbdcopy)", "MiB/s", args.rounds, &[past, theirs.uri()], copy)?,
+        compare("random reads, 4 KiB, 1 in flight (fio)", "1/s", args.rounds, &head, &peers, fio(1))?,
+        compare("random reads, 4 KiB, 32 in flight (fio)", "1/s", args.rounds, &head, &peers, fio(32))?,
+        compare("the whole disk, copied (nbdcopy)", "MiB/s", args.rounds, &head, &peers, copy)?,
+        compare("a past instant, copied (nbdcopy)", "MiB/s", args.rounds, &past, &peers, copy)?,
     ];
-    drop(theirs);
+    drop(peers);
     ours.destroy()?;
     Ok(NbdReport { machine, comparisons })
 }
@@ -106,27 +114,31 @@ fn compare(
     what: &'static str,
     unit: &'static str,
     rounds: usize,
-    uris: &[String; 2],
+    ours: &str,
+    peers: &[PeerServer],
     rate: impl Fn(&str) -> Result<f64>,
 ) -> Result<Comparison> {
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let uris: Vec<String> =
+        std::iter::once(ours.to_owned()).chain(peers.iter().map(PeerServer::uri)).collect();
+    let mut rates = vec![Vec::new(); uris.len()];
     for round in 0..rounds {
-        if round % 2 == 0 {
-            ours.push(rate(&uris[0])?);
-            theirs.push(rate(&uris[1])?);
-        } else {
-            theirs.push(rate(&uris[1])?);
-            ours.push(rate(&uris[0])?);
+        for turn in 0..uris.len() {
+            let server = (round + turn) % uris.len();
+            rates[server].push(rate(&uris[server])?);
         }
-        eprintln!(
-            "{what}, round {}: ours {:.0}, qemu-nbd {:.0} {unit}",
-            round + 1,
-            ours[round],
-            theirs[round]
-        );
+        let names = std::iter::once("ours").chain(peers.iter().map(|peer| peer.name));
+        let figures: Vec<String> =
+            names.zip(&rates).map(|(name, rates)| format!("{name} {:.0}", rates[round])).collect();
+        eprintln!("{what}, round {}: {} {unit}", round + 1, figures.join(", "));
     }
-    let ratio = Spread::of(ours.iter().zip(&theirs).map(|(a, b)| a / b).collect());
-    Ok(Comparison { what, unit, ours: Spread::of(ours), qemu_nbd: Spread::of(theirs), ratio })
+    let mut rates = rates.into_iter();
+    let ours = rates.next().unwrap_or_default();
+    let peers = peers.iter().zip(rates).map(|(peer, theirs)| {
+        let ratio = Spread::of(ours.iter().zip(&theirs).map(|(ours, theirs)| ours / theirs).collect());
+        Peer { name: peer.name, rate: Spread::of(theirs), ratio }
+    });
+    let peers = peers.collect();
+    Ok(Comparison { what, unit, ours: Spread::of(ours), peers })
 }
 
 /// Random reads of 4 KiB with fio's engine for NBD, per second.
@@ -157,14 +169,16 @@ fn nbdcopy(uri: &str, bytes: u64) -> Result<f64> {
     Ok(bytes as f64 / f64::from(1 << 20) / start.elapsed().as_secs_f64())
 }
 
-/// QEMU's NBD server on a raw file, without the page cache.
-struct QemuNbd {
+/// Another server, of a raw file.
+struct PeerServer {
+    name: &'static str,
     socket: PathBuf,
     _process: Process,
 }
 
-impl QemuNbd {
-    fn start(dir: &Path, file: &Path) -> Result<Self> {
+impl PeerServer {
+    /// QEMU's, without the page cache.
+    fn qemu_nbd(dir: &Path, file: &Path) -> Result<Self> {
         let socket = dir.join("qemu-nbd.sock");
         let mut command = tied(&system("qemu-nbd")?);
         command.args([
@@ -176,12 +190,25 @@ impl QemuNbd {
             "--aio=io_uring",
         ]);
         command.arg("--socket").arg(&socket).arg(file);
-        let mut process = Process::spawn("qemu-nbd", command, &dir.join("qemu-nbd.log"))?;
-        wait_for("qemu-nbd's socket", READY, || {
+        Self::start("qemu-nbd", dir, socket, command)
+    }
+
+    /// nbdkit with its `file` plugin, which has the page cache forget what was read (it has no direct I/O).
+    fn nbdkit(dir: &Path, file: &Path) -> Result<Self> {
+        let socket = dir.join("nbdkit.sock");
+        let mut command = tied(&system("nbdkit")?);
+        command.args(["--foreground", "--readonly", "--unix"]).arg(&socket);
+        command.arg("file").arg(file).arg("cache=none");
+        Self::start("nbdkit", dir, socket, command)
+    }
+
+    fn start(name: &'static str, dir: &Path, socket: PathBuf, command: Command) -> Result<Self> {
+        let mut process = Process::spawn(name, command, &dir.join(format!("{name}.log")))?;
+        wait_for(&format!("{name}'s socket"), READY, || {
             process.must_run()?;
-            Ok(socket.exists().then_some(()))
+            Ok(UnixStream::connect(&socket).ok().map(drop))
         })?;
-        Ok(Self { socket, _process: process })
+        Ok(Self { name, socket, _process: process })
     }
 
     fn uri(&self) -> String {
@@ -241,13 +268,24 @@ fn markdown(report: &NbdReport) -> String {
     let Machine { processor, processors, kernel, file_system, load_before, .. } = &report.machine;
     let mut out = format!(
         "{processor}, {processors} processors; Linux {kernel}; {file_system}; load before: {load_before}. Median \
-         (least–most) of the rounds.\n\n| | ours | qemu-nbd, raw file | ratio |\n| --- | --- | --- | --- |\n"
+         (least–most) of the rounds.\n\n| | ours "
     );
-    for Comparison { what, unit, ours, qemu_nbd, ratio } in &report.comparisons {
-        out += &format!(
-            "| {what} | {:.0} {unit} | {:.0} {unit} | **{:.2}** ({:.2}–{:.2}) |\n",
-            ours.median, qemu_nbd.median, ratio.median, ratio.min, ratio.max
-        );
+    let names: Vec<&str> = report
+        .comparisons
+        .first()
+        .map(|first| first.peers.iter().map(|peer| peer.name).collect())
+        .unwrap_or_default();
+    names.iter().for_each(|name| out += &format!("| {name}, raw file | ratio "));
+    out += &format!("|\n| --- | --- {}|\n", "| --- | --- ".repeat(names.len()));
+    for Comparison { what, unit, ours, peers } in &report.comparisons {
+        out += &format!("| {what} | {:.0} {unit} ", ours.median);
+        for Peer { rate, ratio, .. } in peers {
+            out += &format!(
+                "| {:.0} {unit} | **{:.2}** ({:.2}–{:.2}) ",
+                rate.median, ratio.median, ratio.min, ratio.max
+            );
+        }
+        out += "|\n";
     }
     out
 }

@@ -221,7 +221,7 @@ mod tests {
         let opening =
             |first_read_ms| Opening { in_flight: 1, first_read_ms, rss_bytes: 1, rss_anon_max_bytes: 1 };
         let touch = Touch { p50_us: 1.0, p99_us: 2.0 };
-        let cold = Cold { blocks: 1, opened: touch, first: touch, again: touch };
+        let cold = Cold { blocks: 1, settled: true, opened: touch, first: touch, again: touch };
         let figures = Figures {
             openings: [vec![opening(100.0 / slower), opening(130.0)], vec![opening(80.0)]],
             within: rates(slower),

@@ -69,6 +69,8 @@ pub(super) struct Touch {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Cold {
     pub(super) blocks: usize,
+    /// Whether the daemon had become quiet before.
+    pub(super) settled: bool,
     /// As soon as it is quiet, so that the kernel holds the newest part of the index.
     pub(super) opened: Touch,
     /// Of another start, when the kernel holds nothing of the index either.
@@ -143,24 +145,26 @@ impl Pair {
         offsets.truncate(plan.cold);
         let mut cold = Vec::new();
         for subject in self.both() {
-            let opened = touch(&mut quiet_again(subject)?, &offsets)?;
-            let mut client = quiet_again(subject)?;
+            let (mut client, quiet) = quiet_again(subject)?;
+            let opened = touch(&mut client, &offsets)?;
+            drop(client);
+            let (mut client, settled) = quiet_again(subject)?;
             subject.drop_cached_index()?;
             let first = touch(&mut client, &offsets)?;
             let again = touch(&mut client, &offsets)?;
             eprintln!("leaves after an opening: {opened:?}, cold: {first:?}, the same again: {again:?}");
-            cold.push(Cold { blocks: offsets.len(), opened, first, again });
+            cold.push(Cold { blocks: offsets.len(), settled: settled && quiet, opened, first, again });
         }
         cold.try_into().ok().context("two stores")
     }
 }
 
-/// Opens a store anew, and connects to it when it is quiet.
-fn quiet_again(subject: &mut Subject) -> Result<Client> {
+/// Opens a store anew, and connects to it when it is quiet; says whether it has become so.
+fn quiet_again(subject: &mut Subject) -> Result<(Client, bool)> {
     subject.open_anew(None)?;
-    ensure!(meter::settle(subject.ours.pid()?)?, "cdpd does not become quiet");
+    let settled = meter::settle(subject.ours.pid()?)?;
     let shape = Shape { queues: 1, depth: 1, request_bytes: super::subject::BLOCK as usize };
-    Client::connect(&subject.ours.place(), shape)
+    Ok((Client::connect(&subject.ours.place(), shape)?, settled))
 }
 
 fn touch(client: &mut Client, offsets: &[u64]) -> Result<Touch> {

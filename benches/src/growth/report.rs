@@ -104,8 +104,11 @@ fn rates(out: &mut String, rows: &[(String, &Figures)]) {
         }
     }
     let rounds = |rates: &Rates| [&rates.reads, &rates.writes].map(Rounds::unsettled).iter().sum::<usize>();
-    let unsettled: usize =
-        rows.iter().map(|(_, figures)| rounds(&figures.within) + rounds(&figures.past_budget)).sum();
+    let cold = |figures: &Figures| figures.cold.iter().filter(|cold| !cold.settled).count();
+    let unsettled: usize = rows
+        .iter()
+        .map(|(_, figures)| rounds(&figures.within) + rounds(&figures.past_budget) + cold(figures))
+        .sum();
     if unsettled > 0 {
         put(out, format_args!("\n**{unsettled} phases began while a daemon was still busy.**"));
     }

@@ -11,7 +11,7 @@ use e2e::programs::built;
 const MEMORY: &str = "/dev/shm";
 const IN_MEMORY: [&str; 4] = ["rand-read-4k-d1", "rand-read-4k-d32", "rand-write-4k-d1", "rand-write-4k-d32"];
 
-/// What a run leaves, as far as it comes.
+/// What a run leaves, as far as it comes; a quick one only the first two.
 const REPORTS: [&str; 9] = [
     "compare",
     "compare-memory",
@@ -49,7 +49,9 @@ pub(crate) struct Args {
 /// # Errors
 /// Something is not built, or a benchmark has failed.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    forget_reports(&args.reports).with_context(|| args.reports.display().to_string())?;
+    built("bench-blk")?;
+    let names = if args.quick { &REPORTS[..2] } else { &REPORTS[..] };
+    forget_reports(&args.reports, names).with_context(|| args.reports.display().to_string())?;
     let mut failed = Vec::new();
     let mut part = |name: &'static str, outcome: Result<()>| {
         if let Err(error) = outcome {
@@ -76,9 +78,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Removes the reports of earlier runs: one that this run does not get to would pass for its own.
-fn forget_reports(directory: &Path) -> std::io::Result<()> {
+fn forget_reports(directory: &Path, names: &[&str]) -> std::io::Result<()> {
     fs::create_dir_all(directory)?;
-    for (name, extension) in REPORTS.iter().flat_map(|name| ["json", "md", "svg"].map(|kind| (name, kind))) {
+    for (name, extension) in names.iter().flat_map(|name| ["json", "md", "svg"].map(|kind| (name, kind))) {
         match fs::remove_file(directory.join(name).with_extension(extension)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
             _ => {}
