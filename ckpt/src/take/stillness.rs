@@ -86,7 +86,8 @@ impl Stillness {
         };
     }
 
-    /// Waits until they have been let go, also if they were being stilled when they were: what is to be kept of it, if they ever stood still.
+    /// Waits until they have been let go, also if the agent was still busy stilling them: what is to be kept of it, if they
+    /// ever stood still.
     pub(super) async fn over(self, vm: &VmName) -> Option<Value> {
         let Self::Thawing(thawing) = self else { return None };
         let thawed = thawing.await.ok()?;
