@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 /// The first step up from not looking at all, and below it not looking pays better.
 const SHORTEST: Duration = Duration::from_micros(4);
 
-/// The longest look while no writes are under way.
-const SINGLE: Duration = Duration::from_micros(50);
+/// The longest look while no writes are under way: a little more than fast disks need for one read or sync. If it ends just
+/// before they do it is a cost without a gain.
+const SINGLE: Duration = Duration::from_micros(100);
 
 /// How long one queue's thread looks for work after the last it had.
 #[derive(Debug)]
