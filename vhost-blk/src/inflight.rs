@@ -20,7 +20,7 @@
 //!  8  16 bytes             the store
 //! 24  u64 volume
 //! 32  u64 branch
-//! 40  u8  write-through    1 while the guest has the write cache turned off
+//! 40  u8  write-through    1 while the guest has the write cache turned off, or may have
 //! ```
 //! All numbers are in the machine's byte order: the region never leaves the machine.
 //!

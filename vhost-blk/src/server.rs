@@ -73,7 +73,7 @@ impl Server {
             config,
             device,
             vm,
-            write_through: Arc::default(),
+            write_through: Arc::new(AtomicBool::new(true)),
         };
         let shared = Arc::new(Shared {
             disk: Arc::new(disk),

@@ -40,7 +40,9 @@ pub(crate) struct Disk {
     pub(crate) guard: Arc<Guard>,
     pub(crate) counters: ServerCounters,
     /// Whether the guest has turned the write cache off. A front end does not say it again when it reconnects, so it
-    /// is kept until a guest starts anew: here, and in the in-flight region for the next process.
+    /// is kept until a machine begins: here, and in the in-flight region for the next process. While a guest resets there
+    /// is no region, and a process that was started meanwhile does not know it: off is what breaks no promise (virtio 1.3,
+    /// 5.2.6.2).
     pub(crate) write_through: Arc<AtomicBool>,
 }
 
@@ -418,6 +420,12 @@ impl VhostUserBackendReqHandlerMut for Session {
                 .refuse(format!("{num_queues} rings of {queue_size} entries are more than there can be"));
         }
         let write_through = self.disk.write_through.load(Ordering::Acquire);
+        if write_through {
+            tracing::info!(
+                socket = %self.disk.name,
+                "the guest has its write cache turned off, or may have: each write is made durable before it is answered"
+            );
+        }
         match InflightRegion::create(num_queues, queue_size, &self.disk.device.identity(), write_through) {
             Ok(file) => Ok((
                 VhostUserInflight::new(region_len(num_queues, queue_size), 0, num_queues, queue_size),

@@ -309,16 +309,13 @@ pub(crate) struct Options {
     /// Features that are declined.
     pub(crate) without: u64,
     pub(crate) inflight: bool,
-    /// The configuration is read as soon as there is a connection, as for a new machine.
-    pub(crate) reads_config: bool,
     /// The write cache is turned off before the rings are started.
     pub(crate) cache_off: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        let (reads_config, cache_off) = (false, false);
-        Self { rings: 1, size: 64, without: F_LOG_ALL, inflight: false, reads_config, cache_off }
+        Self { rings: 1, size: 64, without: F_LOG_ALL, inflight: false, cache_off: false }
     }
 }
 
@@ -330,17 +327,20 @@ pub(crate) struct Guest {
     pub(crate) options: Options,
     pub(crate) features: u64,
     pub(crate) inflight: Option<(VhostUserInflight, File)>,
+    /// The next connection is the first of a machine: it reads the configuration.
+    pub(crate) begins: bool,
 }
 
 impl Guest {
-    /// Connects and starts all rings.
+    /// A machine begins: connects and starts all rings.
     pub(crate) fn start(socket: &Path, options: Options) -> Self {
         let memory = Arc::new(Memory::new());
         let event_idx = options.without & F_EVENT_IDX == 0;
         let rings =
             (0..options.rings).map(|index| Ring::new(index, options.size, event_idx, Arc::clone(&memory)));
         let rings = rings.collect();
-        let mut guest = Self { connection: None, memory, rings, options, features: 0, inflight: None };
+        let (connection, inflight) = (None, None);
+        let mut guest = Self { connection, memory, rings, options, features: 0, inflight, begins: true };
         guest.connect(socket);
         guest.start_rings(None);
         guest
@@ -373,7 +373,8 @@ impl Guest {
         frontend.set_features(self.features).unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         let no_flags = VhostUserConfigFlags::empty();
-        if self.options.reads_config {
+        // Without protocol features there is no such message.
+        if std::mem::take(&mut self.begins) && self.features & F_PROTOCOL_FEATURES != 0 {
             frontend.get_config(0, 60, no_flags, &[0; 60]).unwrap();
         }
         if self.options.cache_off {

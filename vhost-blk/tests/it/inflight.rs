@@ -307,6 +307,12 @@ fn a_revert_after_the_region_was_claimed_and_before_the_ring_starts_is_noticed()
     assert_eq!(fixture.disk.content(ByteRange::new(0, 512)).unwrap(), [1; 512]);
 }
 
+/// Serves a disk again, in another process so to say.
+fn serve(socket: &Path, disk: &Arc<MemoryDevice>) -> Server {
+    let config = ServerConfig { queues: 4, ..ServerConfig::new(socket) };
+    Server::bind(config, Arc::clone(disk) as Arc<dyn BlockDevice>, Arc::new(NoVmControl)).unwrap()
+}
+
 /// QEMU shows the guest the configuration that it read when the machine began, through all resets of the guest.
 #[test]
 fn the_write_cache_stays_off_across_restarts_and_resets_until_another_machine_begins() {
@@ -315,11 +321,9 @@ fn the_write_cache_stays_off_across_restarts_and_resets_until_another_machine_be
     let no_flags = VhostUserConfigFlags::empty();
     guest.frontend().set_config(32, no_flags, &[0]).unwrap();
     let Fixture { mut server, disk, directory } = fixture;
-    server.shutdown();
-    let config = ServerConfig { queues: 4, ..ServerConfig::new(directory.path().join("disk.sock")) };
-    let _server =
-        Server::bind(config, Arc::clone(&disk) as Arc<dyn BlockDevice>, Arc::new(NoVmControl)).unwrap();
     let socket = directory.path().join("disk.sock");
+    server.shutdown();
+    let _server = serve(&socket, &disk);
     guest.connect(&socket);
     guest.start_rings(None);
     let write = |guest: &mut Guest| assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
@@ -339,7 +343,7 @@ fn the_write_cache_stays_off_across_restarts_and_resets_until_another_machine_be
     guest.frontend().get_vring_base(0).unwrap();
     (guest.connection, guest.inflight) = (None, None);
     guest.rings[0].reset();
-    guest.options.reads_config = true;
+    guest.begins = true;
     guest.connect(&socket);
     guest.start_rings(None);
     write(&mut guest);
@@ -348,14 +352,41 @@ fn the_write_cache_stays_off_across_restarts_and_resets_until_another_machine_be
     assert_eq!(bytes, [1]);
 }
 
+/// Nobody keeps an in-flight region for it meanwhile, so there is nobody to learn from what it has set.
+#[test]
+fn the_write_cache_stays_off_when_the_server_is_restarted_while_the_guest_resets() {
+    let Fixture { mut server, disk, directory } = Fixture::new(1 << 20, None);
+    let socket = directory.path().join("disk.sock");
+    let mut guest = Guest::start(&socket, Options { inflight: true, ..Options::default() });
+    let no_flags = VhostUserConfigFlags::empty();
+    guest.frontend().set_config(32, no_flags, &[0]).unwrap();
+    guest.frontend().get_vring_base(0).unwrap();
+    (guest.connection, guest.inflight) = (None, None);
+    guest.rings[0].reset();
+    server.shutdown();
+    let mut next = serve(&socket, &disk);
+    guest.connect(&socket);
+    guest.start_rings(None);
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    assert_eq!(disk.flushes(), 1, "the guest relies on it");
+
+    // One that says that it is on is believed, by the next server too.
+    guest.frontend().set_config(32, no_flags, &[1]).unwrap();
+    assert_eq!(guest.request(OUT, 0, &[2; 512], 0).0, OK);
+    next.shutdown();
+    let _next = serve(&socket, &disk);
+    guest.connect(&socket);
+    guest.start_rings(None);
+    assert_eq!(guest.request(OUT, 0, &[3; 512], 0).0, OK);
+    assert_eq!(disk.flushes(), 1);
+}
+
 /// Drivers may set it before they have said that they are ready.
 #[test]
 fn a_write_cache_that_is_turned_off_before_the_rings_start_is_off() {
     let fixture = Fixture::new(1 << 20, None);
-    let mut guest = Guest::start(
-        &fixture.socket(),
-        Options { inflight: true, cache_off: true, reads_config: true, ..Options::default() },
-    );
+    let mut guest =
+        Guest::start(&fixture.socket(), Options { inflight: true, cache_off: true, ..Options::default() });
     assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
     assert_eq!(fixture.disk.flushes(), 1);
 }
