@@ -136,7 +136,7 @@ impl Batch {
 }
 
 /// Cuts `len` bytes at `offset` of the volume and `at` in a buffer into requests.
-fn pieces(offset: u64, at: usize, len: usize) -> impl Iterator<Item = (u64, usize, usize)> {
+pub(super) fn pieces(offset: u64, at: usize, len: usize) -> impl Iterator<Item = (u64, usize, usize)> {
     let piece = move |skip| (offset + skip as u64, at + skip, REQUEST_BYTES.min(len - skip));
     (0..len).step_by(REQUEST_BYTES).map(piece)
 }

@@ -6,7 +6,7 @@ use cdp_types::{ByteRange, IoBuf, crc32c};
 
 use super::format::{DATA_START, Image, MachineFacts};
 use super::layout::{Layout, SlotKind};
-use super::pipeline::Pipeline;
+use super::pipeline::{Pipeline, pieces};
 use super::store::carry_out;
 use super::{Control, PageStore, Progress, Request};
 use crate::coverage::Coverage;
@@ -166,8 +166,9 @@ fn check_capacity<S: PageStore>(store: &S, layout: &Layout) -> Result<(), Error>
 
 /// Writes the header; it and all that was written before is durable afterwards.
 fn write_header<S: PageStore>(store: &mut S, image: &Image, control: &Control<'_>) -> Result<(), Error> {
-    let from = IoBuf::from_bytes(&image.encode()?);
-    carry_out(store, vec![Request::Write { offset: 0, from }], control)?;
+    let header = IoBuf::from_bytes(&image.encode()?);
+    let write = |(offset, at, len)| Request::Write { offset, from: header.slice(at, len) };
+    carry_out(store, pieces(0, 0, header.len()).map(write).collect(), control)?;
     carry_out(store, vec![Request::Flush], control)
 }
 

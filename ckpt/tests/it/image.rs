@@ -212,6 +212,23 @@ fn a_volume_that_is_too_small_is_refused_before_anything_is_written() {
 }
 
 #[test]
+fn a_header_that_is_longer_than_a_write_may_be_comes_back() {
+    let mut config = MemoryConfig::new(1 << 32);
+    config.info.max_write_bytes = 256 << 10;
+    let device = Arc::new(MemoryDevice::new(config).unwrap());
+    let store = || QueueStore::open(device.clone() as _).unwrap();
+    let one_page: &[u32] = &[1];
+    let names: Vec<String> = (0..900).map(|number| format!("dimm{number}")).collect();
+    let blocks: Vec<(&str, &[u32])> = names.iter().map(|name| (name.as_str(), one_page)).collect();
+    let machine = Machine::new(&blocks);
+    save(&hot(&machine), store()).unwrap();
+    unhindered(|control| {
+        let restorer = Restorer::open(store(), control).unwrap();
+        assert_eq!(restorer.image().blocks(), machine.ram_blocks());
+    });
+}
+
+#[test]
 fn a_volume_that_fails_ends_it_with_an_error() {
     for seed in 0..10 {
         let faults = MemoryFaults { seed, max_delay: Duration::ZERO, errors_per_million: 200_000 };
