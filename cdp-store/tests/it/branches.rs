@@ -202,8 +202,10 @@ fn a_deleted_branch_cannot_be_opened_and_who_reads_it_can_go_on() {
     let bad = head(&bench, &name);
     let first = bench.machine.store().branches(&name).unwrap()[0].id;
     assert_eq!(bench.machine.store().delete_branch(&name, first, false).unwrap_err().kind(), ErrorKind::Busy);
-    let label = "bad".parse().unwrap();
-    bench.machine.store().mark(&name, &Instant::Seq(bad), &label, BTreeMap::new()).unwrap();
+    for (seq, label) in [(good, "good"), (bad, "bad")] {
+        let label = label.parse().unwrap();
+        bench.machine.store().mark(&name, &Instant::Seq(seq), &label, BTreeMap::new()).unwrap();
+    }
     // Of this branch nothing is inherited, but for what the head was put back to.
     revert(&bench, &name, Seq::ZERO);
     write(&bench, &name, 1, 5);
@@ -229,12 +231,16 @@ fn a_deleted_branch_cannot_be_opened_and_who_reads_it_can_go_on() {
     assert!(refused.to_string().contains("the nearest instant left"), "{refused}");
 
     store.delete_branch(&name, first, true).unwrap();
-    assert!(store.volume_info(&name).unwrap().marks.is_empty(), "marks go with their branch");
+    let marks = store.volume_info(&name).unwrap().marks;
+    let marks: Vec<&str> = marks.iter().map(|mark| mark.label.as_str()).collect();
     assert_eq!(
-        blocks(&bench, &name, &Instant::Seq(good)),
-        [1, 0, 0, 0],
-        "{HELD}: what the head inherits stays"
+        marks,
+        ["good"],
+        "{HELD}: marks go with their branch, but for those on what the head inherits"
     );
+    for kept in [Instant::Seq(good), Instant::Mark("good".parse().unwrap())] {
+        assert_eq!(blocks(&bench, &name, &kept), [1, 0, 0, 0], "{HELD}: what the head inherits stays");
+    }
     assert_eq!(
         bench.machine.store().open_at(&name, &Instant::Seq(bad)).unwrap_err().kind(),
         ErrorKind::NotFound

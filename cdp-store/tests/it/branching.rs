@@ -18,6 +18,34 @@ pub struct Reader {
     what: String,
 }
 
+impl Memory {
+    /// The number of the branch on which an instant lies.
+    fn branch_of(&self, at: Seq) -> usize {
+        self.forks.partition_point(|f| f.start <= at)
+    }
+
+    /// What a branch that begins at an instant inherits from: another, up to an instant of it. The very beginning of a
+    /// branch is what that one has inherited.
+    fn parent_of(&self, mut at: Seq) -> (usize, Seq) {
+        loop {
+            let branch = self.branch_of(at);
+            match branch.checked_sub(1).map(|fork| self.forks[fork]) {
+                Some(fork) if fork.start == at => at = fork.to,
+                _ => return (branch, at),
+            }
+        }
+    }
+
+    /// All that it inherits, the nearest first.
+    fn line_of(&self, at: Seq) -> Vec<(usize, Seq)> {
+        let mut line = vec![self.parent_of(at)];
+        while let Some(&(branch @ 1.., _)) = line.last() {
+            line.push(self.parent_of(self.forks[branch - 1].to));
+        }
+        line
+    }
+}
+
 /// Readers held open at a time.
 const MOST_READERS: usize = 4;
 /// Branches of a volume, deleted ones not counted; more, and old ones go.
@@ -136,6 +164,7 @@ impl Machine {
             Memory { blocks: original.blocks, base: original.image(&log, at), ..Memory::new(original.unit) };
         let covered: Vec<_> = log.iter().filter(|l| original.counts(l.seq, at)).map(|l| l.origin).collect();
         let spec = CloneSpec { source: source.clone(), at: Instant::Seq(at), name: name.clone() };
+        self.volumes.get_mut(&source).unwrap().clones.push((name.clone(), at));
         let change = Undecided::Clone(name.clone(), Box::new(memory.clone()));
         self.change(change, |store| store.clone_volumes(&[spec]))?;
         self.volumes.get_mut(&source).unwrap().flushed(&covered);
@@ -143,7 +172,7 @@ impl Machine {
         Some((name, source, at))
     }
 
-    /// One of the branches that reverts have left behind is deleted.
+    /// One of the branches that reverts have left behind is deleted; not while it is open what branches there are.
     pub fn delete_branch(&mut self) {
         let Some(name) = self.some_volume() else { return };
         let branches: Vec<BranchInfo> =
@@ -153,33 +182,66 @@ impl Machine {
         }
         let count = branches.len();
         let index = if count >= MOST_BRANCHES { 0 } else { self.rng.random_range(0..count) };
-        let branch = branches[index].id;
+        let BranchInfo { id, start, .. } = branches[index];
+        if !self.undecided.is_empty() {
+            return;
+        }
         let epochs = self.vm.epochs_of(&name);
-        let change = Undecided::DeleteBranch(name.clone());
-        let deleted = self.change(change, |store| match store.delete_branch(&name, branch, true) {
+        let change = Undecided::DeleteBranch(name.clone(), start);
+        let deleted = self.change(change, |store| match store.delete_branch(&name, id, true) {
             // A checkpoint needs it.
-            Err(error) if error.kind() == ErrorKind::Busy && !epochs.is_empty() => Ok(()),
-            other => other,
+            Err(error) if error.kind() == ErrorKind::Busy && !epochs.is_empty() => Ok(false),
+            other => other.map(|()| true),
         });
-        if deleted.is_some() {
-            self.adopt_marks(&name);
-        } else if self.is_alive() {
-            // It is deleted all the same: only giving its rows back has failed.
-            self.adopt_marks(&name);
+        if deleted == Some(true) {
+            self.note_deletion(&name, start);
         }
     }
 
-    /// Marks on a deleted branch go with it.
-    fn adopt_marks(&mut self, name: &VolumeName) {
-        let info = self.store().volume_info(name).unwrap();
+    /// Marks on a deleted branch go with it, but for those on what others inherit. What is certainly inherited is so by a
+    /// branch that can be opened; deleted ones, and clones that are gone, inherit until they have been given back, and
+    /// when that is done is the store's affair.
+    fn note_deletion(&mut self, name: &VolumeName, start: Seq) {
+        let memory = &self.volumes[name];
+        let number = memory.branch_of(start);
+        let next = memory.forks.get(number).map(|f| f.start);
+        let can_be_opened = |(clone, _): &&(VolumeName, Seq)| {
+            self.volumes.get(clone).is_some_and(|clone| !clone.deleted.contains(&0))
+        };
+        let forks = memory.forks.iter().zip(1_usize..).filter(|(_, number)| !memory.deleted.contains(number));
+        let origins = forks.map(|(fork, _)| fork.to);
+        let origins = origins.chain(memory.clones.iter().filter(can_be_opened).map(|(_, at)| *at));
+        // What begins where the branch does inherits from what that one does.
+        let certainly = origins
+            .flat_map(|at| memory.line_of(at))
+            .filter(|(branch, upto)| *branch == number && *upto > start)
+            .map(|(_, upto)| upto)
+            .max();
+        let origins = memory.forks.iter().map(|f| f.to).chain(memory.clones.iter().map(|(_, at)| *at));
+        let possibly = origins
+            .map(|at| memory.parent_of(at))
+            .filter(|(branch, _)| *branch == number)
+            .map(|(_, upto)| upto)
+            .max();
+        let there = self.store().volume_info(name).unwrap().marks;
         let memory = self.volumes.get_mut(name).unwrap();
-        memory.marks.retain(|label, _| info.marks.iter().any(|m| m.label == *label));
+        memory.deleted.insert(number);
+        memory.marks.retain(|label, &mut seq| {
+            let elsewhere = seq < start || next.is_some_and(|next| seq >= next);
+            let unsure = Some(seq) <= possibly && there.iter().any(|m| m.label == *label);
+            elsewhere || Some(seq) <= certainly || unsure
+        });
     }
 
-    /// After a crash: whether a branch was deleted shows in the marks that were on it.
-    pub fn decide_deletion(&mut self, name: &VolumeName) {
-        if self.store().volume(name).is_ok() {
-            self.adopt_marks(name);
+    /// After a crash: whether a branch was deleted.
+    pub fn decide_deletion(&mut self, name: &VolumeName, start: Seq) {
+        if self.store().volume(name).is_err() {
+            return;
+        }
+        let branches = self.store().branches(name).unwrap();
+        // One that is not told of has been given back.
+        if branches.iter().all(|b| b.deleted || b.start != start) {
+            self.note_deletion(name, start);
         }
     }
 

@@ -1,8 +1,8 @@
 //! What guests do at random, and what a volume must remember of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use cdp_types::{Label, Origin, Seq};
+use cdp_types::{Label, Origin, Seq, VolumeName};
 use rand::Rng;
 use rand::rngs::SmallRng;
 
@@ -66,8 +66,12 @@ pub struct Memory {
     pub marks: BTreeMap<Label, Seq>,
     /// What it held when it was made: a clone's history begins with it.
     pub base: Image,
-    /// How it was reverted, oldest first.
+    /// How it was reverted, oldest first. The first branch is number 0, and each of these begins another one.
     pub forks: Vec<Fork>,
+    /// The numbers of branches that were deleted.
+    pub deleted: BTreeSet<usize>,
+    /// The clones that were made of it, or were to be, and of which instants.
+    pub clones: Vec<(VolumeName, Seq)>,
 }
 
 /// One revert of a volume.
@@ -92,6 +96,8 @@ impl Memory {
             marks: BTreeMap::new(),
             base: Image::new(),
             forks: Vec::new(),
+            deleted: BTreeSet::new(),
+            clones: Vec::new(),
         }
     }
 

@@ -44,8 +44,8 @@ pub enum Undecided {
     Clone(VolumeName, Box<Memory>),
     /// A volume was going back to an instant.
     Revert(VolumeName, Seq),
-    /// Some branch of a volume was being deleted.
-    DeleteBranch(VolumeName),
+    /// The branch of a volume that begins here was being deleted.
+    DeleteBranch(VolumeName, Seq),
     /// Something was done with the virtual machine.
     Vm(VmChange),
 }

@@ -112,7 +112,7 @@ impl Machine {
                     self.volumes.insert(name, *memory);
                 }
                 Undecided::Revert(name, to) => self.decide_revert(&name, to),
-                Undecided::DeleteBranch(name) => self.decide_deletion(&name),
+                Undecided::DeleteBranch(name, start) => self.decide_deletion(&name, start),
                 Undecided::Vm(change) => self.decide_vm(change),
                 Undecided::Create(..) | Undecided::Destroy(_) | Undecided::Clone(..) => {}
             }
