@@ -161,6 +161,21 @@ fn converse(fixture: &Fixture, seed: u64) {
     });
 }
 
+/// A number from the environment.
+fn told(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// The seeds to run: the one that was asked for, or all.
+fn seeds() -> std::ops::RangeInclusive<u64> {
+    told("NBD_FUZZ_SEED").map_or(0..=u64::MAX, |seed| seed..=seed)
+}
+
+/// When a fuzzer ends that has no end.
+fn until() -> Instant {
+    Instant::now() + Duration::from_secs(told("NBD_FUZZ_SECONDS").unwrap_or(2))
+}
+
 /// Counts panics of the server's threads; a test's own are its failures anyway.
 fn count_panics() {
     static ONCE: Once = Once::new();
@@ -181,8 +196,8 @@ fn no_tls_handshake_breaks_the_server() {
     let (papers, keys) = (Papers::new(), Keys::new());
     let servers = [papers.tls(TlsMode::Required, true), keys.tls(TlsMode::Required)]
         .map(|tls| Fixture::with(None, |config| config.tls = Some(tls)));
-    let until = Instant::now() + Duration::from_secs(1);
-    for seed in 0.. {
+    let until = until();
+    for seed in seeds() {
         let mut random = SmallRng::seed_from_u64(seed);
         let mut bytes = hello(random.random());
         mutate(&mut random, &mut bytes);
@@ -196,6 +211,7 @@ fn no_tls_handshake_breaks_the_server() {
         }
         assert_eq!(PANICS.load(Ordering::SeqCst), 0, "seed {seed}");
         if Instant::now() >= until {
+            println!("{} handshakes", seed + 1);
             break;
         }
     }
@@ -211,13 +227,9 @@ fn no_conversation_breaks_the_server() {
         config.limits = limits;
         config.tls = Some(papers.tls(TlsMode::Allowed, false));
     });
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let (first, last) = match number("NBD_FUZZ_SEED") {
-        Some(seed) => (seed, seed),
-        None => (0, u64::MAX),
-    };
-    let until = Instant::now() + Duration::from_secs(number("NBD_FUZZ_SECONDS").unwrap_or(2));
-    for seed in first..=last {
+    let (seeds, until) = (seeds(), until());
+    let last = *seeds.end();
+    for seed in seeds {
         converse(&fixture, seed);
         assert_eq!(PANICS.load(Ordering::SeqCst), 0, "seed {seed}");
         if seed % 50 == 0 || seed == last {
@@ -225,7 +237,7 @@ fn no_conversation_breaks_the_server() {
             assert_eq!(client.write(0, 0, &[seed as u8; 512]), 0, "seed {seed}");
             assert_eq!(client.read(0, 512), [seed as u8; 512], "seed {seed}");
         }
-        if Instant::now() >= until && number("NBD_FUZZ_SEED").is_none() {
+        if Instant::now() >= until {
             println!("{} conversations", seed + 1);
             break;
         }
