@@ -208,12 +208,18 @@ fn reads_of_more_leaves_than_the_map_may_keep_find_them_while_others_wait() {
         let some: Vec<u64> = leaves.iter().map(|leaf| (leaf + round * 31) % 200).collect();
         read_leaves(&mut queue, &some, false, || ());
     }
-    let loads = store.volumes()[0].stats.leaf_loads;
-    assert!(loads >= 200, "most of these leaves were not at hand: {loads}");
+    let loads = || store.volumes()[0].stats.leaf_loads;
+    assert!(loads() >= 200, "most of these leaves were not at hand: {}", loads());
     // Whoever reads while the volume is reverted, or the store closed, gets an answer.
-    let revert = || drop(store.revert(&[(name.clone(), first.clone())], true).unwrap());
-    read_leaves(&mut queue, &leaves, true, revert);
+    let last = Instant::Seq(volume.head().seq);
+    let revert = |to: &Instant| drop(store.revert(&[(name.clone(), to.clone())], true).unwrap());
+    read_leaves(&mut queue, &leaves, true, || revert(&first));
     let mut queue = volume.open_queue().unwrap();
     read_leaves(&mut queue, &[0; 64], false, || ());
-    read_leaves(&mut queue, &[0; 64], true, || store.close().unwrap());
+    // A revert keeps no leaf at hand.
+    revert(&last);
+    let mut queue = volume.open_queue().unwrap();
+    let before = loads();
+    read_leaves(&mut queue, &leaves, true, || store.close().unwrap());
+    assert!(loads() > before, "the store was closed while nobody looked for a leaf");
 }
