@@ -1,5 +1,6 @@
 //! Reverts, clones, deleted branches, and readers that stay open across them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cdp_store::{BranchInfo, CloneSpec, ErrorKind};
@@ -195,7 +196,15 @@ impl Machine {
         });
         if deleted == Some(true) {
             self.note_deletion(&name, start);
+            self.check_marks(&name);
         }
+    }
+
+    /// The store's marks of a volume are those that were made and have not gone with their branch.
+    pub fn check_marks(&self, name: &VolumeName) {
+        let marks = self.store().volume_info(name).unwrap().marks;
+        let marks: BTreeMap<_, _> = marks.into_iter().map(|m| (m.label, m.seq)).collect();
+        assert_eq!(marks, self.volumes[name].marks, "invariant 3 violated: the marks of {name}");
     }
 
     /// Marks on a deleted branch go with it, but for those on what others inherit. What is certainly inherited is so by a
