@@ -134,6 +134,33 @@ fn changes() -> impl Strategy<Value = Change> {
     ]
 }
 
+/// Changes of three volumes, and of what is theirs, that can follow one another in any order.
+fn volume_changes() -> impl Strategy<Value = Change> {
+    let volume = || (1..=3_u64).prop_map(VolumeId);
+    let branch = || (1..=8_u64).prop_map(BranchId);
+    let label = || (1..=3_u64).prop_map(|number| format!("mark{number}").parse::<Label>().unwrap());
+    let seq = || (0..=9_u64).prop_map(Seq);
+    prop_oneof![
+        (branch(), volume(), prop::option::of((branch(), seq())), seq()).prop_map(
+            |(id, volume, parent, start)| {
+                let state = BranchState::Kept;
+                Change::Revert { branch: BranchRow { id, volume, parent, start, created_ns: 1, state } }
+            }
+        ),
+        branch().prop_map(|branch| Change::DeleteBranch { branch }),
+        branch().prop_map(|branch| Change::ForgetBranch { branch }),
+        (volume(), label(), branch(), seq()).prop_map(|(volume, label, branch, seq)| {
+            let metadata = BTreeMap::from([("why".to_owned(), "a \"test\"".to_owned())]);
+            Change::Mark { mark: MarkRow { volume, label, branch, seq, time_ns: 2, metadata } }
+        }),
+        (volume(), label()).prop_map(|(volume, label)| Change::Unmark { volume, label }),
+        volume().prop_map(|volume| Change::Destroy { volume }),
+        volume().prop_map(|volume| Change::Reclaim { volume }),
+        volume().prop_map(|volume| Change::Retire { volume }),
+        (volume(), 1..=9_u64).prop_map(|(volume, n)| Change::Resize { volume, size_bytes: n * 4096 }),
+    ]
+}
+
 fn applied(changes: &[Change]) -> (Catalogue, WriteBatch) {
     let (mut catalogue, mut rows) = (Catalogue::default(), WriteBatch::new());
     for change in changes {
@@ -156,7 +183,9 @@ proptest! {
     }
 
     #[test]
-    fn rows_say_what_the_log_says(changes in prop::collection::vec(changes(), 0..40)) {
+    fn rows_say_what_the_log_says(
+        changes in prop::collection::vec(prop_oneof![changes(), volume_changes()], 0..60)
+    ) {
         let changes: Vec<Change> = base().into_iter().chain(changes).collect();
         let (catalogue, mut rows) = applied(&changes);
         let place = Position { ordinal: Ordinal(1), crc: 0, incarnation: 0, offset: 0, time_ns: 0, seq: Seq(1) };
