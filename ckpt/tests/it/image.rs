@@ -206,8 +206,11 @@ fn a_volume_that_is_too_small_is_refused_before_anything_is_written() {
     let needed = capacity_for(&blocks, 1 << 20);
     save(&hot(&some()), MemoryPages::new(needed)).unwrap();
     for capacity in [0, 2 << 20, 4 << 20] {
-        let error = save(&hot(&some()), MemoryPages::new(capacity)).unwrap_err();
+        let store = Shared(Arc::new(std::sync::Mutex::new(MemoryPages::new(capacity))));
+        let error = save(&hot(&some()), store.clone()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NoSpace);
+        let pages = store.0.lock().unwrap();
+        assert_eq!((pages.bytes_written(), pages.flushes()), (0, 0), "{capacity} bytes");
     }
 }
 

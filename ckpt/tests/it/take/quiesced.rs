@@ -47,7 +47,7 @@ async fn file_systems_go_on_wherever_the_checkpoint_fails() {
     let bed = Bed::new().await;
     let (agent, path) = agent(&bed, "agent", AgentConduct::Obeys);
     for mode in MODES {
-        let script = undisturbed(mode);
+        let (script, before) = (undisturbed(mode), agent.thaws());
         for at in 0..script.len() {
             for end in [Act::Cancel, Act::HangUp, Act::Fail("x")] {
                 let what = format!("{mode:?}, {end:?} at {at}");
@@ -58,6 +58,7 @@ async fn file_systems_go_on_wherever_the_checkpoint_fails() {
                 bed.assert_put_back(&what);
             }
         }
+        assert!(agent.thaws() > before, "{mode:?}: nothing was stilled");
     }
 }
 
