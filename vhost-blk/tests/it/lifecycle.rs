@@ -230,9 +230,16 @@ fn a_reset_device_can_be_set_up_again() {
     guest.frontend().reset_device().unwrap();
     let (_, config) = guest.frontend().get_config(32, 1, VhostUserConfigFlags::empty(), &[0]).unwrap();
     assert_eq!(config, [0], "the front end shows the guest what was set, so it holds");
+    let answered = (0..8).filter(|&slot| guest.status(1, slot) != 255).count();
+    assert_eq!(guest.rings[1].used_index(), answered as u16, "everything that was taken is reported");
     guest.rings.iter_mut().for_each(Ring::reset);
     guest.start_rings(Some(&[0, 0]));
     assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    put_writes(&mut guest, 1, 8);
+    while guest.rings[1].seen != 8 {
+        guest.rings[1].wait();
+    }
+    assert!((0..8).all(|slot| guest.status(1, slot) == OK));
 }
 
 #[test]
