@@ -16,13 +16,13 @@ const FILLED: u64 = 4;
 
 impl Bench {
     /// A volume whose first blocks are filled with sevens; returns where its history stands.
-    fn filled(&self, name: &str) -> Seq {
+    pub(crate) fn filled(&self, name: &str) -> Seq {
         let frames = vec![start(MIB), data(0, 7, FILLED as usize * 4096), Frame::End];
         self.import(name, frames).unwrap().head.seq
     }
 
     /// Serves a volume on a socket of its name.
-    fn serve_here(&self, name: &str) -> PathBuf {
+    pub(crate) fn serve_here(&self, name: &str) -> PathBuf {
         let socket = self.root.path().join(format!("{name}.sock"));
         self.serve(name, &socket).unwrap();
         socket
@@ -54,7 +54,7 @@ impl Bench {
     }
 
     /// Which blocks of a volume hold sevens at an instant; nothing else is in any.
-    fn sevens(&self, name: &str, at: &str) -> Vec<u64> {
+    pub(crate) fn sevens(&self, name: &str, at: &str) -> Vec<u64> {
         let blocks = self.blocks(&format!("/v1/volumes/{name}/data?at={at}"));
         let full = |(block, bytes): (u64, Vec<u8>)| {
             assert!(bytes == [7; 4096] || bytes == [0; 4096], "block {block}");

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod destruction;
 mod guest;
 mod history;
 mod machines;
@@ -66,10 +67,14 @@ impl Bench {
         self.runtime.block_on(self.daemon.take().unwrap().stop()).unwrap();
     }
 
-    fn restart(&mut self) {
-        self.stop();
+    fn start_again(&mut self) {
         let config = config(self.root.path());
         self.daemon = Some(self.runtime.block_on(Daemon::start(config)).unwrap());
+    }
+
+    fn restart(&mut self) {
+        self.stop();
+        self.start_again();
     }
 
     fn create(&self, name: &str, size_bytes: u64) -> Result<Volume, ApiError> {
@@ -323,7 +328,7 @@ fn a_socket_that_cannot_be_made_at_start_is_made_later() {
     bench.serve("web1", &directory.join("web1.sock")).unwrap();
     bench.stop();
     std::fs::remove_dir_all(&directory).unwrap();
-    bench.daemon = Some(bench.runtime.block_on(Daemon::start(config(bench.root.path()))).unwrap());
+    bench.start_again();
     let status = bench.show("web1").unwrap().serving.unwrap().status;
     assert!(matches!(status, ServingStatus::Failed(_)), "{status}");
     std::fs::create_dir(&directory).unwrap();
