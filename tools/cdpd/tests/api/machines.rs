@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::{Bench, MIB};
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 
 impl Bench {
     fn put_vm(&self, name: &str, volumes: &[&str], launch: &Value) -> Result<Vm, ApiError> {
@@ -23,7 +23,8 @@ impl Bench {
     }
 }
 
-fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
+/// Looks again and again, until it is so or too late.
+pub(crate) fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
     let by = Instant::now() + LIMIT;
     while !reached() {
         assert!(Instant::now() < by, "waited in vain until {what}");

@@ -6,6 +6,7 @@ mod destruction;
 mod guest;
 mod history;
 mod machines;
+mod nbd;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
