@@ -6,6 +6,7 @@ mod destruction;
 mod guest;
 mod history;
 mod machines;
+mod metrics;
 mod nbd;
 
 use std::collections::BTreeMap;
@@ -131,6 +132,14 @@ fn start(size_bytes: u64) -> Frame {
 
 fn data(offset: u64, byte: u8, len: usize) -> Frame {
     Frame::Data { offset, bytes: vec![byte; len] }
+}
+
+/// The whole answer to a request for the metrics, sent over this connection.
+fn ask_for_metrics(mut stream: impl Read + Write, host: &str) -> String {
+    write!(stream, "GET /v1/metrics HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
 }
 
 #[test]
@@ -445,12 +454,9 @@ fn the_api_also_answers_over_tcp() {
     let mut bench = Bench::with(|config| config.http = Some(port));
     bench.create("web1", MIB).unwrap();
     let ask = |host: &str| {
-        let mut stream = TcpStream::connect(port).unwrap();
+        let stream = TcpStream::connect(port).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        write!(stream, "GET /v1/metrics HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
+        ask_for_metrics(stream, host)
     };
     let metrics = ask(&port.to_string());
     assert!(metrics.starts_with("HTTP/1.1 200"), "{metrics}");

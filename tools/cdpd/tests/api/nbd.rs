@@ -14,9 +14,10 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// For so long a relative instant means the same, as docs/operations.md has it.
 const SAME_INSTANT: Duration = Duration::from_secs(10);
 
-/// `NBD_CMD_READ` and `NBD_CMD_WRITE`.
+/// `NBD_CMD_READ`, `NBD_CMD_WRITE` and `NBD_CMD_FLUSH`.
 const READ: u16 = 0;
 const WRITE: u16 = 1;
+const FLUSH: u16 = 3;
 
 /// A client, as small as it gets: `NBD_OPT_EXPORT_NAME` and simple replies.
 pub(crate) struct NbdClient(UnixStream);
@@ -55,6 +56,10 @@ impl NbdClient {
 
     pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) {
         self.request(WRITE, offset, bytes.len() as u32, bytes);
+    }
+
+    pub(crate) fn flush(&mut self) {
+        self.request(FLUSH, 0, 0, &[]);
     }
 
     /// Sends a request, and reads what says that it has succeeded.
