@@ -8,6 +8,7 @@ mod history;
 mod machines;
 mod metrics;
 mod nbd;
+mod space;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
