@@ -1,5 +1,7 @@
 //! Marks, reverts, clones and branches.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use cdp_types::Seq;
@@ -9,6 +11,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 
 use crate::guest::Guest;
+use crate::machines::wait_until;
 use crate::{Bench, MIB, data, start};
 
 /// Blocks that hold something after [`Bench::filled`].
@@ -190,6 +193,31 @@ fn a_guest_that_runs_keeps_its_disk_unless_it_is_forced_off() {
     // The next guest works on the new branch.
     Guest::start(&socket).zero(12288, 4096);
     assert_eq!(bench.sevens("web1", "head"), [0, 1, 2]);
+    bench.stop();
+}
+
+#[test]
+fn a_revert_whose_client_goes_away_comes_to_its_end_and_the_volume_is_served() {
+    let mut bench = Bench::new();
+    let before = bench.filled("web1");
+    let socket = bench.serve_here("web1");
+    let targets = json!([{ "name": "web1", "at": format!("seq:{before}") }]);
+    let body = json!({ "volumes": targets, "force": true }).to_string();
+    let status = || bench.show("web1").unwrap().serving.unwrap().status;
+    for branches in 1..=4 {
+        let mut guest = Guest::start(&socket);
+        guest.zero(0, 4096);
+        assert_eq!((bench.branches("web1").len(), bench.sevens("web1", "head")), (branches, vec![1, 2, 3]));
+        let mut client = UnixStream::connect(bench.store().join("cdpd.sock")).unwrap();
+        let head = "POST /v1/revert HTTP/1.1\r\nHost: cdpd\r\nContent-Type: application/json";
+        write!(client, "{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+        // Before that it may not have begun, and then nothing happens.
+        wait_until("the guest's server is stopped", || status() != ServingStatus::Connected);
+        drop(client);
+        wait_until("the volume is served again", || status() == ServingStatus::Listening);
+        assert!(guest.is_cut_off());
+        assert_eq!(bench.sevens("web1", "head"), [0, 1, 2, 3]);
+    }
     bench.stop();
 }
 
