@@ -59,15 +59,19 @@ fn a_daemon_that_is_killed_while_it_saves_leaves_a_machine_that_runs_and_can_be_
         let machine = Machine::new(scene, &tool, Shape::SIMPLE, None)?;
         let guest = machine.boot()?;
         machine.take("hot")?;
-        for (mode, delay_ms) in [("hot", 60), ("live", 120), ("pause", 90), ("hot", 250)] {
+        for (mode, delay_ms) in [("hot", 0), ("live", 60), ("pause", 30), ("hot", 150)] {
+            let before = machine.checkpoints()?.len();
             std::thread::scope(|threads| -> Result<()> {
                 let saving = threads.spawn(|| tool.json(&["checkpoint", "take", "web1", "--mode", mode]));
+                wait_for("the checkpoint to be begun", Duration::from_secs(60), || {
+                    Ok((machine.checkpoints()?.len() > before).then_some(()))
+                })?;
                 std::thread::sleep(Duration::from_millis(delay_ms));
                 cdpd.kill9()?;
                 // It may have been quick enough.
                 let saved = saving.join().map_err(|_| anyhow!("the tool's thread has panicked"))?;
                 println!(
-                    "{mode}, killed after {delay_ms} ms: {}",
+                    "{mode}, killed {delay_ms} ms after its beginning: {}",
                     if saved.is_ok() { "complete" } else { "not" }
                 );
                 Ok(())
@@ -80,6 +84,8 @@ fn a_daemon_that_is_killed_while_it_saves_leaves_a_machine_that_runs_and_can_be_
                 Ok(listed.iter().all(|one| one["state"] != "begun").then_some(()))
             })?;
         }
+        let listed = machine.checkpoints()?;
+        ensure!(listed.iter().any(|one| one["state"] == "aborted"), "no kill has met a saving: {listed:?}");
         let last = machine.take("hot")?;
         machine.go_back(guest, &id_of(&last)?)?.kill()?;
         tool.run(&["verify"])?;

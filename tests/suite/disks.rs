@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Result, ensure};
 use e2e::process::wait_for;
 use e2e::workload::files_of;
-use e2e::{Cdpd, Guest, run_scene};
+use e2e::{Cdpd, Guest, Tool, run_scene};
 
 use crate::writers::{Writer, format};
 
@@ -76,6 +76,16 @@ fn a_volume_that_grows_grows_in_its_running_guest() {
     });
 }
 
+/// The file with which a volume's log begins (docs/operations.md, "Space").
+const FIRST_FILE_BYTES: u64 = 4 << 20;
+
+/// What a volume's log takes.
+fn log_bytes(tool: &Tool, volume: &str) -> Result<u64> {
+    let segments = tool.json_lines(&["inspect", "segments"])?;
+    let own = segments.iter().filter(|segment| segment["volume_name"] == volume);
+    Ok(own.filter_map(|segment| segment["file_bytes"].as_u64()).sum())
+}
+
 #[test]
 fn a_disk_of_sixteen_tebibytes_costs_nothing_until_it_is_written() {
     run_scene(|scene| {
@@ -84,6 +94,7 @@ fn a_disk_of_sixteen_tebibytes_costs_nothing_until_it_is_written() {
         let socket = tool.create_and_serve(scene, "huge", "16T", 1)?;
         let mut guest = Guest::builder().disk(&socket).boot(scene)?;
         ensure!(guest.run("blockdev --getsize64 /dev/vda")?.trim() == (16_u64 << 40).to_string());
+        ensure!(log_bytes(&tool, "huge")? == 0, "a disk that was only looked at has a log");
         // The last block of the disk, and one in its middle.
         for block in [0, (8_u64 << 40) / 4096 + 1, (16_u64 << 40) / 4096 - 1] {
             guest.run(&format!(
@@ -96,6 +107,8 @@ fn a_disk_of_sixteen_tebibytes_costs_nothing_until_it_is_written() {
                 guest.run(&format!("dd if=/dev/vda bs=4096 skip={block} count=1 2>/dev/null | head -n 1"))?;
             ensure!(read == format!("here {block}\n"), "{read}");
         }
+        let bytes = log_bytes(&tool, "huge")?;
+        ensure!((1..=FIRST_FILE_BYTES).contains(&bytes), "{bytes} bytes of log for three blocks");
         guest.quit()?;
         cdpd.stop()
     });
