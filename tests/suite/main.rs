@@ -11,6 +11,7 @@ mod doctor;
 mod every_state;
 mod hot_memory;
 mod images;
+mod interrupted;
 mod killed_daemon;
 mod lifecycle;
 mod load;

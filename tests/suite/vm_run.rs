@@ -18,7 +18,7 @@ fn builder() -> GuestBuilder {
 }
 
 /// A machine under load, run by the tool.
-fn machine(scene: &Scene, tool: &Tool) -> Result<Guest> {
+pub(crate) fn machine(scene: &Scene, tool: &Tool) -> Result<Guest> {
     let data = scene.path("data.img");
     Load::SIMPLE.image(&data)?;
     tool.run(&["volume", "create", "web1", "--from", &data.to_string_lossy(), "--format", "raw"])?;
@@ -30,11 +30,11 @@ fn machine(scene: &Scene, tool: &Tool) -> Result<Guest> {
     Ok(guest)
 }
 
-fn supervised(tool: &Tool, vm: &str) -> Result<Value> {
+pub(crate) fn supervised(tool: &Tool, vm: &str) -> Result<Value> {
     Ok(tool.json(&["vm", "show", vm])?["supervised"].clone())
 }
 
-fn is_sound(guest: &Guest) -> Result<()> {
+pub(crate) fn is_sound(guest: &Guest) -> Result<()> {
     Load::wait_for_word(guest)?;
     Load::wait_for_progress(guest, 4)?;
     ensure!(Load::mismatches(guest)? == (0, 0), "memory and disk are not of one instant");
