@@ -152,11 +152,16 @@ impl StoreExports {
         let known = |remembered: &HashMap<String, Remembered>| {
             remembered.get(text).filter(|known| known.volume == volume.id()).map(|known| known.at)
         };
+        let resolve = || self.store().resolve(&what.volume, &what.instant).map_err(|e| refused(&e));
+        if !matches!(what.instant, Instant::Head | Instant::Time(_) | Instant::FlushBack(_)) {
+            // Always the same, as long as it is there.
+            return resolve();
+        }
         if let Some(at) = known(&remembered()) {
             return Ok(at);
         }
         // Not under the lock: it may wait for writes of this volume, and others ask for other volumes.
-        let at = self.store().resolve(&what.volume, &what.instant).map_err(|e| refused(&e))?;
+        let at = resolve()?;
         let mut remembered = remembered();
         if let Some(at) = known(&remembered) {
             return Ok(at);
@@ -174,11 +179,15 @@ impl StoreExports {
         if let Some(open) = scratches.get(text).and_then(Weak::upgrade) {
             return Ok(open);
         }
-        let scratch = self.store().scratch(&what.volume, &what.instant).map_err(|e| refused(&e))?;
+        // The instant that whoever only reads it has under this name.
+        let source = self.store().volume(&what.volume).map_err(|e| refused(&e))?;
+        let instant = Instant::Seq(self.resolve(text, what, &source)?.seq);
+        let at = VolumeAt { volume: what.volume.clone(), instant };
+        let scratch = self.store().scratch(&at.volume, &at.instant).map_err(|e| refused(&e))?;
         let volume = Arc::clone(scratch.volume());
         let export = Arc::new(VolumeExport {
-            name: format!("{what}{SCRATCH}"),
-            description: format!("a writable view of {what}, gone with its last connection"),
+            name: format!("{at}{SCRATCH}"),
+            description: format!("a writable view of {at}, gone with its last connection"),
             device: Arc::clone(&volume) as _,
             volume,
             at: None,
@@ -209,7 +218,7 @@ impl Exports for StoreExports {
     fn open(&self, name: &str) -> Result<Arc<dyn Export>, ExportError> {
         let name = if name.is_empty() { self.default_name()? } else { name.to_owned() };
         if let Some(instant) = name.strip_suffix(SCRATCH) {
-            return Ok(self.open_scratch(&name, &parse(instant)?)?);
+            return Ok(self.open_scratch(instant, &parse(instant)?)?);
         }
         let what = parse(&name)?;
         if !name.contains('@') {
