@@ -48,9 +48,11 @@ mod session;
 mod spin;
 mod stats;
 mod worker;
+mod write_cache;
 
 pub use config::ServerConfig;
 pub use error::{Error, ErrorKind};
 pub use guard::{FilePage, Guard, GuardRefusal, GuardStats, GuardTarget, GuardTrouble, Window};
 pub use server::Server;
 pub use stats::{QueueStats, ServerStats};
+pub use write_cache::{ExpectedOff, WriteCache};

@@ -3,7 +3,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use cdp_types::{RingStop, VmControl};
 
@@ -15,6 +14,7 @@ use crate::inflight::{InflightQueue, InflightRegion};
 use crate::queue::{Context, RingStart, Wiring, complain_of_ring};
 use crate::session::Disk;
 use crate::worker::{Command, Worker};
+use crate::write_cache::WriteCache;
 
 /// How the guest says that there are requests.
 #[derive(Clone, Default)]
@@ -89,7 +89,7 @@ pub(crate) struct Rings {
     pub(crate) features: Features,
     pub(crate) inflight: Option<Arc<InflightRegion>>,
     pub(crate) refuse: bool,
-    pub(crate) write_through: Arc<AtomicBool>,
+    write_cache: Arc<WriteCache>,
 }
 
 impl Rings {
@@ -104,7 +104,7 @@ impl Rings {
             features: Features::default(),
             inflight: None,
             refuse: false,
-            write_through: Arc::default(),
+            write_cache: Arc::clone(&disk.write_cache),
         }
     }
 
@@ -252,8 +252,8 @@ impl Rings {
             },
         };
         let (features, refuse) = (self.features, self.refuse);
-        let write_through = Arc::clone(&self.write_through);
-        let start = RingStart { size, base, features, wiring, inflight, refuse, write_through };
+        let write_cache = Arc::clone(&self.write_cache);
+        let start = RingStart { size, base, features, wiring, inflight, refuse, write_cache };
         let vring = self.ring(index);
         let worker = match &vring.worker {
             Some(worker) => worker,

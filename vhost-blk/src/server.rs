@@ -19,6 +19,7 @@ use crate::eventfd::EventFd;
 use crate::guard::Guard;
 use crate::session::{Disk, Session};
 use crate::stats::{ServerCounters, ServerStats};
+use crate::write_cache::WriteCache;
 use crate::{Error, ErrorKind, ServerConfig};
 
 /// Clients that may wait to be accepted, or turned away.
@@ -73,7 +74,7 @@ impl Server {
             config,
             device,
             vm,
-            write_through: Arc::new(AtomicBool::new(true)),
+            write_cache: Arc::new(WriteCache::unknown()),
         };
         let shared = Arc::new(Shared {
             disk: Arc::new(disk),
@@ -112,6 +113,12 @@ impl Server {
     #[must_use]
     pub fn guard(&self) -> Arc<Guard> {
         Arc::clone(&self.shared.disk.guard)
+    }
+
+    /// The disk's write cache, for as long as anybody wants.
+    #[must_use]
+    pub fn write_cache(&self) -> Arc<WriteCache> {
+        Arc::clone(&self.shared.disk.write_cache)
     }
 
     /// Stops serving: takes no more requests, waits for those in flight, reports them, closes the connection and

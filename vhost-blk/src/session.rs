@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cdp_types::{BlockDevice, RingStop, VmControl};
@@ -26,6 +25,7 @@ use crate::inflight::{History, InflightRegion, region_len};
 use crate::queue::{Context, tell_of_other_history};
 use crate::rings::Rings;
 use crate::stats::ServerCounters;
+use crate::write_cache::WriteCache;
 
 /// How long rings go on with memory that the front end has taken back. It may give it again at once, in other regions, one
 /// by one: QEMU does so while rings run, when the guest moves what lies next to its memory.
@@ -39,11 +39,7 @@ pub(crate) struct Disk {
     pub(crate) vm: Arc<dyn VmControl>,
     pub(crate) guard: Arc<Guard>,
     pub(crate) counters: ServerCounters,
-    /// Whether the guest has turned the write cache off. A front end does not say it again when it reconnects, so it
-    /// is kept until a machine begins: here, and in the in-flight region for the next process. While a guest resets there
-    /// is no region, and a process that was started meanwhile does not know it: off is what breaks no promise (virtio 1.3,
-    /// 5.2.6.2).
-    pub(crate) write_through: Arc<AtomicBool>,
+    pub(crate) write_cache: Arc<WriteCache>,
 }
 
 /// The state of a connection. Every message is a method of [`VhostUserBackendReqHandlerMut`].
@@ -145,7 +141,6 @@ impl Session {
         self.rings.features = self.features;
         self.rings.inflight = self.inflight.clone();
         self.rings.refuse = self.history == History::Foreign;
-        self.rings.write_through = Arc::clone(&self.disk.write_through);
         self.rings.rewire();
     }
 
@@ -194,13 +189,6 @@ impl Session {
     fn check_log(&mut self, log: &DirtyLog) -> Result<()> {
         let end = self.memory.end().max(self.rings.memory.end()).max(self.rings.used_log_end());
         if log.covers(end) { Ok(()) } else { self.refuse("the dirty log is shorter than the memory") }
-    }
-
-    fn set_write_through(&self, on: bool) {
-        self.disk.write_through.store(on, Ordering::Release);
-        if let Some(region) = &self.inflight {
-            region.set_write_through(on);
-        }
     }
 
     fn check_ring(&mut self, index: u32) -> Result<u16> {
@@ -386,15 +374,16 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.rings.set_enabled(index, enable).map_err(not_drained)
     }
 
-    /// A machine that begins reads all of it first, and has its write cache on. From then on the guest is shown what the
-    /// front end has read, or what the guest itself has set, whatever we say and through all its resets: QEMU reads again
-    /// only to learn of another size. So nothing else may turn the cache on.
+    /// A machine that begins reads all of it first, and has its write cache on unless it is expected to go on from where it
+    /// was off. From then on the guest is shown what the front end has read, or what the guest itself has set, whatever we
+    /// say and through all its resets: QEMU reads again only to learn of another size. So nothing else may turn the cache
+    /// on.
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
         let is_read = (offset..offset.saturating_add(size)).contains(&WRITEBACK_OFFSET);
         if is_read && self.may_begin && !self.rings.any_running() {
-            self.set_write_through(false);
+            self.disk.write_cache.begin();
         }
-        let writeback = !self.disk.write_through.load(Ordering::Acquire);
+        let writeback = !self.disk.write_cache.is_off();
         Ok(config_space::read(&self.disk.device.info(), self.disk.config.queues, writeback, offset, size))
     }
 
@@ -402,7 +391,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         match (offset, bytes) {
             (WRITEBACK_OFFSET, [writeback @ (0 | 1)]) if !self.disk.device.info().read_only => {
                 self.may_begin = false;
-                self.set_write_through(*writeback == 0);
+                let off = *writeback == 0;
+                self.disk.write_cache.set_off(off);
+                if let Some(region) = &self.inflight {
+                    region.set_write_through(off);
+                }
                 Ok(())
             }
             _ => self.refuse("only the write cache can be configured, by 0 or 1"),
@@ -419,7 +412,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             return self
                 .refuse(format!("{num_queues} rings of {queue_size} entries are more than there can be"));
         }
-        let write_through = self.disk.write_through.load(Ordering::Acquire);
+        let write_through = self.disk.write_cache.is_off();
         if write_through {
             tracing::info!(
                 socket = %self.disk.name,
@@ -449,7 +442,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             tell_of_other_history(&self.disk.name);
         }
         self.may_begin = false;
-        self.disk.write_through.store(region.write_through(), Ordering::Release);
+        self.disk.write_cache.set_off(region.write_through());
         self.inflight = Some(region);
         self.spread();
         Ok(())

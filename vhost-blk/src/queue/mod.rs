@@ -4,7 +4,6 @@ mod guarded;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use cdp_types::{BlockDevice, DeviceQueue, IoError, IoErrorKind, Op, Origin, RequestId, Wait};
@@ -19,6 +18,7 @@ use crate::inflight::{Found, InflightQueue, Unfinished};
 use crate::request::{Action, Durability, Kind, Status, identify, parse};
 use crate::spin::Spin;
 use crate::stats::QueueCounters;
+use crate::write_cache::WriteCache;
 
 /// How often a ring is looked at whose front end wants no kicks.
 const UNKICKED: Duration = Duration::from_micros(100);
@@ -61,8 +61,7 @@ pub(crate) struct RingStart {
     pub(crate) inflight: Option<InflightQueue>,
     /// The guest belongs to another history of the disk: all its requests fail.
     pub(crate) refuse: bool,
-    /// Whether the guest has turned the write cache off.
-    pub(crate) write_through: Arc<AtomicBool>,
+    pub(crate) write_cache: Arc<WriteCache>,
 }
 
 /// A request between being taken and being reported, by its head.
@@ -104,7 +103,7 @@ pub(crate) struct Queue {
     features: Features,
     inflight: Option<InflightQueue>,
     refuse: bool,
-    write_through: Arc<AtomicBool>,
+    write_cache: Arc<WriteCache>,
     slots: Vec<Slot>,
     /// Left in flight by a dead process, in the order in which they were taken; and whether the log has them.
     unfinished: VecDeque<(Unfinished, bool)>,
@@ -135,7 +134,7 @@ impl Queue {
     ///
     /// `wake` wakes the thread that runs it.
     pub(crate) fn start(start: RingStart, context: Context, wake: EventFd) -> Result<Self, RingFault> {
-        let RingStart { size, base, features, wiring, inflight, refuse, write_through } = start;
+        let RingStart { size, base, features, wiring, inflight, refuse, write_cache } = start;
         let memory = GuestMemory::new(Arc::clone(&wiring.memory), wiring.log.clone());
         let ring = Ring::new(&memory, &wiring.addresses, size, base, features.event_idx())?;
         let mail = Arc::new(Mailbox::new(wake));
@@ -151,7 +150,7 @@ impl Queue {
             features,
             inflight,
             refuse,
-            write_through,
+            write_cache,
             slots: (0..size).map(|_| Slot::default()).collect(),
             unfinished: VecDeque::new(),
             submitted: 0,
@@ -429,7 +428,7 @@ impl Queue {
 
     /// Whether writes must be durable before they are answered (virtio 1.3, 5.2.5.2).
     fn write_through(&self) -> bool {
-        !self.features.flush() || self.features.config_wce() && self.write_through.load(Ordering::Acquire)
+        !self.features.flush() || self.features.config_wce() && self.write_cache.is_off()
     }
 
     /// A request of the device has ended.

@@ -313,6 +313,13 @@ fn serve(socket: &Path, disk: &Arc<MemoryDevice>) -> Server {
     Server::bind(config, Arc::clone(disk) as Arc<dyn BlockDevice>, Arc::new(NoVmControl)).unwrap()
 }
 
+/// The guest's driver leaves its disk, and the front end its connection.
+fn leave(guest: &mut Guest) {
+    guest.frontend().get_vring_base(0).unwrap();
+    (guest.connection, guest.inflight) = (None, None);
+    guest.rings[0].reset();
+}
+
 /// QEMU shows the guest the configuration that it read when the machine began, through all resets of the guest.
 #[test]
 fn the_write_cache_stays_off_across_restarts_and_resets_until_another_machine_begins() {
@@ -331,18 +338,14 @@ fn the_write_cache_stays_off_across_restarts_and_resets_until_another_machine_be
     assert_eq!(disk.flushes(), 1, "the guest relies on it");
 
     // The guest resets: the front end asks for a new region, and for nothing else.
-    guest.frontend().get_vring_base(0).unwrap();
-    (guest.connection, guest.inflight) = (None, None);
-    guest.rings[0].reset();
+    leave(&mut guest);
     guest.connect(&socket);
     guest.start_rings(None);
     write(&mut guest);
     assert_eq!(disk.flushes(), 2, "it relies on it still");
 
     // Another machine: its front end reads the configuration before there is any guest.
-    guest.frontend().get_vring_base(0).unwrap();
-    (guest.connection, guest.inflight) = (None, None);
-    guest.rings[0].reset();
+    leave(&mut guest);
     guest.begins = true;
     guest.connect(&socket);
     guest.start_rings(None);
@@ -360,9 +363,7 @@ fn the_write_cache_stays_off_when_the_server_is_restarted_while_the_guest_resets
     let mut guest = Guest::start(&socket, Options { inflight: true, ..Options::default() });
     let no_flags = VhostUserConfigFlags::empty();
     guest.frontend().set_config(32, no_flags, &[0]).unwrap();
-    guest.frontend().get_vring_base(0).unwrap();
-    (guest.connection, guest.inflight) = (None, None);
-    guest.rings[0].reset();
+    leave(&mut guest);
     server.shutdown();
     let mut next = serve(&socket, &disk);
     guest.connect(&socket);
@@ -379,6 +380,55 @@ fn the_write_cache_stays_off_when_the_server_is_restarted_while_the_guest_resets
     guest.start_rings(None);
     assert_eq!(guest.request(OUT, 0, &[3; 512], 0).0, OK);
     assert_eq!(disk.flushes(), 1);
+}
+
+/// One that goes on from a checkpoint was told before that, and its driver says nothing of it again.
+#[test]
+fn a_machine_that_is_expected_with_its_write_cache_off_begins_so_and_the_next_one_does_not() {
+    let Fixture { mut server, disk, directory } = Fixture::new(1 << 20, None);
+    let socket = directory.path().join("disk.sock");
+    let expected = server.write_cache().expect_off();
+    let mut guest = Guest::start(&socket, Options { inflight: true, ..Options::default() });
+    drop(expected);
+    let no_flags = VhostUserConfigFlags::empty();
+    let (_, shown) = guest.frontend().get_config(32, 1, no_flags, &[0]).unwrap();
+    assert_eq!(shown, [0]);
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    assert_eq!(disk.flushes(), 1, "the guest relies on it");
+
+    server.shutdown();
+    let server = serve(&socket, &disk);
+    guest.connect(&socket);
+    guest.start_rings(None);
+    assert_eq!(guest.request(OUT, 0, &[2; 512], 0).0, OK);
+    assert_eq!(disk.flushes(), 2, "it relies on it still");
+    assert!(server.write_cache().is_off());
+
+    leave(&mut guest);
+    guest.begins = true;
+    guest.connect(&socket);
+    guest.start_rings(None);
+    assert_eq!(guest.request(OUT, 0, &[3; 512], 0).0, OK);
+    assert_eq!(disk.flushes(), 2, "nobody expects it any more");
+    assert!(!server.write_cache().is_off());
+}
+
+/// Its front end was started before anybody knew which machine it would get.
+#[test]
+fn a_machine_that_has_begun_and_is_put_back_to_where_its_write_cache_was_off_has_it_off() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    leave(&mut guest);
+    guest.begins = true;
+    guest.connect(&fixture.socket());
+    assert!(!fixture.server.write_cache().is_off());
+    fixture.server.write_cache().restored_off();
+    guest.start_rings(None);
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    assert_eq!(fixture.disk.flushes(), 1, "the guest relies on it");
+    guest.frontend().set_config(32, VhostUserConfigFlags::empty(), &[1]).unwrap();
+    assert_eq!(guest.request(OUT, 0, &[2; 512], 0).0, OK);
+    assert_eq!(fixture.disk.flushes(), 1);
 }
 
 /// Drivers may set it before they have said that they are ready.
