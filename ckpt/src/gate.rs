@@ -19,6 +19,9 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::firsts::Ahead;
 
+/// Says whether a disk's guest has turned its write cache off, or may have.
+pub type WriteCacheOff = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// What a guard tells of trouble, in words.
 pub type OnTrouble = Box<dyn FnOnce(String) + Send>;
 
@@ -97,6 +100,7 @@ struct Disk {
 struct Armed {
     epoch: Epoch,
     sockets: Vec<PathBuf>,
+    write_caches: Vec<WriteCacheOff>,
     /// Of all disks, if memory is saved while the guest runs.
     guards: Vec<Arc<dyn DiskGuard>>,
     ahead: Ahead,
@@ -148,6 +152,8 @@ pub struct Arming {
     pub epoch: Epoch,
     /// The sockets of the machine's disks.
     pub sockets: Vec<PathBuf>,
+    /// Their write caches, in the order of the epoch's members.
+    pub write_caches: Vec<WriteCacheOff>,
     /// Their guards, if memory is saved while the guest runs; else none.
     pub guards: Vec<Arc<dyn DiskGuard>>,
     /// What is touched for the guest, by one of the guards.
@@ -167,10 +173,11 @@ impl Gate {
 
     /// Arms an epoch: it is cut when the machine's last ring stops.
     pub fn arm(self: &Arc<Self>, arming: Arming) -> Ticket {
-        let Arming { epoch, sockets, guards, ahead, paused, tell } = arming;
+        let Arming { epoch, sockets, write_caches, guards, ahead, paused, tell } = arming;
         let armed = Armed {
             epoch,
             sockets,
+            write_caches,
             guards,
             ahead,
             tell,
@@ -212,13 +219,19 @@ impl Gate {
         armed.cut = true;
         let event = match self.store.cut_epoch(&armed.epoch) {
             Err(error) => GateEvent::failed(error.to_string()),
-            Ok(cut) => match open_windows(armed) {
-                Ok(()) => GateEvent::Cut { cut, still_us },
-                Err(why) => {
-                    armed.windows.clear();
-                    GateEvent::failed(why)
+            Ok(mut cut) => {
+                // A guest that goes on from here, in another QEMU, does not say it again.
+                for (member, is_off) in cut.members.iter_mut().zip(&armed.write_caches) {
+                    member.write_cache_off = is_off();
                 }
-            },
+                match open_windows(armed) {
+                    Ok(()) => GateEvent::Cut { cut, still_us },
+                    Err(why) => {
+                        armed.windows.clear();
+                        GateEvent::failed(why)
+                    }
+                }
+            }
         };
         // Nobody listens only if the checkpoint has been given up.
         let _ = armed.tell.send(event);

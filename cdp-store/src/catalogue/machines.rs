@@ -118,6 +118,9 @@ pub struct SavedMember {
     pub seq: Seq,
     /// That batch.
     pub ordinal: Ordinal,
+    /// Whether its guest relies on each write that is answered: it had turned the disk's write cache off.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub write_cache_off: bool,
 }
 
 /// An image of a machine's memory.

@@ -61,6 +61,7 @@ fn saved(id: u64) -> Saved {
         branch: BranchId(branch),
         seq: Seq(10 + id),
         ordinal: Ordinal(id),
+        write_cache_off: volume == 2,
     };
     let (volume, branch) = (VolumeId(3), BranchId(3));
     let memory = SavedMemory { volume, branch, seq: Seq(id), image_bytes: 4096 };
@@ -208,6 +209,17 @@ proptest! {
             prop_assert_eq!(serde_json::from_value::<Change>(again).unwrap(), read);
         }
     }
+}
+
+#[test]
+fn of_a_write_cache_only_that_it_is_off_is_said() {
+    let told = serde_json::to_value(saved(1)).unwrap();
+    assert!(
+        told["members"][0].get("write_cache_off").is_none(),
+        "as in stores from before there was that member"
+    );
+    assert_eq!(told["members"][1]["write_cache_off"], true);
+    assert_eq!(serde_json::from_value::<Saved>(told).unwrap(), saved(1));
 }
 
 #[test]

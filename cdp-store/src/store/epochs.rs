@@ -79,7 +79,8 @@ pub struct EpochCut {
     pub seq: Seq,
     /// Its time on the store's clock, in nanoseconds since 1970.
     pub time_ns: u64,
-    /// Where it lies in the disks' logs, in the machine's order.
+    /// Where it lies in the disks' logs, in the machine's order. How a guest has its write cache is not known here: it is
+    /// for whoever cuts to add.
     pub members: Vec<SavedMember>,
 }
 
@@ -180,7 +181,8 @@ fn place_all(epoch: &Epoch) -> Result<Placed> {
             Ok(record) => {
                 let (seq, placed_ns) = log.last_placed().unwrap_or_default();
                 let (volume, branch, ordinal) = (volume.id(), *branch, record.ordinal());
-                members.push((*index, SavedMember { volume, branch, seq, ordinal }));
+                let member = SavedMember { volume, branch, seq, ordinal, write_cache_off: false };
+                members.push((*index, member));
                 time_ns = time_ns.max(placed_ns);
                 placed[*index] = Some(record);
             }

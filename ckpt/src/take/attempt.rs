@@ -155,8 +155,10 @@ impl<'a> Attempt<'a> {
             Mode::Live | Mode::Pause => Vec::new(),
         };
         let sockets = disks.iter().map(|disk| disk.socket.clone()).collect();
+        let write_caches = disks.iter().map(|disk| Arc::clone(&disk.write_cache_off)).collect();
         let (paused, tell, ahead) = (!self.saved.running, self.tell.clone(), self.ahead.clone());
-        self.ticket = Some(self.machine.gate.arm(Arming { epoch, sockets, guards, ahead, paused, tell }));
+        let arming = Arming { epoch, sockets, write_caches, guards, ahead, paused, tell };
+        self.ticket = Some(self.machine.gate.arm(arming));
     }
 
     /// Follows QEMU and the gate until the migration has ended.

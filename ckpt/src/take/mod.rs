@@ -36,7 +36,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::firsts::Firsts;
-use crate::gate::{DiskGuard, Gate};
+use crate::gate::{DiskGuard, Gate, WriteCacheOff};
 use attempt::Attempt;
 use prepare::Prepared;
 
@@ -94,6 +94,8 @@ pub struct Disk {
     pub socket: PathBuf,
     /// Its guard.
     pub guard: Arc<dyn DiskGuard>,
+    /// Its write cache.
+    pub write_cache_off: WriteCacheOff,
 }
 
 /// A machine whose checkpoint is to be taken.

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use cdp_store::{CheckpointMode, CheckpointSpec, Store, StoreOptions, VmSpec, VolumeSpec};
 use cdp_types::{RingStop, VmControl};
 use ckpt::firsts::Ahead;
-use ckpt::gate::{Arming, DiskGuard, Gate, GateEvent, OnTrouble, Ticket, Unguarded};
+use ckpt::gate::{Arming, DiskGuard, Gate, GateEvent, OnTrouble, Ticket, Unguarded, WriteCacheOff};
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -34,11 +34,19 @@ impl DiskGuard for Windows {
     }
 }
 
+/// Says whether a write cache is off that a test turns off.
+pub fn telling(off: &Arc<AtomicBool>) -> WriteCacheOff {
+    let off = Arc::clone(off);
+    Arc::new(move || off.load(Ordering::SeqCst))
+}
+
 struct Bed {
     gate: Arc<Gate>,
     ticket: Option<Ticket>,
     events: UnboundedReceiver<GateEvent>,
     windows: Arc<AtomicUsize>,
+    /// Whether they are off.
+    write_caches: [Arc<AtomicBool>; 2],
     _directory: tempfile::TempDir,
 }
 
@@ -69,9 +77,18 @@ fn armed(hot: bool) -> Bed {
     let count = Arc::clone(&windows.0);
     let guards: Vec<Arc<dyn DiskGuard>> = if hot { vec![Arc::new(windows)] } else { Vec::new() };
     let sockets = disks().to_vec();
-    let ticket =
-        Some(gate.arm(Arming { epoch, sockets, guards, ahead: Ahead::default(), paused: false, tell }));
-    Bed { gate, ticket, events, windows: count, _directory: directory }
+    let write_caches: [Arc<AtomicBool>; 2] = Default::default();
+    let arming = Arming {
+        epoch,
+        sockets,
+        write_caches: write_caches.iter().map(telling).collect(),
+        guards,
+        ahead: Ahead::default(),
+        paused: false,
+        tell,
+    };
+    let ticket = Some(gate.arm(arming));
+    Bed { gate, ticket, events, windows: count, write_caches, _directory: directory }
 }
 
 impl Bed {
@@ -101,6 +118,20 @@ fn the_last_disk_s_stop_cuts_and_windows_are_open_until_the_ticket_goes() {
     assert!(bed.events.try_recv().is_err(), "hot, the machine runs on");
     drop(bed.ticket.take());
     assert_eq!(bed.windows.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_cut_has_the_write_caches_as_they_were_then() {
+    let mut bed = armed(true);
+    let [a, b] = disks();
+    bed.stop(&a);
+    bed.write_caches[1].store(true, Ordering::SeqCst);
+    bed.stop(&b);
+    // The guest, which runs on, turns the other one off as well.
+    bed.write_caches[0].store(true, Ordering::SeqCst);
+    let Ok(GateEvent::Cut { cut, .. }) = bed.events.try_recv() else { panic!("it was not cut") };
+    let off: Vec<bool> = cut.members.iter().map(|member| member.write_cache_off).collect();
+    assert_eq!(off, [false, true]);
 }
 
 #[test]

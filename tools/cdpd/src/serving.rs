@@ -8,7 +8,7 @@ use std::time::Duration;
 use cdp_store::{Reverted, Serving, Store};
 use cdp_types::{CheckpointId, Instant, VmControl, VmName, VolumeId, VolumeName};
 use tokio::sync::Notify;
-use vhost_blk::{Guard, Server, ServerConfig, ServerStats};
+use vhost_blk::{Guard, Server, ServerConfig, ServerStats, WriteCache};
 
 use crate::api::{ApiError, ErrorKind, ServingStatus, one_line};
 use crate::config::VhostUser;
@@ -295,6 +295,13 @@ impl Servers {
         let entry = running.get(&id)?;
         let server = entry.outcome.as_ref().ok()?;
         Some((PathBuf::from(&entry.serving.socket), server.guard()))
+    }
+
+    /// The write cache of a volume that is served.
+    pub(crate) fn write_cache(&self, id: VolumeId) -> Option<Arc<WriteCache>> {
+        let running = lock(&self.running);
+        let server = running.get(&id)?.outcome.as_ref().ok()?;
+        Some(server.write_cache())
     }
 
     /// How a volume's socket does.

@@ -9,7 +9,7 @@ mod transitions;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, Store, StoreOptions, VmSpec, VolumeSpec};
@@ -20,7 +20,7 @@ use qmp_bridge::fake::Fake;
 use qmp_bridge::{Client, Options};
 use tokio::sync::watch;
 
-use crate::gate::Windows;
+use crate::gate::{Windows, telling};
 pub(super) use qemu::{Act, Qemu, undisturbed};
 
 /// No checkpoint of a few pages takes longer, whatever goes wrong, but for QEMU that never says that it has ended.
@@ -33,6 +33,8 @@ pub(super) struct Bed {
     pub(super) qemu: Qemu,
     pub(super) vm: VmName,
     windows: Arc<AtomicUsize>,
+    /// That of its disk.
+    pub(super) write_cache_off: Arc<AtomicBool>,
     qmp: PathBuf,
     pub(super) directory: tempfile::TempDir,
     _fake: Fake,
@@ -68,7 +70,8 @@ impl Bed {
         let (fake, voice) =
             Fake::speaking(&qmp, (10, 0, 2), move |name, arguments| answers.answer(name, arguments)).unwrap();
         *qemu.voice.lock().unwrap() = Some(voice);
-        Self { store, qemu, vm, windows: Arc::default(), qmp, directory, _fake: fake }
+        let (windows, write_cache_off) = Default::default();
+        Self { store, qemu, vm, windows, write_cache_off, qmp, directory, _fake: fake }
     }
 
     pub(super) fn order(mode: CheckpointMode) -> Order {
@@ -91,7 +94,11 @@ impl Bed {
         let machine = Machine {
             store: self.store.clone(),
             name: self.vm.clone(),
-            disks: vec![Disk { socket: self.qemu.disk.clone(), guard }],
+            disks: vec![Disk {
+                socket: self.qemu.disk.clone(),
+                guard,
+                write_cache_off: telling(&self.write_cache_off),
+            }],
             gate: Arc::clone(&self.qemu.gate),
             qmp: client,
             directory: self.directory.path().to_owned(),

@@ -1,5 +1,7 @@
 //! What QEMU, its operators, its guest and its disks do in the wrong moment.
 
+use std::sync::atomic::Ordering;
+
 use cdp_store::CheckpointMode::{self, Hot, Live, Pause};
 use cdp_store::CheckpointState;
 use serde_json::json;
@@ -42,6 +44,20 @@ async fn an_undisturbed_machine_is_saved_in_every_mode_at_the_first_try() {
         bed.assert_put_back(&format!("{mode:?}"));
         let tries = bed.qemu.state().commands.iter().filter(|name| *name == "migrate").count();
         assert_eq!(tries, 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_keeps_whether_the_guest_has_its_write_cache_off() {
+    let bed = Bed::new().await;
+    for mode in MODES {
+        for off in [true, false] {
+            bed.write_cache_off.store(off, Ordering::SeqCst);
+            let taken = bed.take(&Bed::order(mode), &[]).await.unwrap();
+            let kept = bed.store.checkpoint(taken.id).unwrap().state;
+            let CheckpointState::Committed(saved) = kept else { panic!("{mode:?}: {kept:?}") };
+            assert_eq!(saved.members[0].write_cache_off, off, "{mode:?}");
+        }
     }
 }
 

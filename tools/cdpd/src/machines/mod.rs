@@ -332,15 +332,17 @@ impl Machines {
         }
     }
 
-    /// The sockets and guards of a machine's disks.
+    /// A machine's disks, as their servers have them.
     fn disks(&self, servers: &Servers, info: &VmInfo) -> Result<Vec<Disk>, ApiError> {
         let disk = |name| {
             let id = self.store.volume(name)?.id();
-            let (socket, guard) = servers.guard(id).ok_or_else(|| {
+            let served = servers.guard(id).zip(servers.write_cache(id));
+            let ((socket, guard), cache) = served.ok_or_else(|| {
                 let text = format!("volume '{name}' is not served, so the machine cannot be running on it");
                 ApiError::new(ErrorKind::Invalid, text)
             })?;
-            Ok(Disk { socket, guard: Arc::new(ServerGuard(guard)) })
+            let write_cache_off = Arc::new(move || cache.is_off());
+            Ok(Disk { socket, guard: Arc::new(ServerGuard(guard)), write_cache_off })
         };
         info.volumes.iter().map(disk).collect()
     }
