@@ -164,8 +164,8 @@ pub(super) async fn start(
     let working = app.machines.begin(&info.name, Work::Returning)?;
     to_its_end(async move {
         let _working = working;
-        app.machines.make_ready(&info, origin.checkpoint).await?;
-        let pages = app.machines.restore(&info, origin.checkpoint).await?;
+        app.machines.make_ready(&app.servers, &info, origin.checkpoint).await?;
+        let pages = app.machines.restore(&app.servers, &info, origin.checkpoint).await?;
         let still_frozen = app.machines.thaw(&info, origin.checkpoint).await;
         let name = info.name;
         blocking(&app, move |app| forget_origin(app, &name)).await?;
@@ -375,13 +375,14 @@ async fn put_back(
 ) -> Result<VmReverted, ApiError> {
     if !disks_only {
         // Before any disk is touched.
-        app.machines.make_ready(&info, id).await?;
+        app.machines.make_ready(&app.servers, &info, id).await?;
     }
     let name = info.name.clone();
     let volumes = blocking(app, move |app| app.servers.revert_vm(&name, id)).await?;
     let (mut pages, mut still_frozen) = (None, None);
     if !disks_only {
-        pages = Some(app.machines.restore(&info, id).await.map_err(|error| with_undo(error, &volumes))?);
+        let restored = app.machines.restore(&app.servers, &info, id).await;
+        pages = Some(restored.map_err(|error| with_undo(error, &volumes))?);
         still_frozen = app.machines.thaw(&info, id).await;
     }
     let volumes = volumes.into_iter().map(Reverted::from).collect();

@@ -18,7 +18,7 @@ use ckpt::gate::{DiskGuard, Gate, OnTrouble, Unguarded};
 use ckpt::take::{Disk, GIVE_UP_AFTER, Hold, Machine, Order, Taking};
 use qmp_bridge::{Client, Options};
 use tokio::sync::{Notify, watch};
-use vhost_blk::{FilePage, Guard};
+use vhost_blk::{FilePage, Guard, WriteCache};
 
 use crate::api::{ApiError, ErrorKind, NewCheckpoint, Supervised};
 use crate::callback::Callback;
@@ -347,12 +347,40 @@ impl Machines {
         info.volumes.iter().map(disk).collect()
     }
 
+    /// The write caches of a machine's disks that the guest of a checkpoint, its own or the one that it is a copy of, had
+    /// turned off.
+    fn write_caches_off(
+        &self,
+        servers: &Servers,
+        info: &VmInfo,
+        at: CheckpointId,
+    ) -> Result<Vec<Arc<WriteCache>>, ApiError> {
+        let CheckpointState::Committed(saved) = self.store.checkpoint(at)?.state else {
+            return Ok(Vec::new());
+        };
+        let mut off = Vec::new();
+        for (name, member) in info.volumes.iter().zip(&saved.members) {
+            if member.write_cache_off {
+                off.extend(servers.write_cache(self.store.volume(name)?.id()));
+            }
+        }
+        Ok(off)
+    }
+
     /// Gives memory and devices to the QEMU that waits for them, and lets it run: how many pages.
     ///
     /// # Errors
     /// It does not wait, is another machine, or does not take them.
-    pub(crate) async fn restore(&self, info: &VmInfo, to: CheckpointId) -> Result<u64, ApiError> {
+    pub(crate) async fn restore(
+        &self,
+        servers: &Servers,
+        info: &VmInfo,
+        to: CheckpointId,
+    ) -> Result<u64, ApiError> {
         let qmp = self.connect(info).await?;
+        // One that was not started from here has begun with the cache on. Before its rings run, which is when the in-flight
+        // region is made that tells another process.
+        self.write_caches_off(servers, info, to)?.iter().for_each(|cache| cache.restored_off());
         let restoring = ckpt::restore::restore(&self.store, to, &qmp, &self.directory, true);
         let progress = restoring.await.map_err(refused)?;
         self.supervisors.runs(&info.name);
@@ -365,12 +393,20 @@ impl Machines {
     ///
     /// # Errors
     /// It is another machine, does not wait, or cannot be asked.
-    pub(crate) async fn make_ready(&self, info: &VmInfo, to: CheckpointId) -> Result<(), ApiError> {
+    pub(crate) async fn make_ready(
+        &self,
+        servers: &Servers,
+        info: &VmInfo,
+        to: CheckpointId,
+    ) -> Result<(), ApiError> {
         if self.supervisors.state(&info.name) == Some(Supervised::Running) {
             let qmp = self.connect(info).await?;
             let differences = ckpt::restore::differences(&self.store, to, &qmp).await.map_err(refused)?;
             check(to, &differences)?;
         }
+        // A QEMU that is started reads once how the caches are, before it answers, and shows its guest that from then on.
+        let off = self.write_caches_off(servers, info, to)?;
+        let _expected: Vec<_> = off.iter().map(|cache| cache.expect_off()).collect();
         if self.supervisors.state(&info.name).is_some() {
             self.supervisors.restart(&info.name).await?;
         }

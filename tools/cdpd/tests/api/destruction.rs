@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use cdp_store::{CheckpointMode, CheckpointSpec, Store, VmSpec};
-use cdp_types::VmName;
+use cdp_types::{CheckpointId, VmName};
 use cdpd::api::{ErrorKind, ServingStatus, Vm};
 use hyper::Method;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use crate::guest::Guest;
 use crate::{Bench, MIB, config};
 
 impl Bench {
-    fn register(&self, name: &str, volume: &str) {
+    pub(crate) fn register(&self, name: &str, volume: &str) {
         let body = json!({ "name": name, "volumes": [volume], "qmp": "/nowhere/q" });
         self.client.send::<Vm>(Method::POST, "/v1/vms", &body).unwrap();
     }
@@ -41,19 +41,24 @@ fn a_guest_notices_nothing_of_what_was_refused_at_once() {
     bench.stop();
 }
 
+/// A complete checkpoint without a guest, which has its disks' write caches off or on.
+pub(crate) fn checkpoint(store: &Store, vm: &VmName, write_cache_off: bool) -> CheckpointId {
+    store.memory_volume(vm, 4096).unwrap();
+    let spec = CheckpointSpec { mode: CheckpointMode::Pause, label: None, restore: Value::Null };
+    let begun = store.begin_checkpoint(vm, spec).unwrap();
+    let epoch = store.new_epoch(begun.id).unwrap();
+    let mut cut = store.cut_epoch(&epoch).unwrap();
+    cut.members.iter_mut().for_each(|member| member.write_cache_off = write_cache_off);
+    store.commit_checkpoint(begun.id, &cut, 4096, Value::Null).unwrap().id
+}
+
 /// Gives the machine `vm` a checkpoint of its only disk, and then another disk instead. No client can bring that about, but
 /// the store takes it.
 fn leave_checkpoint_behind(root: &Path, other: &str) {
     let config = config(root);
     let store = Store::open(&config.store, config.options).unwrap();
     let vm: VmName = "vm".parse().unwrap();
-    store.memory_volume(&vm, 4096).unwrap();
-    let spec = CheckpointSpec { mode: CheckpointMode::Pause, label: None, restore: Value::Null };
-    let begun = store.begin_checkpoint(&vm, spec).unwrap();
-    let epoch = store.new_epoch(begun.id).unwrap();
-    let cut = store.cut_epoch(&epoch).unwrap();
-    store.commit_checkpoint(begun.id, &cut, 4096, Value::Null).unwrap();
-    drop(epoch);
+    checkpoint(&store, &vm, false);
     let info = store.vm(&vm).unwrap();
     let volumes = vec![other.parse().unwrap()];
     store.update_vm(&vm, &VmSpec { volumes, qmp: info.qmp, settings: info.settings }).unwrap();

@@ -18,7 +18,7 @@ impl Bench {
         self.client.send(Method::PUT, &format!("/v1/vms/{name}"), &body)
     }
 
-    fn vm(&self, name: &str) -> Vm {
+    pub(crate) fn vm(&self, name: &str) -> Vm {
         self.client.get(&format!("/v1/vms/{name}")).unwrap()
     }
 }

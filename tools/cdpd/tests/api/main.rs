@@ -9,6 +9,7 @@ mod machines;
 mod metrics;
 mod nbd;
 mod space;
+mod write_cache;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
