@@ -141,16 +141,20 @@ enum End {
 }
 
 impl Loop<'_> {
-    fn go(&self, mut start: Start) -> anyhow::Result<()> {
-        let mut incoming = !matches!(start, Start::Boot);
+    fn go(&self, start: Start) -> anyhow::Result<()> {
+        let mut incoming = false;
+        if let Start::Memory { path, body } = start {
+            self.ask_for_memory(path, body)?;
+            incoming = self.wait_for_order()?;
+            if !incoming {
+                return Ok(());
+            }
+        }
         loop {
             let words = if incoming { &self.machine.incoming } else { &self.machine.boot };
             let qemu = Qemu::start(words, &self.machine.directory, &self.events)?;
             let state = if incoming { Supervised::Waiting } else { Supervised::Running };
-            let reported = self.reports.tell(state);
-            if let Start::Memory { path, body } = std::mem::replace(&mut start, Start::Boot) {
-                self.give_memory(path, body, reported)?;
-            }
+            self.reports.tell(state);
             match self.attend(&qemu, state)? {
                 End::Anew => incoming = true,
                 End::Final(status) if status.success() => return Ok(()),
@@ -159,24 +163,31 @@ impl Loop<'_> {
         }
     }
 
-    /// Asks the daemon for the machine's memory once it knows that QEMU waits for that, in a thread: QEMU may end
-    /// meanwhile.
-    fn give_memory(
-        &self,
-        path: String,
-        body: serde_json::Value,
-        reported: Receiver<()>,
-    ) -> anyhow::Result<()> {
+    /// Asks the daemon for the machine's memory, in a thread: QEMU may end meanwhile.
+    fn ask_for_memory(&self, path: String, body: serde_json::Value) -> anyhow::Result<()> {
         let (store, events) = (self.machine.store.clone(), self.events.clone());
         std::thread::Builder::new().name("memory".to_owned()).spawn(move || {
-            // Nothing is ever sent: it ends.
-            let _ = reported.recv();
             let given = online(&store).and_then(|client| {
                 Ok(client.send::<serde_json::Value>(Method::POST, &path, &body).map(drop)?)
             });
             let _ = events.send(Event::Restored(given));
         })?;
         Ok(())
+    }
+
+    /// Waits until the daemon, asked for memory, orders a QEMU that waits for it. QEMU is not started before, since it
+    /// reads at once how its disks are, which depends on the memory. False if somebody wants to end this.
+    fn wait_for_order(&self) -> anyhow::Result<bool> {
+        loop {
+            match self.inbox.recv().context("the threads of this program have died")? {
+                Event::Order(Order::Restart) => return Ok(true),
+                Event::Restored(Err(error)) => return Err(error.context("the machine was not put back")),
+                Event::Restored(Ok(())) => bail!("another QEMU has got the machine's memory"),
+                Event::Signal { .. } | Event::Interrupt => return Ok(false),
+                Event::Attached => self.reports.tell(Supervised::Starting),
+                Event::Order(Order::Attached | Order::Runs) | Event::Refused(_) | Event::Ended(_) => {}
+            }
+        }
     }
 
     /// Looks after a QEMU until it has ended.
@@ -213,7 +224,7 @@ impl Loop<'_> {
                     qemu.send(Signal::KILL);
                     return Err(error.context("the machine was not put back"));
                 }
-                Ok(Event::Attached) => drop(self.reports.tell(state)),
+                Ok(Event::Attached) => self.reports.tell(state),
                 Ok(Event::Signal { again: false }) => {
                     eprintln!("cdp-tool: asking the guest to switch itself off (once more: at once)");
                     stopping = true;
@@ -238,14 +249,14 @@ impl Loop<'_> {
 }
 
 /// Tells the daemon how QEMU does, from a thread: one that hangs keeps nobody from looking after QEMU.
-struct Reports(Sender<(Supervised, Sender<()>)>);
+struct Reports(Sender<Supervised>);
 
 impl Reports {
     fn to_daemon(store: &Path, name: &VmName) -> anyhow::Result<Self> {
-        let (reports, inbox) = mpsc::channel::<(Supervised, Sender<()>)>();
+        let (reports, inbox) = mpsc::channel();
         let (store, path) = (store.to_owned(), format!("/v1/vms/{name}/supervisor"));
         std::thread::Builder::new().name("reports".to_owned()).spawn(move || {
-            for (state, _told) in inbox {
+            for state in inbox {
                 let told = online(&store).and_then(|client| {
                     Ok(client.send::<()>(Method::PUT, &path, &SupervisorReport { state })?)
                 });
@@ -257,13 +268,10 @@ impl Reports {
         Ok(Self(reports))
     }
 
-    /// Tells it after what was told before; if the daemon is away, it is told when it is back. What this returns ends
-    /// when that is done.
-    fn tell(&self, state: Supervised) -> Receiver<()> {
-        let (told, ended) = mpsc::channel();
+    /// Tells it after what was told before; if the daemon is away, it is told when it is back.
+    fn tell(&self, state: Supervised) {
         // A thread that has died tells nothing, as a daemon that is away.
-        let _ = self.0.send((state, told));
-        ended
+        let _ = self.0.send(state);
     }
 }
 
@@ -387,36 +395,57 @@ mod tests {
     #[test]
     fn a_daemon_that_hangs_keeps_nobody_waiting() {
         let store = tempfile::tempdir().unwrap();
-        let daemon = cdpd::socket::bind(store.path(), 0o600).unwrap();
+        // It takes connections, and answers nothing.
+        let _daemon = cdpd::socket::bind(store.path(), 0o600).unwrap();
         let reports = Reports::to_daemon(store.path(), &"web1".parse().unwrap()).unwrap();
-        let told = [Supervised::Running, Supervised::Starting].map(|state| reports.tell(state));
-        let waited = told[0].recv_timeout(Duration::from_millis(300));
-        assert_eq!(waited, Err(RecvTimeoutError::Timeout), "nobody has answered");
-        // It ends, and is not there for the second.
-        drop(daemon);
-        for told in told {
-            assert_eq!(told.recv_timeout(Duration::from_secs(20)), Err(RecvTimeoutError::Disconnected));
-        }
+        let (done, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            reports.tell(Supervised::Running);
+            reports.tell(Supervised::Starting);
+            done.send(())
+        });
+        told.recv_timeout(Duration::from_secs(20)).unwrap();
     }
 
-    /// How the loop ends for a QEMU, which only sleeps here, after these events.
-    fn after(events: impl IntoIterator<Item = Event>) -> End {
-        let directory = tempfile::tempdir().unwrap();
-        let machine = Machine {
-            store: directory.path().to_owned(),
+    /// A machine whose QEMU only sleeps.
+    fn sleeper(directory: &Path) -> Machine {
+        Machine {
+            store: directory.to_owned(),
             name: "web1".parse().unwrap(),
             boot: ["sleep", "60"].map(str::to_owned).to_vec(),
             incoming: Vec::new(),
-            directory: directory.path().to_owned(),
-            qmp: directory.path().join("none"),
+            directory: directory.to_owned(),
+            qmp: directory.join("none"),
             patience: Duration::from_secs(60),
-        };
-        let (sender, inbox) = mpsc::channel();
-        let reports = Reports(mpsc::channel().0);
-        let qemu = Qemu::start(&machine.boot, &machine.directory, &sender).unwrap();
-        events.into_iter().for_each(|event| sender.send(event).unwrap());
-        let looking = Loop { machine: &machine, events: sender, inbox, reports };
+        }
+    }
+
+    /// A loop to which these events have come.
+    fn told(machine: &Machine, came: impl IntoIterator<Item = Event>) -> Loop<'_> {
+        let (events, inbox) = mpsc::channel();
+        came.into_iter().for_each(|event| events.send(event).unwrap());
+        Loop { machine, events, inbox, reports: Reports(mpsc::channel().0) }
+    }
+
+    /// How the loop ends for a QEMU after these events.
+    fn after(events: impl IntoIterator<Item = Event>) -> End {
+        let directory = tempfile::tempdir().unwrap();
+        let machine = sleeper(directory.path());
+        let looking = told(&machine, events);
+        let qemu = Qemu::start(&machine.boot, &machine.directory, &looking.events).unwrap();
         looking.attend(&qemu, Supervised::Running).unwrap()
+    }
+
+    #[test]
+    fn a_qemu_that_gets_memory_is_started_when_the_daemon_says_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let machine = sleeper(directory.path());
+        let waited = |came: Vec<Event>| told(&machine, came).wait_for_order();
+        assert!(waited(vec![Event::Attached, Event::Order(Order::Restart)]).unwrap());
+        assert!(!waited(vec![Event::Interrupt, Event::Order(Order::Restart)]).unwrap());
+        assert!(!waited(vec![Event::Signal { again: false }]).unwrap());
+        let refused = waited(vec![Event::Restored(Err(anyhow!("no such checkpoint")))]).unwrap_err();
+        assert_eq!(format!("{refused:#}"), "the machine was not put back: no such checkpoint");
     }
 
     #[test]
