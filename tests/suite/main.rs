@@ -29,4 +29,5 @@ mod refusals;
 mod tap;
 mod testbed;
 mod vm_run;
+mod write_cache;
 mod writers;

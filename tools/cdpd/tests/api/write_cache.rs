@@ -59,6 +59,7 @@ fn a_machine_that_goes_back_begins_with_its_write_cache_as_it_was_and_no_other_d
         let store = Store::open(&config.store, config.options).unwrap();
         let to = checkpoint(&store, &"vm".parse().unwrap(), off);
         store.close().unwrap();
+        drop(store);
         bench.start_again();
         assert_eq!(shown_to_the_next(&socket), 1);
 
