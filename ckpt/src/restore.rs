@@ -1,9 +1,9 @@
 //! Putting a machine's memory and devices back: into a QEMU that was started with `-incoming defer`.
 
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use cdp_store::Store;
@@ -16,6 +16,9 @@ use crate::memory::{Control, Progress, QueueStore, Restorer};
 
 /// How long QEMU may take nothing, and how long to end once it has everything.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Counts restores, for the names of their sockets.
+static RESTORES: AtomicU64 = AtomicU64::new(1);
 
 /// Why a machine was not restored.
 #[derive(Debug, thiserror::Error)]
@@ -60,8 +63,8 @@ pub async fn restore(
     check_waiting(qmp).await?;
     let (opening, at) = (store.clone(), id);
     let restorer = on_thread(move || open(&opening, at)).await?;
-    let path = directory.join(format!("restore-{id}.sock"));
-    // One of an attempt that was killed.
+    let path = socket_of_its_own(directory);
+    // One of a process that was killed.
     let _ = std::fs::remove_file(&path);
     let uri = format!("unix:{}", path.display());
     // QEMU listens there from now on, for one connection.
@@ -81,6 +84,11 @@ pub async fn restore(
         control::run_again(qmp).await.map_err(error)?;
     }
     Ok(progress)
+}
+
+/// Where a QEMU is to listen. Each on a socket of its own: several machines can be given one checkpoint at a time.
+fn socket_of_its_own(directory: &Path) -> PathBuf {
+    directory.join(format!("restore-{}.sock", RESTORES.fetch_add(1, Ordering::Relaxed)))
 }
 
 /// Refuses a QEMU that was not started with `-incoming defer`.

@@ -1,7 +1,9 @@
 //! Going back into another QEMU.
 
+use std::sync::{Arc, Mutex};
+
 use cdp_store::CheckpointMode;
-use ckpt::restore::{check_waiting, differences};
+use ckpt::restore::{check_waiting, differences, restore};
 use qmp_bridge::fake::{Fake, Say};
 use qmp_bridge::{Client, Options};
 use serde_json::json;
@@ -57,4 +59,35 @@ async fn another_machine_is_refused_with_both_values_before_anything_is_touched(
     let touched = ["migrate-incoming", "cont", "migrate-set-capabilities"];
     let commands = bed.qemu.state().commands.clone();
     assert!(!commands.iter().any(|name| touched.contains(&name.as_str())), "{commands:?}");
+}
+
+/// Where a QEMU that waits for the newest checkpoint is told to listen, which it does not do.
+async fn told_to_listen(bed: &Bed, name: &str) -> String {
+    let id = bed.newest().unwrap();
+    let path = bed.directory.path().join(name);
+    let (qemu, told) = (bed.qemu.clone(), Arc::new(Mutex::new(String::new())));
+    let hears = Arc::clone(&told);
+    let answer = move |name: &str, arguments: &serde_json::Value| match name {
+        "query-status" => vec![Say::Return(json!({ "running": false, "status": "inmigrate" }))],
+        "query-migrate" => vec![Say::Return(json!({ "status": "none" }))],
+        "migrate-incoming" => {
+            *hears.lock().unwrap() = arguments["uri"].as_str().unwrap_or_default().to_owned();
+            vec![Say::Return(json!({}))]
+        }
+        _ => qemu.answer(name, arguments),
+    };
+    let _fake = Fake::answering(&path, (10, 0, 2), answer).unwrap();
+    let client = Client::connect(&path, Options::default()).await.unwrap();
+    let restored = restore(&bed.store, id, &client, bed.directory.path(), true).await;
+    assert!(restored.is_err(), "nobody has taken it");
+    told.lock().unwrap().clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_that_are_given_one_checkpoint_at_a_time_do_not_share_a_socket() {
+    let bed = Bed::new().await;
+    bed.take(&Bed::order(CheckpointMode::Pause), &[]).await.unwrap();
+    let (one, other) = (told_to_listen(&bed, "one").await, told_to_listen(&bed, "other").await);
+    assert!(one.starts_with("unix:") && one.ends_with(".sock"), "{one}");
+    assert_ne!(one, other);
 }
