@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointSpec};
-use qmp_bridge::migration::{Mode, Plan, Settings};
+use qmp_bridge::migration::{self, Mode, Plan, Settings};
 use qmp_bridge::{control, machine};
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +64,7 @@ impl Prepared {
                 .map_or(Ok(()), |doubt| Err(TakeError { hot_alone: true, ..TakeError::new(doubt) }))?;
         }
         let process = refuse(machine, order.mode, &described).await?.and_then(Process::of);
+        refuse_beside_another(machine).await?;
         let (qmp, agent) = (machine.qmp.path().clone(), order.quiesce.clone());
         let undo = Undo { settings, qmp, agent, process };
         Ok(Self { plan, facts: facts(&described), undo })
@@ -130,6 +131,19 @@ async fn refuse(
         .await?;
     }
     Ok(process)
+}
+
+/// Refuses a machine that somebody else migrates: QEMU does one migration at a time, and what fails of ours is put back by
+/// ending the one that runs.
+async fn refuse_beside_another(machine: &Machine) -> Result<(), TakeError> {
+    let status = migration::progress(&machine.qmp).await.map_err(|e| whole(&e))?.status;
+    if status.has_ended() {
+        return Ok(());
+    }
+    let text = format!(
+        "somebody else migrates or saves this machine (it is '{status}'): try again when that is over"
+    );
+    Err(TakeError::new(text))
 }
 
 fn refuse_one(mode: CheckpointMode, checks: &[Check]) -> Result<(), TakeError> {

@@ -85,7 +85,7 @@ impl Bed {
             let mut state = self.qemu.state();
             state.mode = order.mode;
             state.scripts = scripts.iter().cloned().collect();
-            state.migration = "none";
+            state.migration = if state.others_migrate { "active" } else { "none" };
             state.cancel = Some(cancel);
             state.commands.clear();
         }

@@ -101,6 +101,8 @@ pub struct State {
     pub hang_up: Option<(usize, bool)>,
     /// So many events come before the settings are changed.
     pub flood: usize,
+    /// Somebody else migrates it.
+    pub others_migrate: bool,
     pub cancel: Option<watch::Sender<bool>>,
     /// Of its memory.
     pub pages: Vec<u32>,
@@ -133,6 +135,7 @@ impl Qemu {
             mode: cdp_store::CheckpointMode::Hot,
             hang_up: None,
             flood: 0,
+            others_migrate: false,
             cancel: None,
             pages: vec![1, 2, 3, 0, 5, 6, 7, 8],
         };

@@ -116,6 +116,24 @@ async fn a_machine_that_somebody_stops_before_us_is_saved_as_it_stands_and_stays
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_migration_of_somebody_else_is_left_alone() {
+    let bed = Bed::new().await;
+    for mode in MODES {
+        bed.qemu.state().others_migrate = true;
+        let why = bed.take(&Bed::order(mode), &[]).await.unwrap_err();
+        assert!(why.contains("somebody else migrates"), "{mode:?}: {why}");
+        assert_eq!(bed.qemu.state().migration, "active", "{mode:?}");
+        let commands = bed.qemu.state().commands.clone();
+        let queries = ["query-", "qom-", "human-monitor-command"];
+        let asks = |name: &String| queries.iter().any(|query| name.starts_with(query));
+        assert!(commands.iter().all(asks), "{mode:?}: {commands:?}");
+        assert_eq!(bed.count(), 0, "{mode:?}: it was begun");
+    }
+    bed.qemu.state().others_migrate = false;
+    bed.take(&Bed::order(Hot), &[]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn events_that_were_missed_are_made_up_for_by_another_try() {
     let bed = Bed::new().await;
     bed.qemu.state().flood = 3000;
