@@ -220,6 +220,10 @@ impl Loop<'_> {
                     deadline = Some((Instant::now() + ENDING, Signal::KILL));
                 }
                 Ok(Event::Restored(Ok(())) | Event::Order(Order::Runs)) => state = Supervised::Running,
+                // It has got its memory: what has failed came after that, or is the daemon's answer.
+                Ok(Event::Restored(Err(error))) if state == Supervised::Running => {
+                    eprintln!("cdp-tool: machine {} runs, but: {error:#}", self.machine.name);
+                }
                 Ok(Event::Restored(Err(error))) => {
                     qemu.send(Signal::KILL);
                     return Err(error.context("the machine was not put back"));
@@ -446,6 +450,21 @@ mod tests {
         assert!(!waited(vec![Event::Signal { again: false }]).unwrap());
         let refused = waited(vec![Event::Restored(Err(anyhow!("no such checkpoint")))]).unwrap_err();
         assert_eq!(format!("{refused:#}"), "the machine was not put back: no such checkpoint");
+    }
+
+    #[test]
+    fn a_machine_that_has_its_memory_is_not_ended_by_what_fails_after_that() {
+        let directory = tempfile::tempdir().unwrap();
+        let machine = sleeper(directory.path());
+        let failed = || Event::Restored(Err(anyhow!("cdpd does not answer")));
+        let attended = |came: Vec<Event>| {
+            let looking = told(&machine, came);
+            let qemu = Qemu::start(&machine.boot, &machine.directory, &looking.events).unwrap();
+            looking.attend(&qemu, Supervised::Waiting)
+        };
+        assert!(attended(vec![failed()]).is_err());
+        let ran = attended(vec![Event::Order(Order::Runs), failed(), Event::Interrupt]);
+        assert!(matches!(ran, Ok(End::Final(_))));
     }
 
     #[test]
