@@ -114,7 +114,8 @@ impl Daemon {
     /// # Errors
     /// The store could not be closed cleanly; the next start recovers it, as after a kill.
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        // 1. Refuse new requests of the API, end long answers, give up checkpoints.
+        // 1. Refuse new requests of the API, end long answers, give up checkpoints, wait for machines that are
+        //    being put back.
         self.stopping.send_replace(true);
         self.retries.abort();
         self.schedules.abort();

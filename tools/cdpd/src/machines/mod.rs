@@ -32,8 +32,8 @@ pub(crate) use supervisor::{Place, Supervisors};
 const LEFT_BEHIND: Duration = Duration::from_secs(5);
 /// After so many failures to put things back somebody has to look.
 const FAILURES_TOLD: u32 = 12;
-/// How long checkpoints that are given up because the daemon stops may take to put everything back. What is left then
-/// is undone at the next start.
+/// How long checkpoints that are given up because the daemon stops may take to put everything back, and machines that are
+/// being put back to have their memory. What is left of checkpoints then is undone at the next start.
 const GIVING_UP: Duration = Duration::from_secs(15);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -200,24 +200,31 @@ impl Machines {
     }
 
     /// Gives up all checkpoints that are being taken, so that no machine stands still while no daemon runs, nor its file
-    /// systems.
+    /// systems, and waits for machines that are being put back: with half of its memory one would be lost.
     pub(crate) async fn stop(&self) {
-        for work in self.work().values() {
-            if let Work::Taking { cancel, .. } = work {
-                cancel.send_replace(true);
-            }
-        }
-        let is_taken = |work: &Work| matches!(work, Work::Taking { .. });
         let given_up = async {
-            while self.work().values().any(is_taken) || qmp_bridge::thawing() > 0 {
+            while self.give_up() || qmp_bridge::thawing() > 0 {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         };
         if tokio::time::timeout(GIVING_UP, given_up).await.is_err() {
             tracing::warn!(
-                "a checkpoint is not given up after {GIVING_UP:?}, or a guest not thawed; the next start undoes what it finds"
+                "a checkpoint is not given up after {GIVING_UP:?}, or a guest not thawed: the next start undoes what it finds; \
+                 or a machine is still being put back"
             );
         }
+    }
+
+    /// Gives up what can be; says whether anything is being done. Again and again, since a request that has come before may
+    /// begin a checkpoint only now.
+    fn give_up(&self) -> bool {
+        let all = self.work();
+        for work in all.values() {
+            if let Work::Taking { cancel, .. } = work {
+                cancel.send_replace(true);
+            }
+        }
+        !all.is_empty()
     }
 
     /// A connection to a machine's QEMU.
@@ -579,6 +586,35 @@ mod tests {
         assert!(machines.cancel(&vm).is_err(), "there is no checkpoint to give up");
         drop(returning);
         machines.check_disks([&disk].into_iter()).unwrap();
+        store.close().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_stop_gives_checkpoints_up_and_waits_for_machines_that_are_being_put_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
+        Store::create(&path, &options).unwrap();
+        let store = Store::open(&path, options).unwrap();
+        let gate = Gate::new(store.clone());
+        let machines = Arc::new(Machines::new(store.clone(), gate, directory.path(), None));
+        let [one, other]: [VmName; 2] = ["web1", "web2"].map(|name| name.parse().unwrap());
+
+        let returning = machines.begin(&one, Work::Returning).unwrap();
+        let mut stopping = std::pin::pin!(machines.stop());
+        let waited = tokio::time::timeout(Duration::from_millis(200), &mut stopping).await;
+        assert!(waited.is_err(), "a machine is being put back");
+        // A checkpoint whose request had come before.
+        let (cancel, mut cancelled) = watch::channel(false);
+        let (_, progress) = watch::channel(Taking::default());
+        let taking = machines.begin(&other, Work::Taking { cancel, progress }).unwrap();
+        drop(returning);
+        tokio::select! {
+            told = cancelled.wait_for(|cancel| *cancel) => assert!(told.is_ok()),
+            () = &mut stopping => panic!("a checkpoint is being taken"),
+        }
+        drop(taking);
+        stopping.await;
         store.close().unwrap();
     }
 
