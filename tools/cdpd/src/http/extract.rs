@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::str::FromStr;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
@@ -14,6 +15,9 @@ use serde::de::DeserializeOwned;
 
 use crate::api::{ApiError, ErrorKind};
 
+/// How long the JSON of a request may take to come: whoever sends only its beginning must not keep others out.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
 pub(super) fn invalid(why: impl Display) -> ApiError {
     ApiError::new(ErrorKind::Invalid, why.to_string())
 }
@@ -25,9 +29,19 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let Json(value) = Json::from_request(request, state).await.map_err(|e| invalid(e.body_text()))?;
-        Ok(Self(value))
+        json(request, state, BODY_TIMEOUT).await.map(Self)
     }
+}
+
+async fn json<T: DeserializeOwned, S: Send + Sync>(
+    request: Request,
+    state: &S,
+    within: Duration,
+) -> Result<T, ApiError> {
+    let read = tokio::time::timeout(within, Json::<T>::from_request(request, state)).await;
+    let read = read.map_err(|_| invalid(format!("the request's body has not come within {within:?}")))?;
+    let Json(value) = read.map_err(|e| invalid(e.body_text()))?;
+    Ok(value)
 }
 
 /// The parameters after the `?`.
@@ -91,4 +105,43 @@ pub(super) fn now() -> Zoned {
 /// An instant in a request.
 pub(super) fn instant(text: &str, now: &Zoned) -> Result<Instant, ApiError> {
     Instant::parse(text, now).map_err(invalid)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::convert::Infallible;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use axum::http::HeaderValue;
+    use axum::http::header::CONTENT_TYPE;
+    use bytes::Bytes;
+    use hyper::body::Frame;
+
+    use super::*;
+
+    /// A body of which nothing comes.
+    struct Stalled;
+
+    impl hyper::body::Body for Stalled {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Pending
+        }
+    }
+
+    #[tokio::test]
+    async fn a_body_that_does_not_come_is_not_waited_for() {
+        let mut request = Request::new(axum::body::Body::new(Stalled));
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let refusal = json::<u64, ()>(request, &(), Duration::from_millis(20)).await.unwrap_err();
+        assert!(refusal.message.contains("has not come within 20ms"), "{refusal:?}");
+    }
 }
