@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant as Clock};
 
 use cdp_store::{ErrorKind, Resolved, Scratch, Store, Volume};
-use cdp_types::{BlockDevice, Instant, VolumeAt, VolumeName};
+use cdp_types::{BlockDevice, Instant, VolumeAt, VolumeId, VolumeName};
 use jiff::tz::TimeZone;
 use nbd_export::{Export, ExportEntry, ExportError, ExportErrorKind, Exports, StatusContext};
 
@@ -54,13 +54,13 @@ pub(crate) struct StoreExports {
     app: Arc<App>,
     heads: Heads,
     remembered: Mutex<HashMap<String, Remembered>>,
-    /// Writable views that somebody has open.
-    scratches: Mutex<HashMap<String, Weak<VolumeExport>>>,
+    /// Writable views that somebody has open, and of which volume.
+    scratches: Mutex<HashMap<String, (VolumeId, Weak<VolumeExport>)>>,
 }
 
 struct Remembered {
     at: Resolved,
-    volume: cdp_types::VolumeId,
+    volume: VolumeId,
     since: Clock,
 }
 
@@ -175,12 +175,17 @@ impl StoreExports {
 
     fn open_scratch(&self, text: &str, what: &VolumeAt) -> Result<Arc<VolumeExport>, ExportError> {
         let mut scratches = self.scratches.lock().unwrap_or_else(PoisonError::into_inner);
-        scratches.retain(|_, one| one.strong_count() > 0);
-        if let Some(open) = scratches.get(text).and_then(Weak::upgrade) {
+        scratches.retain(|_, (_, one)| one.strong_count() > 0);
+        let source = self.store().volume(&what.volume).map_err(|e| refused(&e));
+        if let Some((of, open)) = scratches.get(text)
+            // Since it was opened, another volume may have got the name.
+            && source.as_ref().map_or(true, |source| source.id() == *of)
+            && let Some(open) = open.upgrade()
+        {
             return Ok(open);
         }
+        let source = source?;
         // The instant that whoever only reads it has under this name.
-        let source = self.store().volume(&what.volume).map_err(|e| refused(&e))?;
         let instant = Instant::Seq(self.resolve(text, what, &source)?.seq);
         let at = VolumeAt { volume: what.volume.clone(), instant };
         let scratch = self.store().scratch(&at.volume, &at.instant).map_err(|e| refused(&e))?;
@@ -195,7 +200,7 @@ impl StoreExports {
             store: self.store().clone(),
             _scratch: Some(scratch),
         });
-        scratches.insert(text.to_owned(), Arc::downgrade(&export));
+        scratches.insert(text.to_owned(), (source.id(), Arc::downgrade(&export)));
         Ok(export)
     }
 }

@@ -5,7 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use cdpd::api::NbdConnection;
+use cdpd::api::{NbdConnection, Volume};
+use hyper::Method;
+use serde_json::json;
 
 use crate::machines::wait_until;
 use crate::{Bench, MIB};
@@ -156,6 +158,21 @@ fn a_scratch_view_is_one_for_all_who_have_it_open_by_its_name() {
     wait_until("only the one that is apart is left", || bench.connections().len() == 1);
     assert_eq!(bench.nbd(&name).read(0, 8192), [7; 8192]);
     assert_eq!(bench.sevens("web1", "head").len(), 4);
+    bench.stop();
+}
+
+#[test]
+fn a_scratch_view_is_of_the_volume_that_has_the_name_now() {
+    let mut bench = Bench::with_nbd();
+    bench.filled("web1");
+    let mut first = bench.nbd("web1@head:scratch");
+    assert_eq!(first.read(0, 4096), [7; 4096]);
+    let name = json!({ "name": "web0" });
+    let _: Volume = bench.client.send(Method::PATCH, "/v1/volumes/web1", &name).unwrap();
+    bench.create("web1", MIB).unwrap();
+    bench.nbd("web1").write(0, &[1; 4096]);
+    assert_eq!(bench.nbd("web1@head:scratch").read(0, 4096), [1; 4096]);
+    assert_eq!(first.read(0, 4096), [7; 4096]);
     bench.stop();
 }
 
