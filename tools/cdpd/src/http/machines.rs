@@ -155,13 +155,14 @@ pub(super) async fn start(
     State(app): State<Arc<App>>,
     Machine(name): Machine,
 ) -> Result<Json<VmStarted>, ApiError> {
+    // First: what is read before would be of a machine with which something else may be done yet.
+    let working = app.machines.begin(&name, Work::Returning)?;
     let (info, origin) = blocking(&app, move |app| {
         let info = app.store.vm(&name)?;
         let origin = copies::origin(&app.store, &info)?;
         Ok((info, origin))
     })
     .await?;
-    let working = app.machines.begin(&info.name, Work::Returning)?;
     to_its_end(async move {
         let _working = working;
         app.machines.make_ready(&app.servers, &info, origin.checkpoint).await?;
@@ -356,13 +357,13 @@ pub(super) async fn revert(
     Machine(name): Machine,
     Body(request): Body<VmRevert>,
 ) -> Result<Json<VmReverted>, ApiError> {
-    let (vm, to) = (name.clone(), request.to.clone());
-    let (info, found) =
-        blocking(&app, move |app| Ok((app.store.vm(&vm)?, app.store.find_checkpoint(&vm, &to)?))).await?;
+    let VmRevert { to, disks_only } = request;
     let working = app.machines.begin(&name, Work::Returning)?;
+    let (info, found) =
+        blocking(&app, move |app| Ok((app.store.vm(&name)?, app.store.find_checkpoint(&name, &to)?))).await?;
     to_its_end(async move {
         let _working = working;
-        put_back(&app, info, found.id, request.disks_only).await.map(Json)
+        put_back(&app, info, found.id, disks_only).await.map(Json)
     })
     .await
 }
