@@ -208,12 +208,26 @@ impl Store {
     /// # Errors
     /// If a file or the index cannot be read. What is merely wrong is a finding.
     pub fn verify(&self, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+        self.verify_while(&mut |done| {
+            progress(done);
+            true
+        })
+    }
+
+    /// As [`verify`](Self::verify), for as long as `go_on` says yes.
+    ///
+    /// # Errors
+    /// As `verify`; [`ErrorKind::Closed`] once `go_on` has said no.
+    pub fn verify_while(&self, go_on: &mut dyn FnMut(VerifyProgress) -> bool) -> Result<VerifyReport> {
         let total_bytes = self.info()?.log_bytes;
         let mut report = VerifyReport::default();
-        let mut done_bytes = 0;
-        let mut advance = |bytes| {
+        let mut done_bytes = 0_u64;
+        let mut advance = |bytes: u64| -> Result<()> {
             done_bytes += bytes;
-            progress(VerifyProgress { done_bytes: done_bytes.min(total_bytes), total_bytes });
+            if go_on(VerifyProgress { done_bytes: done_bytes.min(total_bytes), total_bytes }) {
+                return Ok(());
+            }
+            Err(Error::new(ErrorKind::Closed, "the verification was given up"))
         };
         let of_store = |(_, s): (u64, Arc<Segment>)| (s.header.volume == STORE_LOG).then_some(s);
         let store_log = live_chain(self.inner.shared.log.segments.all().into_iter().filter_map(of_store));
@@ -233,7 +247,7 @@ impl Store {
             }
         }
         epochs.check(&catalogue, &mut report);
-        progress(VerifyProgress { done_bytes: total_bytes, total_bytes });
+        go_on(VerifyProgress { done_bytes: total_bytes, total_bytes });
         Ok(report)
     }
 
@@ -279,7 +293,7 @@ fn verify_log(
     end: Ordinal,
     epochs: &mut FoundEpochs,
     report: &mut VerifyReport,
-    advance: &mut dyn FnMut(u64),
+    advance: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<bool> {
     let mut reader = ChainReader::new(chain);
     let mut last = Ordinal(0);
@@ -295,7 +309,7 @@ fn verify_log(
             let what = format!("block {block} of batch {last} does not match its checksum");
             report.findings.push(Finding { volume, file, offset, what });
         }
-        advance(batch.end() - batch.header.place.offset);
+        advance(batch.end() - batch.header.place.offset)?;
     }
     if last < end {
         let (file, offset) =

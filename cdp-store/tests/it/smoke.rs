@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use cdp_store::{Store, StoreOptions, VerifyProgress, VolumeSpec};
+use cdp_store::{ErrorKind, Store, StoreOptions, VerifyProgress, VolumeSpec};
 use cdp_types::{BlockDevice, DeviceQueue, Event, Instant, IoBuf, IoErrorKind, Op, Origin, RequestId, Wait};
 
 fn options() -> StoreOptions {
@@ -88,6 +88,12 @@ fn what_is_written_is_read_back_at_every_instant_and_after_reopening() {
         let report = store.verify(&mut |_| ()).unwrap();
         assert!(report.findings.is_empty(), "{report:?}");
         assert!(report.blocks_checked > 3000);
+        let mut looks = 0;
+        let given_up = store.verify_while(&mut |_| {
+            looks += 1;
+            looks < 3
+        });
+        assert_eq!((given_up.unwrap_err().kind(), looks), (ErrorKind::Closed, 3));
     };
     check(&store);
     store.close().unwrap();
