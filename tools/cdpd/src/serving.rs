@@ -215,6 +215,13 @@ impl Servers {
         Ok(reverted)
     }
 
+    /// Looks at disks of a machine that has been taken for putting it back: a revert of theirs that was under way has
+    /// ended by then, and another one is refused.
+    pub(crate) fn between_reverts<T>(&self, look: impl FnOnce() -> T) -> T {
+        let _changing = lock(&self.changing);
+        look()
+    }
+
     /// Reverts volumes that nobody uses, or will not in a moment.
     fn revert_idle(
         &self,

@@ -159,7 +159,7 @@ pub(super) async fn start(
     let working = app.machines.begin(&name, Work::Returning)?;
     let (info, origin) = blocking(&app, move |app| {
         let info = app.store.vm(&name)?;
-        let origin = copies::origin(&app.store, &info)?;
+        let origin = app.servers.between_reverts(|| copies::origin(&app.store, &info))?;
         Ok((info, origin))
     })
     .await?;
@@ -329,6 +329,8 @@ pub(super) async fn change(
     Body(change): Body<CheckpointChange>,
 ) -> Result<Json<Checkpoint>, ApiError> {
     let changed = blocking(&app, move |app| {
+        // What is not said is written again as it was read, which must not be what another request has just changed.
+        let _settings = app.machines.settings();
         let found = app.store.find_checkpoint(&vm, &which)?;
         let label = change.label.or(found.label);
         app.store.edit_checkpoint(found.id, label, change.pinned.unwrap_or(found.pinned))?;

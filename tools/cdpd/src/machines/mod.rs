@@ -157,7 +157,7 @@ impl Machines {
         taken.map_or(Ok(()), |(vm, work, _)| Err(busy(vm, work)))
     }
 
-    /// To be held by whoever reads a machine's settings and writes them again.
+    /// To be held by whoever reads a machine's settings, or what is said of a checkpoint, and writes them again.
     pub(crate) fn settings(&self) -> MutexGuard<'_, ()> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
