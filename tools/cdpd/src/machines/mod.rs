@@ -8,6 +8,7 @@ mod supervisor;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,8 @@ pub(crate) struct Machines {
     /// Who is told of each cut.
     callback: Option<Arc<Callback>>,
     work: Mutex<BTreeMap<VmName, Work>>,
+    /// Nothing more is begun.
+    stopping: AtomicBool,
     /// Held while a machine's settings are read and written again.
     settings: Mutex<()>,
     /// What checkpoints have learned of each.
@@ -116,6 +119,7 @@ impl Machines {
             directory: directory.to_owned(),
             callback,
             work: Mutex::default(),
+            stopping: AtomicBool::new(false),
             settings: Mutex::default(),
             firsts: Mutex::default(),
             supervisors: Arc::default(),
@@ -130,9 +134,12 @@ impl Machines {
     /// Begins to do something with a machine.
     ///
     /// # Errors
-    /// `Busy`: something else is being done with it.
+    /// `Busy`: something else is being done with it; `Unavailable`: the daemon is stopping.
     pub(crate) fn begin(self: &Arc<Self>, vm: &VmName, work: Work) -> Result<Working, ApiError> {
         let mut all = self.work();
+        if self.stopping.load(Ordering::Relaxed) {
+            return Err(ApiError::new(ErrorKind::Unavailable, "cdpd is stopping"));
+        }
         if let Some(other) = all.get(vm) {
             return Err(busy(vm, other));
         }
@@ -201,9 +208,11 @@ impl Machines {
 
     /// Gives up all checkpoints that are being taken, so that no machine stands still while no daemon runs, nor its file
     /// systems, and waits for machines that are being put back: with half of its memory one would be lost.
+    /// Nothing more is begun.
     pub(crate) async fn stop(&self) {
+        self.give_up();
         let given_up = async {
-            while self.give_up() || qmp_bridge::thawing() > 0 {
+            while !self.work().is_empty() || qmp_bridge::thawing() > 0 {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         };
@@ -215,16 +224,15 @@ impl Machines {
         }
     }
 
-    /// Gives up what can be; says whether anything is being done. Again and again, since a request that has come before may
-    /// begin a checkpoint only now.
-    fn give_up(&self) -> bool {
+    fn give_up(&self) {
         let all = self.work();
+        // With the lock held: a request that has come before begins what it is to begin before this, or not at all.
+        self.stopping.store(true, Ordering::Relaxed);
         for work in all.values() {
             if let Work::Taking { cancel, .. } = work {
                 cancel.send_replace(true);
             }
         }
-        !all.is_empty()
     }
 
     /// A connection to a machine's QEMU.
@@ -601,19 +609,17 @@ mod tests {
         let [one, other]: [VmName; 2] = ["web1", "web2"].map(|name| name.parse().unwrap());
 
         let returning = machines.begin(&one, Work::Returning).unwrap();
-        let mut stopping = std::pin::pin!(machines.stop());
-        let waited = tokio::time::timeout(Duration::from_millis(200), &mut stopping).await;
-        assert!(waited.is_err(), "a machine is being put back");
-        // A checkpoint whose request had come before.
-        let (cancel, mut cancelled) = watch::channel(false);
+        let (cancel, cancelled) = watch::channel(false);
         let (_, progress) = watch::channel(Taking::default());
         let taking = machines.begin(&other, Work::Taking { cancel, progress }).unwrap();
-        drop(returning);
-        tokio::select! {
-            told = cancelled.wait_for(|cancel| *cancel) => assert!(told.is_ok()),
-            () = &mut stopping => panic!("a checkpoint is being taken"),
-        }
+        let mut stopping = std::pin::pin!(machines.stop());
+        let soon = Duration::from_millis(100);
+        assert!(tokio::time::timeout(soon, &mut stopping).await.is_err(), "a checkpoint is being taken");
+        assert!(*cancelled.borrow());
         drop(taking);
+        assert!(tokio::time::timeout(soon, &mut stopping).await.is_err(), "a machine is being put back");
+        assert!(machines.begin(&other, Work::Returning).is_err_and(|e| e.kind == ErrorKind::Unavailable));
+        drop(returning);
         stopping.await;
         store.close().unwrap();
     }
