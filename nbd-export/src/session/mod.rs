@@ -39,7 +39,7 @@ use crate::transport::Transport;
 use device::Lane;
 use status::Query;
 
-/// Replies without payload that may wait to be sent, in bytes, before no further request is taken.
+/// Replies without payload that may wait to be sent, in bytes, before no further request is taken, nor a query answered.
 const MAX_GATHERED: usize = 1 << 20;
 /// NBD clients keep no in-flight region: no request has a number in it.
 const NO_ORIGIN: Origin = Origin(0);
@@ -93,7 +93,7 @@ struct Session<'a, T> {
     room: Signal,
     /// To the device's loop: requests have been submitted, or the reader has ended.
     submitted: Signal,
-    /// To the status loop: there are queries, or the reader has ended.
+    /// To the status loop: there are queries, or may be room for another answer, or the reader has ended.
     queried: Signal,
     /// To the writer: there are replies, or something has ended.
     replied: Signal,
@@ -212,12 +212,13 @@ impl<T: Transport> Session<'_, T> {
             }
             batch = self.outbox.borrow_mut().recycle(batch);
             self.note_held();
-            self.room.raise();
             if let Err(error) = result {
                 self.mute.set(true);
                 self.outbox.borrow_mut().clear();
                 self.fail(error);
             }
+            self.room.raise();
+            self.queried.raise();
         }
     }
 

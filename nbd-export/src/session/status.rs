@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cdp_types::{ByteRange, IoError, IoErrorKind};
 
-use super::Session;
+use super::{MAX_GATHERED, Session};
 use crate::exports::{StatusContext, StatusExtent};
 use crate::protocol::{Errno, Headers, Whose};
 use crate::transport::Transport;
@@ -41,6 +41,10 @@ impl<T: Transport> Session<'_, T> {
                 self.queried.wait().await;
                 continue;
             };
+            // An answer is far longer than its question: those that were taken are not all made for a client that reads none.
+            while self.outbox.borrow().gathered_bytes() >= MAX_GATHERED {
+                self.queried.wait().await;
+            }
             let contexts: Vec<_> =
                 ids.iter().filter_map(|&id| self.view.contexts.get(id as usize)).cloned().collect();
             let work = move || contexts.iter().map(|context| ask.of(context)).collect::<Result<Vec<_>, _>>();

@@ -24,12 +24,15 @@ pub(crate) struct TestExports {
     pub(crate) disk: Arc<MemoryDevice>,
     pub(crate) opened: AtomicUsize,
     pub(crate) dropped: Arc<AtomicUsize>,
+    /// How often a context was asked for extents.
+    pub(crate) looked: Arc<AtomicUsize>,
 }
 
 struct TestExport {
     name: String,
     device: Arc<dyn BlockDevice>,
     dropped: Arc<AtomicUsize>,
+    looked: Arc<AtomicUsize>,
 }
 
 impl Drop for TestExport {
@@ -62,7 +65,8 @@ impl Exports for TestExports {
         };
         self.opened.fetch_add(1, Ordering::SeqCst);
         let device = Arc::clone(&self.disk) as Arc<dyn BlockDevice>;
-        Ok(Arc::new(TestExport { name: name.to_owned(), device, dropped: Arc::clone(&self.dropped) }))
+        let (dropped, looked) = (Arc::clone(&self.dropped), Arc::clone(&self.looked));
+        Ok(Arc::new(TestExport { name: name.to_owned(), device, dropped, looked }))
     }
 }
 
@@ -94,7 +98,8 @@ impl Export for TestExport {
             }
             _ => return Ok(None),
         };
-        Ok(Some(Arc::new(Stripes { name: query.to_owned(), flags })))
+        let looked = Arc::clone(&self.looked);
+        Ok(Some(Arc::new(Stripes { name: query.to_owned(), flags, looked })))
     }
 }
 
@@ -102,6 +107,7 @@ impl Export for TestExport {
 struct Stripes {
     name: String,
     flags: u64,
+    looked: Arc<AtomicUsize>,
 }
 
 impl StatusContext for Stripes {
@@ -109,6 +115,7 @@ impl StatusContext for Stripes {
         &self.name
     }
     fn extents(&self, range: ByteRange, max: usize, out: &mut Vec<StatusExtent>) -> Result<(), IoError> {
+        self.looked.fetch_add(1, Ordering::SeqCst);
         let mut at = range.offset;
         while at < range.end() && out.len() < max {
             let end = (at / EXTENT + 1) * EXTENT;
@@ -137,8 +144,8 @@ impl Fixture {
     pub(crate) fn of(disk: MemoryConfig, change: impl FnOnce(&mut ServerConfig)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let disk = MemoryDevice::new(disk).unwrap();
-        let exports =
-            Arc::new(TestExports { disk: Arc::new(disk), opened: 0.into(), dropped: Arc::default() });
+        let (disk, opened) = (Arc::new(disk), AtomicUsize::new(0));
+        let exports = Arc::new(TestExports { disk, opened, dropped: Arc::default(), looked: Arc::default() });
         let listen = Listen::Unix { path: directory.path().join("nbd.sock"), mode: 0o600 };
         let mut config = ServerConfig::new(vec![listen]);
         change(&mut config);

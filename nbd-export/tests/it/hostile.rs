@@ -1,6 +1,7 @@
 //! Clients that mean no good, beside one that does.
 
 use std::io::{ErrorKind, Write};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nbd_export::Limits;
@@ -60,6 +61,27 @@ fn small_replies_that_are_not_read_do_not_pile_up() {
     // A megabyte of replies, and the sockets' buffers.
     let taken = requests(&fixture);
     assert!(taken < 100_000, "{taken} requests were taken");
+    drop(deaf);
+    fixture.nobody_is_left();
+}
+
+#[test]
+fn status_that_is_not_read_is_not_looked_for() {
+    const QUERIES: usize = 1024;
+    let fixture = Fixture::limited(Limits { requests: QUERIES, ..Limits::default() });
+    let contexts = ["base:allocation", "qemu:dirty-bitmap:since@mark"];
+    let mut deaf = Client::ready(&fixture.socket(), "disk", Headers::Extended, &contexts);
+    let batch: Vec<u8> = (0..QUERIES).flat_map(|_| deaf.header(cmd::BLOCK_STATUS, 0, 0, CAPACITY)).collect();
+    deaf.send(&batch);
+    std::thread::sleep(Duration::from_secs(1));
+    // Each is 16 KiB of extents: two megabytes of replies, and the sockets' buffers.
+    let looked = fixture.exports.looked.load(Ordering::SeqCst);
+    assert!(looked < QUERIES, "{looked} of {} were looked for", 2 * QUERIES);
+    // All of it comes to one who reads.
+    for _ in 0..QUERIES {
+        let reply = deaf.reply();
+        assert_eq!((reply.error, reply.status.len()), (0, 2));
+    }
     drop(deaf);
     fixture.nobody_is_left();
 }
