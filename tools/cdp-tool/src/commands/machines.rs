@@ -12,6 +12,7 @@ use cdpd::api::{
 use cdpd::client::Client;
 use hyper::Method;
 use jiff::SignedDuration;
+use serde_json::{Value, json};
 
 use super::{run, taking};
 use crate::access::online;
@@ -39,12 +40,17 @@ pub(super) fn vm(store: &Path, command: &VmCommand, output: &mut Output) -> anyh
         VmCommand::Remove { name, delete_checkpoints } => {
             let path = format!("/v1/vms/{name}?delete_checkpoints={delete_checkpoints}");
             client()?.delete::<()>(&path)?;
-            Ok(())
+            done(output, json!({ "removed": name }))
         }
         VmCommand::Run(args) => run::run(store, args, output),
         VmCommand::Clone(args) => run::clone(store, args, output),
         VmCommand::Revert(args) => revert(&client()?, store, args, output),
     }
+}
+
+/// Answers a program, which expects to be. A person sees that there was no complaint.
+fn done(output: &mut Output, what: Value) -> anyhow::Result<()> {
+    if output.is_json() { output.value(&what) } else { Ok(()) }
 }
 
 /// A path that means the same to the daemon.
@@ -225,7 +231,7 @@ pub(super) fn checkpoint(
         }
         CheckpointCommand::Cancel { vm } => {
             client.delete::<()>(&format!("/v1/vms/{vm}/taking"))?;
-            Ok(())
+            done(output, json!({ "cancelled": vm }))
         }
         CheckpointCommand::List { vm } => {
             let list: Vec<Checkpoint> = client.get(&format!("/v1/vms/{vm}/checkpoints"))?;
@@ -247,7 +253,7 @@ pub(super) fn checkpoint(
         }
         CheckpointCommand::Delete { vm, checkpoint } => {
             client.delete::<()>(&at(vm, checkpoint))?;
-            Ok(())
+            done(output, json!({ "vm": vm, "deleted": checkpoint }))
         }
     }
 }
@@ -263,7 +269,7 @@ fn take(
     if output.is_json() {
         return output.item(&taken);
     }
-    let figure = |name: &str| taken.figures.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
+    let figure = |name: &str| taken.figures.get(name).and_then(Value::as_u64).unwrap_or(0);
     output.line(format!(
         "checkpoint {} of {vm}, {}: paused for {:.1} ms, saved in {:.1} s, {:.1} MiB new of {:.0} MiB of memory",
         taken.id,
@@ -311,7 +317,7 @@ fn table(list: &[Checkpoint], output: &mut Output) -> anyhow::Result<()> {
 }
 
 fn row(one: &Checkpoint, output: &Output) -> Vec<String> {
-    let figure = |name: &str| one.figures.get(name).and_then(serde_json::Value::as_u64);
+    let figure = |name: &str| one.figures.get(name).and_then(Value::as_u64);
     let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let pinned = if one.pinned { " (pinned)" } else { "" };
     vec![

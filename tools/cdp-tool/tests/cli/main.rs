@@ -113,6 +113,17 @@ fn same(file: &Path, content: &[u8]) {
 }
 
 #[test]
+fn a_machine_that_is_removed_is_an_answer_in_json() {
+    let mut bench = Bench::new();
+    bench.json("volume create web1 --size 1M");
+    assert_eq!(bench.json("vm register m --qmp m.qmp --volume web1")["name"], "m");
+    assert_eq!(bench.json("vm remove m")["removed"], "m");
+    bench.json("vm register m --qmp m.qmp --volume web1");
+    assert_eq!(bench.text("vm remove m"), "");
+    bench.stop();
+}
+
+#[test]
 fn volumes_are_made_changed_and_destroyed() {
     let mut bench = Bench::new();
     let made = bench.json("volume create web1 --size 10G --block-size 4096");
