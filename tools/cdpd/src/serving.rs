@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub(crate) struct Servers {
     changing: Mutex<()>,
     /// Told when a socket could not be made.
     failed: Notify,
+    /// No server is started any more.
+    stopped: AtomicBool,
 }
 
 struct Entry {
@@ -60,7 +63,8 @@ impl Servers {
         control: Arc<dyn VmControl>,
     ) -> Self {
         let (running, changing, failed) = (Mutex::default(), Mutex::default(), Notify::new());
-        Self { store, reserved, settings, control, running, changing, failed }
+        let stopped = AtomicBool::new(false);
+        Self { store, reserved, settings, control, running, changing, failed, stopped }
     }
 
     /// Serves every volume that the store remembers as served.
@@ -342,9 +346,11 @@ impl Servers {
         running.iter().filter_map(|(id, entry)| Some((*id, entry.outcome.as_ref().ok()?.stats()))).collect()
     }
 
-    /// Stops every server, side by side: each waits for its own guest's requests.
+    /// Stops every server, side by side: each waits for its own guest's requests. None is started after that: a guest
+    /// that connected to it would get errors once the store is closed, instead of waiting for the next daemon.
     pub(crate) fn shutdown(&self) {
         let _changing = lock(&self.changing);
+        self.stopped.store(true, Ordering::Relaxed);
         let all = std::mem::take(&mut *lock(&self.running));
         std::thread::scope(|scope| {
             for mut server in all.into_values().filter_map(|entry| entry.outcome.ok()) {
@@ -361,7 +367,11 @@ impl Servers {
         }
     }
 
+    /// With `changing` held.
     fn start(&self, name: &VolumeName, id: VolumeId, serving: &Serving) -> Result<Server, ApiError> {
+        if self.stopped.load(Ordering::Relaxed) {
+            return Err(ApiError::new(ErrorKind::Unavailable, "cdpd is stopping"));
+        }
         let taken = lock(&self.running)
             .iter()
             .any(|(other, entry)| *other != id && entry.serving.socket == serving.socket);
@@ -421,4 +431,37 @@ fn check(serving: &Serving, reserved: &Path) -> Result<(), ApiError> {
 /// The data behind these locks is whole between any two statements, so a panic elsewhere does not spoil it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use cdp_store::{StoreOptions, VolumeSpec};
+    use ckpt::gate::Gate;
+
+    use super::*;
+
+    #[test]
+    fn what_comes_after_the_shutdown_is_not_served() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
+        Store::create(&path, &options).unwrap();
+        let store = Store::open(&path, options).unwrap();
+        let name: VolumeName = "web1".parse().unwrap();
+        store.create_volume(&name, VolumeSpec { size_bytes: 4096, logical_block_size: 512 }).unwrap();
+        let reserved = path.join("cdpd.sock");
+        let servers = Servers::new(store.clone(), reserved, VhostUser::default(), Gate::new(store.clone()));
+
+        let socket = directory.path().join("web1.sock");
+        let serving = Serving { socket: socket.display().to_string(), queues: 1 };
+        servers.serve(&name, serving.clone()).unwrap();
+        assert!(socket.exists());
+        servers.shutdown();
+        let refusal = servers.serve(&name, serving).unwrap_err();
+        assert_eq!(refusal.kind, ErrorKind::Unavailable, "{refusal}");
+        assert!(!socket.exists());
+        store.close().unwrap();
+    }
 }
