@@ -79,29 +79,30 @@ pub(crate) struct Listening {
 pub(crate) async fn listen(listener: Listener, mut on: Listening) {
     let mut connections = JoinSet::new();
     loop {
-        // Connections beyond the limit wait in the socket's backlog.
-        let permit = tokio::select! {
-            permit = Arc::clone(&on.connections).acquire_owned() => permit,
-            () = stopped(&mut on.stopping) => break,
-        };
         let accepted = tokio::select! {
             accepted = accept(&listener) => accepted,
             () = stopped(&mut on.stopping) => break,
         };
         while connections.try_join_next().is_some() {}
-        match accepted {
-            Ok((stream, peer)) => {
-                let on = on.clone();
-                connections.spawn(async move {
-                    let _permit = permit;
-                    serve(stream, peer, on).await;
-                });
-            }
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
             }
-        }
+        };
+        // Of connections beyond the limit one waits here, and the others in the socket's backlog. A listener that nobody
+        // connects to must not have a place: there may be but one for all listeners.
+        let permit = tokio::select! {
+            permit = Arc::clone(&on.connections).acquire_owned() => permit,
+            () = stopped(&mut on.stopping) => break,
+        };
+        let on = on.clone();
+        connections.spawn(async move {
+            let _permit = permit;
+            serve(stream, peer, on).await;
+        });
     }
     drop(listener);
     while connections.join_next().await.is_some() {}

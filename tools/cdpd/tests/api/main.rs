@@ -469,6 +469,19 @@ fn the_api_also_answers_over_tcp() {
 }
 
 #[test]
+fn both_listeners_share_what_connections_there_may_be() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut bench = Bench::with(|config| (config.http, config.limits.connections) = (Some(port), 1));
+    for name in ["web1", "web2"] {
+        let stream = TcpStream::connect(port).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        assert!(ask_for_metrics(stream, &port.to_string()).starts_with("HTTP/1.1 200"));
+        bench.create(name, MIB).unwrap();
+    }
+    bench.stop();
+}
+
+#[test]
 fn a_second_daemon_is_refused_and_no_store_is_made_unasked() {
     let mut bench = Bench::new();
     let second = bench.runtime.block_on(Daemon::start(config(bench.root.path()))).err().unwrap();
