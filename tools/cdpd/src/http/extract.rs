@@ -38,10 +38,12 @@ async fn json<T: DeserializeOwned, S: Send + Sync>(
     state: &S,
     within: Duration,
 ) -> Result<T, ApiError> {
-    let read = tokio::time::timeout(within, Json::<T>::from_request(request, state)).await;
-    let read = read.map_err(|_| invalid(format!("the request's body has not come within {within:?}")))?;
-    let Json(value) = read.map_err(|e| invalid(e.body_text()))?;
-    Ok(value)
+    let read = async {
+        let read = Json::from_request(request, state).await.map_err(|e| invalid(e.body_text()));
+        read.map(|Json(value)| value)
+    };
+    let late = || Err(invalid(format!("the request's body has not come within {within:?}")));
+    tokio::time::timeout(within, read).await.unwrap_or_else(|_| late())
 }
 
 /// The parameters after the `?`.
