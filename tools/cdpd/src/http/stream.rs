@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Buf, Bytes};
+use cdp_types::VmName;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame};
 use serde::Serialize;
@@ -17,7 +18,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
 use crate::api::{ApiError, ErrorKind, Line, Order, Progress};
-use crate::machines::Place;
+use crate::machines::{Machines, Place};
 
 use super::{App, permit, thread_died};
 
@@ -27,6 +28,8 @@ const STALL: Duration = Duration::from_secs(600);
 const CHUNKS: usize = 4;
 /// Lines are gathered up to about so many bytes.
 const LINES_BYTES: usize = 32 << 10;
+/// Between two looks whether a machine has got its memory.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Progress is told this often.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
@@ -191,9 +194,11 @@ pub(super) async fn lines<T: Serialize + 'static, D: Serialize>(
     .await
 }
 
-/// Answers in lines with the orders for a supervisor, until it, or the daemon, goes away.
+/// Answers in lines with the orders for a supervisor, until it, or the daemon, goes away; not before one has heard that the
+/// machine has got its memory which is just being given to it.
 pub(super) fn orders(app: &App, mut place: Place) -> Response {
     let (sender, chunks) = mpsc::channel(CHUNKS);
+    let (machines, vm) = (Arc::clone(&app.machines), place.vm().clone());
     let mut stopping = app.stopping.clone();
     tokio::spawn(async move {
         let mut order = Order::Attached;
@@ -204,14 +209,23 @@ pub(super) fn orders(app: &App, mut place: Place) -> Response {
                 return;
             }
             order = tokio::select! {
+                biased;
                 next = place.order() => match next { Some(order) => order, None => return },
                 () = sender.closed() => return,
-                _ = stopping.wait_for(|stopping| *stopping) => return,
+                () = over(&mut stopping, &machines, &vm) => return,
             };
         }
     });
     let body = axum::body::Body::new(Chunks { first: None, chunks });
     (StatusCode::OK, [(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
+}
+
+/// Ends when the daemon stops and does nothing more with a machine.
+async fn over(stopping: &mut watch::Receiver<bool>, machines: &Machines, vm: &VmName) {
+    let _ = stopping.wait_for(|stopping| *stopping).await;
+    while machines.is_returning(vm) {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 /// A request's body, for a thread that may block.

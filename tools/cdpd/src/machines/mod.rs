@@ -8,7 +8,6 @@ mod supervisor;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -71,8 +70,8 @@ pub(crate) struct Machines {
     /// Who is told of each cut.
     callback: Option<Arc<Callback>>,
     work: Mutex<BTreeMap<VmName, Work>>,
-    /// Nothing more is begun.
-    stopping: AtomicBool,
+    /// Turns true when the daemon stops: nothing more is begun.
+    stopping: watch::Sender<bool>,
     /// Held while a machine's settings are read and written again.
     settings: Mutex<()>,
     /// What checkpoints have learned of each.
@@ -119,7 +118,7 @@ impl Machines {
             directory: directory.to_owned(),
             callback,
             work: Mutex::default(),
-            stopping: AtomicBool::new(false),
+            stopping: watch::Sender::new(false),
             settings: Mutex::default(),
             firsts: Mutex::default(),
             supervisors: Arc::default(),
@@ -137,8 +136,8 @@ impl Machines {
     /// `Busy`: something else is being done with it; `Unavailable`: the daemon is stopping.
     pub(crate) fn begin(self: &Arc<Self>, vm: &VmName, work: Work) -> Result<Working, ApiError> {
         let mut all = self.work();
-        if self.stopping.load(Ordering::Relaxed) {
-            return Err(ApiError::new(ErrorKind::Unavailable, "cdpd is stopping"));
+        if *self.stopping.borrow() {
+            return Err(ends());
         }
         if let Some(other) = all.get(vm) {
             return Err(busy(vm, other));
@@ -190,6 +189,16 @@ impl Machines {
         }
     }
 
+    /// Ends when the daemon stops.
+    async fn ending(&self) {
+        let _ = self.stopping.subscribe().wait_for(|stopping| *stopping).await;
+    }
+
+    /// Whether a machine is being put back to a checkpoint, or started from one.
+    pub(crate) fn is_returning(&self, vm: &VmName) -> bool {
+        matches!(self.work().get(vm), Some(Work::Returning))
+    }
+
     /// Gives up the checkpoint that is being taken.
     ///
     /// # Errors
@@ -227,7 +236,7 @@ impl Machines {
     fn give_up(&self) {
         let all = self.work();
         // With the lock held: a request that has come before begins what it is to begin before this, or not at all.
-        self.stopping.store(true, Ordering::Relaxed);
+        self.stopping.send_replace(true);
         for work in all.values() {
             if let Work::Taking { cancel, .. } = work {
                 cancel.send_replace(true);
@@ -423,7 +432,11 @@ impl Machines {
         let off = self.write_caches_off(servers, info, to)?;
         let _expected: Vec<_> = off.iter().map(|cache| cache.expect_off()).collect();
         if self.supervisors.state(&info.name).is_some() {
-            self.supervisors.restart(&info.name).await?;
+            tokio::select! {
+                restarted = self.supervisors.restart(&info.name) => restarted?,
+                // Nobody would hear the supervisor any more. Nothing of the disks is changed yet.
+                () = self.ending() => return Err(ends()),
+            }
         }
         let qmp = self.connect(info).await?;
         ckpt::restore::check_waiting(&qmp).await.map_err(|error| {
@@ -477,6 +490,10 @@ impl Machines {
             }
         }
     }
+}
+
+fn ends() -> ApiError {
+    ApiError::new(ErrorKind::Unavailable, "cdpd is stopping")
 }
 
 fn busy(vm: &VmName, work: &Work) -> ApiError {

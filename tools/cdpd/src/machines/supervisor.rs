@@ -119,6 +119,11 @@ impl Supervisors {
 }
 
 impl Place {
+    /// Whose it is.
+    pub(crate) fn vm(&self) -> &VmName {
+        &self.vm
+    }
+
     /// The next order.
     pub(crate) async fn order(&mut self) -> Option<Order> {
         self.orders.recv().await
