@@ -195,3 +195,26 @@ fn a_request_may_have_more_edges_than_leaves_are_cached() {
     drop((queue, volume));
     store.close().unwrap();
 }
+
+#[test]
+fn requests_behind_discards_of_less_than_a_block_are_not_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = StoreOptions { batch_bytes: 64 << 10, segment_bytes: 1 << 20, ..StoreOptions::default() };
+    let (store, volume) = store_of(directory.path(), 1 << 20, options);
+    let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
+    let discard = || {
+        let ranges = [ByteRange::new(512, 1024)].into_iter().collect();
+        Op::Discard { ranges, origin: cdp_types::Origin(0) }
+    };
+    // A write that is larger than a batch usually is; and more discards than are taken at once.
+    for (discards, blocks) in [(1, 32), (40, 1), (40, 32)] {
+        let bytes = pattern(blocks);
+        let ops: Vec<Op> = (0..discards).map(|_| discard()).chain([write(&bytes)]).collect();
+        run(&mut queue, ops).unwrap();
+        let into = IoBuf::zeroed(bytes.len());
+        run(&mut queue, vec![Op::Read { offset: 0, into: into.share() }]).unwrap();
+        assert!(into.to_vec() == bytes, "{blocks} blocks behind {discards} discards");
+    }
+    drop((queue, volume));
+    store.close().unwrap();
+}

@@ -113,6 +113,7 @@ impl HeadQueue {
         } else {
             usize::MAX
         };
+        let before = self.waiting.len();
         while let Some(pending) = self.waiting.front() {
             if quota == 0 {
                 break;
@@ -131,8 +132,9 @@ impl HeadQueue {
             self.count(&pending.op);
             draft.end_request(pending);
         }
-        if draft.is_empty() && !self.waiting.is_empty() {
-            // Not even one fits into an empty draft: more ranges than a header can hold.
+        if draft.is_empty() && self.waiting.len() == before {
+            // The first does not fit into an empty draft that was made for it: more ranges than a header can hold. If there
+            // were only requests with nothing to log, whatever comes behind them gets a draft of its own.
             let pending = self.waiting.pop_front()?;
             let error = IoError::new(IoErrorKind::Invalid, "the request has too many ranges");
             self.finish(pending.id, Err(error));
