@@ -16,13 +16,16 @@ pub struct Ledger {
     log: LogState,
     catalogue: Catalogue,
     kv: Arc<dyn Kv>,
+    /// Some rows could not be written: none are until the next opening, since a position behind them would say that they
+    /// are there.
+    lags: bool,
 }
 
 impl Ledger {
     /// The ledger whose log and catalogue recovery has brought in line.
     #[must_use]
     pub fn new(log: LogState, catalogue: Catalogue, kv: Arc<dyn Kv>) -> Self {
-        Self { log, catalogue, kv }
+        Self { log, catalogue, kv, lags: false }
     }
 
     /// The catalogue.
@@ -89,17 +92,21 @@ impl Ledger {
         self.log.poisoned().is_some()
     }
 
-    /// Writes rows and the position that they bring the database to. What fails here is made up for by the next
-    /// opening, so it is no reason to fail a change that is durable already.
+    /// Writes rows and the position that they bring the database to. What fails here, and everything after it, is made up
+    /// for by the next opening, so it is no reason to fail a change that is durable already.
     pub fn write_rows(&mut self, mut rows: WriteBatch) {
+        if self.lags {
+            return;
+        }
         let (crc, place) = self.log.acked_at();
         let (seq, time_ns) = self.log.head();
         let BatchPlace { incarnation, offset } = place;
         let position = Position { ordinal: self.log.acked(), crc, incarnation, offset, time_ns, seq };
         put(&mut rows, POSITION_KEY, &(position, self.catalogue.last));
         if let Err(error) = self.kv.write(&rows) {
+            self.lags = true;
             tracing::warn!(
-                "the catalogue's database was not updated: {error}; the next opening will make up for it"
+                "the catalogue's database is not updated any more: {error}; the next opening will make up for it"
             );
         }
     }

@@ -284,3 +284,40 @@ fn a_damaged_row_of_one_volume_does_not_keep_the_others_out_of_the_index() {
     assert!(volumes.iter().all(|volume| !volume.map().has_unindexed()));
     store.close().unwrap();
 }
+
+/// Opens a store on this catalogue, with an index of its own and without threads.
+fn open_on(directory: &Path, catalogue: &SimKv) -> Result<Store> {
+    let seams = Seams {
+        storage: Arc::new(DirectoryStorage::open(directory).unwrap()),
+        index: Arc::new(SimKv::new()),
+        catalogue: Arc::new(catalogue.clone()),
+        clock: Arc::new(SystemClock),
+        secrets: || 7,
+        reach: None,
+    };
+    Store::open_on(seams, options())
+}
+
+#[test]
+fn what_the_catalogue_could_not_be_told_is_there_after_the_next_opening() {
+    let directory = tempfile::tempdir().unwrap();
+    Store::create(directory.path(), &options()).unwrap();
+    let catalogue = SimKv::synced();
+    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
+    let names = ["first", "second", "third"].map(|name| name.parse::<VolumeName>().unwrap());
+    let store = open_on(directory.path(), &catalogue).unwrap();
+    for (number, name) in names.iter().enumerate() {
+        // As when the disk is full for a while.
+        if number == 1 {
+            catalogue.fail_after(0);
+        }
+        store.create_volume(name, spec).unwrap();
+        catalogue.heal();
+    }
+    store.close().unwrap();
+    drop(store);
+    let store = open_on(directory.path(), &catalogue).unwrap();
+    let found: Vec<VolumeName> = store.volumes().into_iter().map(|volume| volume.name).collect();
+    assert_eq!(found, names);
+    store.close().unwrap();
+}
