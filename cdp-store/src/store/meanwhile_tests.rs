@@ -321,3 +321,28 @@ fn what_the_catalogue_could_not_be_told_is_there_after_the_next_opening() {
     assert_eq!(found, names);
     store.close().unwrap();
 }
+
+#[test]
+fn rot_of_the_store_logs_last_record_is_not_taken_for_a_torn_tail() {
+    let directory = tempfile::tempdir().unwrap();
+    Store::create(directory.path(), &options()).unwrap();
+    let catalogue = SimKv::synced();
+    let store = open_on(directory.path(), &catalogue).unwrap();
+    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
+    store.create_volume(&"web1".parse().unwrap(), spec).unwrap();
+    let segments = store.segments().unwrap();
+    let slot = segments.iter().rfind(|segment| segment.volume == VolumeId(0)).unwrap().slot;
+    let path = directory.path().join(format!("segments/{slot:08}"));
+    store.close().unwrap();
+    drop(store);
+    let mut bytes = fs::read(&path).unwrap();
+    let header = bytes.windows(8).rposition(|magic| magic == b"HINDSITE").unwrap();
+    bytes[header + 96] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    // The catalogue knows that there was such a record, and goes on knowing it.
+    for _ in 0..2 {
+        let error = open_on(directory.path(), &catalogue).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains("the store log is damaged"), "{error}");
+    }
+}

@@ -294,7 +294,10 @@ impl Opening {
         // The store log needs no fence: each opening appends to it before anyone sees the store.
         let chain = self.chain_of(STORE_LOG, Fence::default());
         let loaded = Catalogue::load(&*self.seams.catalogue)?;
+        // Rows only ever say what was durable, so what they speak of and the log lacks was not torn off.
+        let mut known_durable = Ordinal(0);
         if let Some((catalogue, position)) = loaded {
+            known_durable = position.ordinal;
             let place = BatchPlace { incarnation: position.incarnation, offset: position.offset };
             let watermark = LogPos::new(place.incarnation, place.offset).map(|pos| Watermark {
                 ordinal: position.ordinal,
@@ -303,20 +306,22 @@ impl Opening {
                 header_crc: position.crc,
                 time_ns: position.time_ns,
             });
-            match self.replay_store_log(&chain, catalogue, watermark.as_ref()) {
+            match self.replay_store_log(&chain, catalogue, watermark.as_ref(), known_durable) {
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     tracing::warn!("{error}; the catalogue is rebuilt from the store log");
                 }
                 other => return other,
             }
         }
+        let replayed = self.replay_store_log(&chain, Catalogue::default(), None, known_durable)?;
+        // Not before: the next opening must find out as well that the log is damaged.
         if self.mode == Mode::Write {
             self.seams
                 .catalogue
                 .clear()
                 .map_err(|e| Error::new(ErrorKind::Io, "clearing the catalogue").with(e))?;
         }
-        self.replay_store_log(&chain, Catalogue::default(), None)
+        Ok(replayed)
     }
 
     fn replay_store_log(
@@ -324,9 +329,10 @@ impl Opening {
         chain: &[Arc<Segment>],
         mut catalogue: Catalogue,
         from: Option<&Watermark>,
+        known_durable: Ordinal,
     ) -> Result<(Catalogue, LogEnd, WriteBatch)> {
         let mut rows = WriteBatch::new();
-        let recovery = recover(chain, Fence::default(), from, Ordinal(0), None, &mut |batch, _| {
+        let recovery = recover(chain, Fence::default(), from, known_durable, None, &mut |batch, _| {
             if batch.header.records.first().is_some_and(|r| r.kind == RecordKind::Store) {
                 let place = batch.header.place.offset;
                 let at = || format!("{}, byte {place}: a store record", batch.segment.file.name());
