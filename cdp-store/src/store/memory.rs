@@ -82,7 +82,7 @@ impl Store {
                 memory.update_row(row.clone());
             }
             memory.end_tenure(true);
-            memory.log().retire("nothing needs this memory any more");
+            memory.retire("nothing needs this memory any more");
         }
     }
 

@@ -45,7 +45,7 @@ impl Store {
         drop(ledger);
         // What clones share of it was made durable when they were made.
         volume.end_tenure(true);
-        volume.log().retire("the volume was destroyed");
+        volume.retire("the volume was destroyed");
         drop(volume);
         self.reclaim_now_or_later();
         Ok(())
@@ -128,7 +128,7 @@ impl Store {
             return self.commit(&mut ledger, &[Change::Destroy { volume: id }]);
         };
         self.change_volume(&mut ledger, &volume, Change::Destroy { volume: id })?;
-        volume.log().retire("nobody uses it any more");
+        volume.retire("nobody uses it any more");
         Ok(())
     }
 

@@ -228,7 +228,19 @@ impl Volume {
 
     /// Refuses every further write and flush until the store is opened again.
     pub(crate) fn stop_writes(&self, why: &str) {
-        self.log().poison(why.to_owned());
+        let mut log = self.log();
+        log.poison(why.to_owned());
+        self.cut_if_due(&mut log, None);
+        drop(log);
+        self.wake_waiters(None);
+    }
+
+    /// Refuses every further write and flush, because nobody needs them any more. Requests that waited for a cut end.
+    pub(crate) fn retire(&self, why: &str) {
+        let mut log = self.log();
+        log.retire(why);
+        self.cut_if_due(&mut log, None);
+        drop(log);
         self.wake_waiters(None);
     }
 

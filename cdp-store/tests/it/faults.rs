@@ -338,3 +338,27 @@ fn a_volume_whose_fate_is_not_known_acknowledges_nothing() {
         assert_eq!(bench.block(1, 1).unwrap(), 3);
     }
 }
+
+#[test]
+fn requests_that_wait_for_a_cut_end_when_their_volume_is_destroyed() {
+    let bench = Bench::new(1);
+    bench.write(0, 0, 1).unwrap();
+    let name = bench.name(0);
+    let volume = bench.machine.volume(&name);
+    let mut queue = volume.open_queue().unwrap();
+    bench.machine.disk.fail_nth(OpKind::Write, 0, libc::ENOSPC);
+    queue.submit(RequestId(1), write_op(1, 2, Origin(0)));
+    let mut events = Vec::new();
+    let poll = |queue: &mut dyn DeviceQueue, events: &mut Vec<Event>| {
+        for _ in 0..100 {
+            queue.poll(Wait::For(Duration::from_millis(1)), events).unwrap();
+        }
+    };
+    // Its batch fails, and nobody supplies a segment for the cut.
+    poll(&mut *queue, &mut events);
+    assert!(events.is_empty(), "{events:?}");
+    bench.machine.store().destroy_volume(&name, true).unwrap();
+    poll(&mut *queue, &mut events);
+    assert!(matches!(events[..], [Event::Completed { id: RequestId(1), result: Err(_) }]), "{events:?}");
+    drop((queue, volume));
+}
