@@ -54,6 +54,15 @@ pub struct Segment {
     pub header: SegmentHeader,
 }
 
+impl Segment {
+    /// An opening of a later generation than this has newer incarnations: it is the one that opened the segment, or a later
+    /// one if that had used up its own.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.header.generation.max(Generation(self.header.incarnation >> INCARNATION_COUNTER_BITS))
+    }
+}
+
 /// A file that no log uses yet.
 #[derive(Debug)]
 pub struct Blank {
@@ -161,7 +170,8 @@ impl Segments {
         }
     }
 
-    /// Has incarnations given out that no earlier opening can have given out.
+    /// Has incarnations given out that no earlier opening has given out; `generation` is later than that of any segment
+    /// ([`Segment::generation`]).
     pub fn start_generation(&self, generation: Generation) {
         self.next_incarnation.store(generation.0 << INCARNATION_COUNTER_BITS | 1, Ordering::Relaxed);
     }

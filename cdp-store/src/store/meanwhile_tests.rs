@@ -4,9 +4,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant as Clock};
 
-use cdp_types::{BlockDevice, BranchId, Event, Instant, IoBuf, Op, Origin, RequestId, VolumeName, Wait};
+use cdp_types::{
+    BlockDevice, BranchId, Event, Generation, Instant, IoBuf, Op, Origin, RequestId, VolumeName, Wait,
+};
 use tempfile::TempDir;
 
 use super::branches::Turn;
@@ -345,4 +348,33 @@ fn rot_of_the_store_logs_last_record_is_not_taken_for_a_torn_tail() {
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(error.to_string().contains("the store log is damaged"), "{error}");
     }
+}
+
+#[test]
+fn numbers_of_an_opening_that_has_used_up_its_own_are_not_given_out_again() {
+    let directory = tempfile::tempdir().unwrap();
+    Store::create(directory.path(), &options()).unwrap();
+    let catalogue = SimKv::synced();
+    let store = open_on(directory.path(), &catalogue).unwrap();
+    let name: VolumeName = "web1".parse().unwrap();
+    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
+    let volume = store.create_volume(&name, spec).unwrap();
+    // As after a million segments, and several times a million million requests.
+    let log = &store.inner.shared.log;
+    let next = Generation(log.generation.0 + 1);
+    log.next_seq.store(Seq::first_of(Generation(next.0 + 5)).0, Ordering::Relaxed);
+    log.segments.start_generation(next);
+    write_stepping(&volume, 4096, &|| drop(store.pool_step()));
+    let newest = store.segments().unwrap().iter().map(|segment| segment.incarnation).max().unwrap();
+    store.close().unwrap();
+    drop((volume, store));
+    let store = open_on(directory.path(), &catalogue).unwrap();
+    let volume = store.volume(&name).unwrap();
+    let before = volume.head().seq;
+    write_stepping(&volume, 4096, &|| drop(store.pool_step()));
+    assert!(volume.head().seq > before);
+    let newer = store.segments().unwrap().iter().filter(|segment| segment.incarnation > newest).count();
+    assert_eq!(newer, 2, "the store log's, and the volume's");
+    assert!(store.verify(&mut |_| ()).unwrap().findings.is_empty());
+    store.close().unwrap();
 }

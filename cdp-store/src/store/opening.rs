@@ -46,6 +46,8 @@ pub(super) struct Opening {
     /// By volume, oldest first; not yet sorted out which of them live.
     found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>>,
     newest_time_ns: u64,
+    /// The highest `Seq` in any log.
+    newest_seq: Seq,
     leaf_budget: Arc<LeafBudget>,
     /// Where the last process left its logs, if it was killed and the machine was not.
     reached: Reached,
@@ -73,8 +75,7 @@ impl Opening {
             if let Some(directory) = &seams.reach {
                 reached = reach::take(directory, superblock.store, superblock.generation);
             }
-            let written =
-                discovered.iter().filter_map(|f| f.segment.as_ref()).map(|s| s.header.generation).max();
+            let written = discovered.iter().filter_map(|f| f.segment.as_ref()).map(|s| s.generation()).max();
             superblock.generation = Generation(superblock.generation.max(written.unwrap_or_default()).0 + 1);
             write_slot(storage, &*file, superblock.generation.0 % 2, &superblock)?;
             file.sync().map_err(|e| Error::io("syncing superblock", e))?;
@@ -113,6 +114,7 @@ impl Opening {
             segments,
             found,
             newest_time_ns: 0,
+            newest_seq: Seq::ZERO,
             leaf_budget,
             reached,
             told: Told::default(),
@@ -144,6 +146,7 @@ impl Opening {
         let mut fences = Vec::new();
         for (row, volume) in &recovered {
             self.newest_time_ns = self.newest_time_ns.max(volume.end.time_ns);
+            self.newest_seq = self.newest_seq.max(volume.end.seq);
             // A damaged log goes on behind what could be read of it.
             if !volume.damaged {
                 fences.push((row.id, Fence { last: volume.end.ordinal, generation }));
@@ -242,6 +245,8 @@ impl Opening {
                 branches.flatten(row.id, Flattening::from_numbers(numbers));
             }
         }
+        // An opening that has used up its own has gone on with the next one's.
+        let first_seq = Seq::first_of(generation).max(self.newest_seq.plus(1));
         let clock = Arc::clone(&self.seams.clock);
         let tuning = self.options.tuning(self.superblock.segment_bytes);
         let reach = self.seams.reach.as_deref().filter(|_| self.mode == Mode::Write).and_then(|directory| {
@@ -257,7 +262,7 @@ impl Opening {
                 generation,
                 segments: Arc::clone(&self.segments),
                 clock: StoreClock::new(Arc::clone(&clock), self.newest_time_ns),
-                next_seq: AtomicU64::new(Seq::first_of(generation).0),
+                next_seq: AtomicU64::new(first_seq.0),
                 secrets: self.seams.secrets,
                 batch_bytes: tuning.batch_bytes as u64,
             },
@@ -348,6 +353,7 @@ impl Opening {
             return Err(Error::new(ErrorKind::Corrupt, format!("the store log is damaged: {damage}")));
         }
         self.newest_time_ns = self.newest_time_ns.max(recovery.end.time_ns);
+        self.newest_seq = self.newest_seq.max(recovery.end.seq);
         settle(chain, &recovery, self.mode)?;
         Ok((catalogue, recovery.end, rows))
     }
