@@ -244,6 +244,12 @@ impl LogState {
         self.switching = true;
     }
 
+    /// Whether one tenure has ended, and the next has not begun.
+    #[must_use]
+    pub fn is_switching(&self) -> bool {
+        self.switching
+    }
+
     /// Lets queues append again.
     pub fn begin_tenure(&mut self) {
         self.switching = false;

@@ -70,8 +70,8 @@ impl Store {
     /// The new heads, and all that they refer to, survive a power cut once this returns.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] if a volume is in use, [`ErrorKind::NotFound`] and [`ErrorKind::Invalid`] as
-    /// [`Store::resolve`], [`ErrorKind::ReadOnly`] if a volume's log is damaged. No volume is changed then.
+    /// [`ErrorKind::Busy`] if a volume is in use or somebody else reverts it, [`ErrorKind::NotFound`] and
+    /// [`ErrorKind::Invalid`] as [`Store::resolve`], [`ErrorKind::ReadOnly`] if a volume's log is damaged. No volume is changed then.
     pub fn revert(&self, targets: &[(VolumeName, Instant)], force: bool) -> Result<Vec<Reverted>> {
         self.writable()?;
         let mut volumes: Vec<Arc<Volume>> = Vec::with_capacity(targets.len());
@@ -124,7 +124,12 @@ impl Store {
         for Turn { volume, .. } in turns {
             if !volume.end_tenure(force) {
                 let name = volume.row().name;
-                let text = format!("volume '{name}' is in use; stop its users, or use force to cut them off");
+                let text = match volume.log().is_switching() {
+                    true => format!("volume '{name}' is being reverted or destroyed by somebody else"),
+                    false => {
+                        format!("volume '{name}' is in use; stop its users, or use force to cut them off")
+                    }
+                };
                 return Err(Error::new(ErrorKind::Busy, text));
             }
             ended.push(volume);

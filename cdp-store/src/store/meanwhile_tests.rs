@@ -240,6 +240,25 @@ fn a_queue_is_opened_before_a_revert_or_after_it() {
     drop(volume.open_queue().unwrap());
 }
 
+#[test]
+fn a_revert_during_another_one_of_the_same_volume_is_refused() {
+    let bench = Bench::new();
+    let volume = bench.store.volume(&bench.name).unwrap();
+    write(&volume, 4096);
+    let at = bench.head();
+    assert!(volume.end_tenure(false));
+    for force in [false, true] {
+        // The first would let queues in before the second has made its branch the head.
+        let target = (bench.name.clone(), Instant::Seq(at.seq));
+        let refused = bench.store.revert(&[target], force).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Busy);
+        assert!(volume.log().is_switching());
+    }
+    volume.begin_tenure();
+    bench.revert(&at);
+    write(&volume, 4096);
+}
+
 /// Flips a bit in every row of the map that the index has of a branch.
 fn rot(index: &SimKv, branch: BranchId) {
     let mut rotten = WriteBatch::new();

@@ -197,10 +197,11 @@ impl Volume {
     }
 
     /// Refuses whatever the open queues still want, and holds new ones back until [`Volume::begin_tenure`]; says no,
-    /// and does nothing, if there are open queues and not `force`.
+    /// and does nothing, if there are open queues and not `force`, or if somebody else has ended the tenure and not begun
+    /// the next one: queues that are opened then must not be reverted once more.
     pub(crate) fn end_tenure(&self, force: bool) -> bool {
         let mut log = self.log();
-        if log.users() > 0 && !force {
+        if log.is_switching() || (log.users() > 0 && !force) {
             return false;
         }
         log.end_tenure();
