@@ -6,11 +6,13 @@ use std::sync::Arc;
 use cdp_types::{BlockRange, BranchId, Ordinal};
 
 use super::inspect::{Finding, VerifyReport};
+use crate::catalogue::{BranchState, Catalogue};
 use crate::error::Result;
 use crate::format::{BatchHeader, RecordKind};
 use crate::index::{BlockState, FANOUT, LogPos, Place, unsaid};
 use crate::leaves::Leaf;
-use crate::lineage::At;
+use crate::lineage::{At, Branch};
+use crate::log::BatchAt;
 use crate::volume::{Head, Volume};
 
 /// Leaves that one walk of the log's headers compares: 16 GiB of disk, 64 MiB of memory.
@@ -21,31 +23,68 @@ const LEAVES_PER_WALK: usize = 8192;
 ///
 /// # Errors
 /// If the log or the index cannot be read. Differences are findings.
-pub(super) fn compare_with_log(volume: &Arc<Volume>, head: Head, report: &mut VerifyReport) -> Result<()> {
-    let mut written: BTreeSet<(BranchId, u64)> = BTreeSet::new();
+pub(super) fn compare_with_log(
+    volume: &Arc<Volume>,
+    head: Head,
+    catalogue: &Catalogue,
+    report: &mut VerifyReport,
+) -> Result<()> {
+    Written::up_to(volume, head, catalogue)?.compare(volume, head, report)
+}
+
+/// What of a volume is compared.
+pub(super) struct Written {
+    leaves: Vec<(BranchId, u64)>,
+    /// Held: of what is deleted from here on, nothing leaves the index before it was compared.
+    _branches: BTreeMap<BranchId, Arc<Branch>>,
+}
+
+impl Written {
+    /// All leaves that the log has writes to, of branches whose rows the index must have.
+    pub(super) fn up_to(volume: &Arc<Volume>, head: Head, catalogue: &Catalogue) -> Result<Self> {
+        let mut written: BTreeSet<(BranchId, u64)> = BTreeSet::new();
+        each_batch_up_to(volume, head, &mut |batch| {
+            for record in batch.header.records.iter().filter(|r| r.kind.has_payload() && r.count > 0) {
+                let leaves = record.first / FANOUT as u64..=(record.first + record.count - 1) / FANOUT as u64;
+                written.extend(leaves.map(|leaf| (batch.header.branch, leaf)));
+            }
+        })?;
+        // What was deleted is not in the index any more, or, if that was interrupted, not wholly.
+        let is_going = |branch: &BranchId| {
+            let row = catalogue.branches.get(branch);
+            row.is_some_and(|row| row.state == BranchState::Deleted) && !catalogue.is_needed(*branch)
+        };
+        let named: BTreeSet<BranchId> = written.iter().map(|(branch, _)| *branch).collect();
+        let there = named.into_iter().filter(|branch| !is_going(branch));
+        let branches: BTreeMap<BranchId, Arc<Branch>> =
+            there.filter_map(|branch| Some((branch, volume.shared().branches.get(branch)?))).collect();
+        written.retain(|(branch, _)| branches.contains_key(branch));
+        Ok(Self { leaves: written.into_iter().collect(), _branches: branches })
+    }
+
+    /// See [`compare_with_log`].
+    pub(super) fn compare(&self, volume: &Arc<Volume>, head: Head, report: &mut VerifyReport) -> Result<()> {
+        let shared = volume.shared();
+        for leaves in self.leaves.chunks(LEAVES_PER_WALK) {
+            let mut replay = Replay { found: leaves.iter().map(|key| (*key, unsaid())).collect() };
+            each_batch_up_to(volume, head, &mut |batch| replay.apply(&batch.header, batch.payload_at))?;
+            for ((branch, leaf), expected) in replay.found {
+                let stored = shared.lineage().leaf_at(At { branch, seq: head.seq }, leaf)?;
+                compare_leaf(volume, leaf, &expected, &stored, report);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Calls `visit` with every batch of the log up to `head`, which may be before the first one.
+fn each_batch_up_to(volume: &Volume, head: Head, visit: &mut dyn FnMut(&BatchAt)) -> Result<()> {
     volume.each_batch(Ordinal(0), &mut |batch| {
-        for record in batch.header.records.iter().filter(|r| r.kind.has_payload() && r.count > 0) {
-            let leaves = record.first / FANOUT as u64..=(record.first + record.count - 1) / FANOUT as u64;
-            written.extend(leaves.map(|leaf| (batch.header.branch, leaf)));
+        if batch.header.ordinal <= head.ordinal {
+            visit(batch);
         }
         batch.header.ordinal < head.ordinal
-    })?;
-    let shared = volume.shared();
-    // What was deleted is not in the index any more.
-    written.retain(|(branch, _)| shared.branches.get(*branch).is_some());
-    let written: Vec<(BranchId, u64)> = written.into_iter().collect();
-    for leaves in written.chunks(LEAVES_PER_WALK) {
-        let mut replay = Replay { found: leaves.iter().map(|key| (*key, unsaid())).collect() };
-        volume.each_batch(Ordinal(0), &mut |batch| {
-            replay.apply(&batch.header, batch.payload_at);
-            batch.header.ordinal < head.ordinal
-        })?;
-        for ((branch, leaf), expected) in replay.found {
-            let stored = shared.lineage().leaf_at(At { branch, seq: head.seq }, leaf)?;
-            compare_leaf(volume, leaf, &expected, &stored, report);
-        }
-    }
-    Ok(())
+    })
 }
 
 fn compare_leaf(volume: &Volume, leaf: u64, expected: &Leaf, stored: &Leaf, report: &mut VerifyReport) {

@@ -243,7 +243,7 @@ impl Store {
             let head = volume.head();
             if verify_log(volume.id(), &volume.chain(), head.ordinal, &mut epochs, &mut report, &mut advance)?
             {
-                super::compare::compare_with_log(&volume, head, &mut report)?;
+                super::compare::compare_with_log(&volume, head, &catalogue, &mut report)?;
             }
         }
         epochs.check(&catalogue, &mut report);

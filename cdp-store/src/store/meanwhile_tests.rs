@@ -13,6 +13,7 @@ use cdp_types::{
 use tempfile::TempDir;
 
 use super::branches::Turn;
+use super::compare::{Written, compare_with_log};
 use super::*;
 use crate::clock::SystemClock;
 use crate::index::{Family, Kv, SimKv, WriteBatch};
@@ -396,4 +397,52 @@ fn numbers_of_an_opening_that_has_used_up_its_own_are_not_given_out_again() {
     assert_eq!(newer, 2, "the store log's, and the volume's");
     assert!(store.verify(&mut |_| ()).unwrap().findings.is_empty());
     store.close().unwrap();
+}
+
+#[test]
+fn what_is_written_and_deleted_while_the_index_is_compared_is_no_difference() {
+    let bench = Bench::new();
+    let volume = bench.store.volume(&bench.name).unwrap();
+    let catalogue = || bench.store.ledger().catalogue().clone();
+    let mut report = VerifyReport::default();
+    // Before the first batch of all, which is there by the time that the log is read.
+    let head = volume.head();
+    assert_eq!(head.ordinal.0, 0);
+    write(&volume, 4096);
+    compare_with_log(&volume, head, &catalogue(), &mut report).unwrap();
+    assert!(report.findings.is_empty(), "{report:?}");
+
+    let kept = bench.head();
+    bench.revert(&kept);
+    write(&volume, 8192);
+    let lost = bench.head();
+    bench.revert(&kept);
+    bench.store.flush_index().unwrap();
+    let head = volume.head();
+    let written = Written::up_to(&volume, head, &catalogue()).unwrap();
+    bench.store.delete_branch(&bench.name, lost.branch, false).unwrap();
+    written.compare(&volume, head, &mut report).unwrap();
+    assert!(report.findings.is_empty(), "{report:?}");
+    assert_eq!(report.blocks_compared, 3, "one of the first branch, two of the one that was deleted");
+}
+
+#[test]
+fn a_deletion_that_was_cut_short_is_no_difference_between_index_and_log() {
+    let bench = Bench::new();
+    let volume = bench.store.volume(&bench.name).unwrap();
+    write(&volume, 4096);
+    let kept = bench.head();
+    bench.revert(&kept);
+    write(&volume, 8192);
+    let lost = bench.head();
+    bench.revert(&kept);
+    bench.store.flush_index().unwrap();
+    let shared = &bench.store.inner.shared;
+    let held = shared.branches.get(lost.branch).unwrap();
+    bench.store.delete_branch(&bench.name, lost.branch, false).unwrap();
+    // As a kill leaves it: the rows have gone, and the record that says so was not made.
+    shared.index.drop_branch(lost.branch).unwrap();
+    let report = bench.store.verify(&mut |_| ()).unwrap();
+    assert!(report.findings.is_empty(), "{report:?}");
+    drop(held);
 }
