@@ -73,14 +73,15 @@ pub(super) struct Layout {
 impl Layout {
     /// The slots that a header lists; nothing if they contradict each other.
     pub(super) fn from_slots(slots: Vec<Slot>) -> Option<Self> {
-        let apart = slots.windows(2).all(|pair| pair[0].end() <= pair[1].offset);
+        // First, since only what is sound is known to have an end.
+        let sound = slots.iter().all(Slot::is_sound);
+        let apart = sound && slots.windows(2).all(|pair| pair[0].end() <= pair[1].offset);
         let mut keys: Vec<_> = slots.iter().map(|slot| (slot.kind, &slot.name)).collect();
         keys.sort_unstable();
         let unique = keys.windows(2).all(|pair| pair[0] != pair[1]);
-        let sound = apart && unique && slots.iter().all(Slot::is_sound);
         let layout = Self { slots };
         let dense = layout.ram().iter().zip(0..).all(|(slot, order)| slot.order == order);
-        (sound && dense).then_some(layout)
+        (apart && unique && dense).then_some(layout)
     }
 
     pub(super) fn slots(&self) -> &[Slot] {
@@ -279,6 +280,9 @@ mod tests {
         layout.place_ram(&blocks(&[("a", 512), ("b", 1)])).unwrap();
         let mut slots = layout.slots().to_vec();
         slots[1].offset = slots[0].offset;
+        assert_eq!(Layout::from_slots(slots.clone()), None);
+        // Nor is one that has no end.
+        slots[0].offset = u64::MAX - (SLOT_UNIT - 1);
         assert_eq!(Layout::from_slots(slots), None);
     }
 
