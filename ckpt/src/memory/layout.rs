@@ -127,6 +127,16 @@ impl Layout {
         Ok(stale)
     }
 
+    /// Gives up the slots of RAM blocks that are not among these. Says which ranges must become zero.
+    pub(super) fn give_up_others(&mut self, blocks: &[RamBlock]) -> Vec<ByteRange> {
+        let names: std::collections::HashSet<_> = blocks.iter().map(|block| block.name.as_str()).collect();
+        let is_other = |slot: &Slot| slot.kind == SlotKind::Ram && !names.contains(slot.name.as_str());
+        let others = self.slots.iter().filter(|slot| is_other(slot));
+        let stale = others.map(|slot| ByteRange::new(slot.offset, slot.reserved)).collect();
+        self.slots.retain(|slot| !is_other(slot));
+        stale
+    }
+
     /// Gives one thing its slot, of at least `length` bytes.
     pub(super) fn place(
         &mut self,

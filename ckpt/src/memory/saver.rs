@@ -42,8 +42,15 @@ impl<S: PageStore> Saver<S> {
     ) -> Result<Self, Error> {
         let previous = Image::read(&mut store, control)?;
         let finished = previous.as_ref().is_none_or(|image| image.complete);
-        let mut layout = previous.map_or_else(Layout::default, |image| image.layout);
+        let before = previous.map_or_else(Layout::default, |image| image.layout);
+        let mut layout = before.clone();
         let mut stale = layout.place_ram(blocks)?;
+        if layout.end() > store.capacity() {
+            // What has gone keeps its slot for when it comes back only where there is room for all.
+            layout = before;
+            stale = layout.give_up_others(blocks);
+            stale.extend(layout.place_ram(blocks)?);
+        }
         if !finished {
             stale.extend(layout.unused());
         }

@@ -103,6 +103,23 @@ fn blocks_that_have_gone_take_no_space() {
 }
 
 #[test]
+fn blocks_that_have_gone_make_room_where_there_is_none() {
+    let machine = |name: &str, content: u32| Machine::new(&[(name, &[content, 0, 2])]);
+    let capacity = capacity_for(&machine("mem0", 1).ram_blocks(), 1 << 20);
+    let (mut pages, _) = save(&hot(&machine("mem0", 1)), MemoryPages::new(capacity)).unwrap();
+    let used = pages.bytes_used();
+    // Each name is a new block's, and the volume has room for one.
+    for (name, content) in [("mem1", 3), ("mem2", 4), ("mem0", 5)] {
+        let machine = machine(name, content);
+        (pages, _) = save(&hot(&machine), pages).unwrap();
+        assert_eq!(pages.bytes_used(), used);
+        let (restored, stream) = restore(pages).unwrap();
+        assert_eq!(read(&stream[..]).unwrap().0, machine);
+        pages = restored;
+    }
+}
+
+#[test]
 fn what_an_unfinished_image_left_anywhere_takes_no_space_after_the_next() {
     let machine = Machine::new(&[("pc.ram", &[1, 2, 3])]);
     let (mut pages, _) = save(&hot(&machine), blank()).unwrap();
