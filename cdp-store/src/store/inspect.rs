@@ -230,8 +230,9 @@ impl Store {
             Err(Error::new(ErrorKind::Closed, "the verification was given up"))
         };
         let of_store = |(_, s): (u64, Arc<Segment>)| (s.header.volume == STORE_LOG).then_some(s);
-        let store_log = live_chain(self.inner.shared.log.segments.all().into_iter().filter_map(of_store));
+        // The end first: a commit that is waited for here may be the first one of a new segment.
         let end = self.ledger().end();
+        let store_log = live_chain(self.inner.shared.log.segments.all().into_iter().filter_map(of_store));
         let mut epochs = FoundEpochs::default();
         // As they are now: what is committed meanwhile may lie behind what is read.
         let catalogue = self.ledger().catalogue().clone();

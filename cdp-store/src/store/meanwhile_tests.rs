@@ -446,3 +446,36 @@ fn a_deletion_that_was_cut_short_is_no_difference_between_index_and_log() {
     assert!(report.findings.is_empty(), "{report:?}");
     drop(held);
 }
+
+#[test]
+fn a_store_log_that_goes_on_in_a_new_segment_meanwhile_is_not_damaged() {
+    let bench = Bench::new();
+    let volume = bench.store.volume(&bench.name).unwrap();
+    write(&volume, 4096);
+    let at = bench.head();
+    let segments = || {
+        let all = bench.store.segments().unwrap();
+        all.iter().filter(|segment| segment.volume == VolumeId(0)).count()
+    };
+    let before = segments();
+    let mut ledger = bench.store.ledger();
+    std::thread::scope(|scope| {
+        let verified = scope.spawn(|| bench.store.verify(&mut |_| ()).unwrap());
+        // It comes to where it has to wait for the ledger.
+        std::thread::sleep(Duration::from_millis(200));
+        while segments() == before {
+            let mark = MarkRow {
+                volume: volume.id(),
+                label: "again".parse().unwrap(),
+                branch: at.branch,
+                seq: at.seq,
+                time_ns: at.time_ns,
+                metadata: BTreeMap::new(),
+            };
+            bench.store.commit(&mut ledger, &[Change::Mark { mark }]).unwrap();
+        }
+        drop(ledger);
+        let report = verified.join().unwrap();
+        assert!(report.findings.is_empty(), "{report:?}");
+    });
+}
