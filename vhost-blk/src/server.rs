@@ -214,6 +214,7 @@ impl Shared {
             session,
             back_channel: None,
             told: false,
+            changed: false,
             complaints: Complaints::default(),
         };
         let left = self.serve_messages(socket, &mut connection);
@@ -248,7 +249,7 @@ impl Shared {
             }
             if changed {
                 self.changed.clear();
-                connection.config_changed(&self.disk.name);
+                connection.disk_changed(&self.disk.name);
             }
             // The connection before the listener: a client that replaces one that has gone is not turned away.
             if message {
@@ -284,6 +285,8 @@ struct Connection {
     back_channel: Option<BackChannel>,
     /// Whether the front end has been told, since its rings run, to look at the configuration.
     told: bool,
+    /// Whether the disk has changed since its rings were last seen standing still.
+    changed: bool,
     complaints: Complaints,
 }
 
@@ -322,10 +325,20 @@ impl Connection {
     /// The disk may have been resized while the front end was away, and it does not ask again when it comes back. It
     /// listens only while its rings run, and passes on to the guest only what is new.
     fn tell_of_configuration(&mut self, name: &str) {
-        if !self.told && self.back_channel.is_some() && locked(&self.session).any_running() {
+        if !locked(&self.session).any_running() {
+            // What was said while the rings were being stopped was perhaps not listened to any more.
+            self.told &= !std::mem::take(&mut self.changed);
+        } else if !self.told && self.back_channel.is_some() {
             self.told = true;
             self.config_changed(name);
         }
+    }
+
+    /// Says so now, if the front end listens; else, and also if it may have stopped its rings before it heard it, once
+    /// they run again.
+    fn disk_changed(&mut self, name: &str) {
+        (self.told, self.changed) = (false, true);
+        self.tell_of_configuration(name);
     }
 
     fn config_changed(&self, name: &str) {

@@ -130,6 +130,40 @@ fn the_guest_hears_of_a_new_size() {
     }
 }
 
+/// A front end does not listen while its rings stand still. What it was told before they stopped it may not have come to
+/// read.
+#[test]
+fn the_guest_hears_of_a_new_size_that_came_while_its_rings_stood_still() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(crate::DEADLINE)).unwrap();
+    guest.frontend().set_backend_request_fd(&theirs).unwrap();
+    let mut message = [0; 12];
+    ours.read_exact(&mut message).unwrap();
+
+    guest.frontend().get_vring_base(0).unwrap();
+    fixture.disk.resize(2 << 20);
+    ours.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert_eq!(ours.read(&mut message).ok(), None, "told while nobody listens");
+    guest.start_rings(None);
+    ours.set_read_timeout(Some(crate::DEADLINE)).unwrap();
+    ours.read_exact(&mut message).unwrap();
+    assert_eq!(guest.request(IN, (2 << 20) / 512 - 1, &[], 512).0, OK);
+
+    fixture.disk.resize(4 << 20);
+    ours.read_exact(&mut message).unwrap();
+    guest.frontend().get_vring_base(0).unwrap();
+    guest.start_rings(None);
+    ours.read_exact(&mut message).unwrap();
+
+    // Nothing has changed since.
+    guest.frontend().get_vring_base(0).unwrap();
+    guest.start_rings(None);
+    ours.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert_eq!(ours.read(&mut message).ok(), None, "told of what is known");
+}
+
 #[test]
 fn memory_can_be_plugged_and_unplugged_while_a_ring_runs() {
     let fixture = Fixture::new(1 << 20, Some(slow(4)));
