@@ -100,7 +100,7 @@ struct Thread {
     context: Context,
     control: EventFd,
     requests: Receiver<Request>,
-    /// None until the first ring is started, and after it has failed.
+    /// There is one only while there is a ring; none after it has failed.
     device: Option<Box<dyn DeviceQueue>>,
     queue: Option<Queue>,
     /// To be answered once nothing is in flight.
@@ -207,7 +207,9 @@ impl Thread {
                 Ok(taken)
             }
             Err(fault) => {
-                self.unwatch_kick();
+                // Nobody stops a ring that was not started, so the device's queue would stay open, and keep the disk from
+                // being reverted.
+                self.device = None;
                 complain_of_ring(&self.context, &wiring, fault);
                 Err(fault)
             }

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use cdp_types::{
     BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Event, Listener, MemoryConfig, MemoryDevice, Op,
@@ -22,6 +22,8 @@ pub(crate) struct Faults {
     pub(crate) poll: AtomicBool,
     /// No more eventfds can be watched.
     pub(crate) watch: AtomicBool,
+    /// Queues that are open.
+    pub(crate) queues: AtomicUsize,
 }
 
 impl FaultyDisk {
@@ -39,7 +41,9 @@ impl BlockDevice for FaultyDisk {
         self.disk.identity()
     }
     fn open_queue(&self) -> io::Result<Box<dyn DeviceQueue>> {
-        Ok(Box::new(FaultyQueue { queue: self.disk.open_queue()?, faults: Arc::clone(&self.faults) }))
+        let queue = self.disk.open_queue()?;
+        self.faults.queues.fetch_add(1, Ordering::Relaxed);
+        Ok(Box::new(FaultyQueue { queue, faults: Arc::clone(&self.faults) }))
     }
     fn new_origin(&self) -> Origin {
         self.disk.new_origin()
@@ -55,6 +59,12 @@ impl BlockDevice for FaultyDisk {
 struct FaultyQueue {
     queue: Box<dyn DeviceQueue>,
     faults: Arc<Faults>,
+}
+
+impl Drop for FaultyQueue {
+    fn drop(&mut self) {
+        self.faults.queues.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl DeviceQueue for FaultyQueue {

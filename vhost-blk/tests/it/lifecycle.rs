@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use cdp_types::{BlockDevice, ByteRange, MemoryConfig, NoVmControl};
@@ -12,6 +13,7 @@ use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vhost_blk::{ErrorKind, Server, ServerConfig};
 
+use crate::faulty::FaultyDisk;
 use crate::guest::*;
 use crate::{Fixture, Recorder, eventually, slow};
 
@@ -98,6 +100,35 @@ fn a_disabled_ring_is_left_alone_and_goes_on_when_it_is_enabled() {
     while guest.rings[0].seen != 16 {
         guest.rings[0].wait();
     }
+}
+
+/// A disk of which a queue is open is not reverted.
+#[test]
+fn a_ring_that_cannot_be_started_leaves_no_queue_of_the_disk_open() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("disk.sock");
+    let disk = Arc::new(FaultyDisk::new(1 << 20));
+    let device = Arc::clone(&disk) as Arc<dyn BlockDevice>;
+    let _server = Server::bind(ServerConfig::new(&socket), device, Arc::new(NoVmControl)).unwrap();
+    let open = || disk.faults.queues.load(Ordering::Relaxed);
+    let mut guest = Guest::start(&socket, Options::default());
+    assert_eq!(open(), 1);
+    guest.frontend().get_vring_base(0).unwrap();
+    assert_eq!(open(), 0);
+
+    let mut config = guest.rings[0].config(None);
+    config.used_ring_addr = u64::MAX - 3;
+    let Guest { connection, rings, .. } = &mut guest;
+    let frontend = connection.as_mut().unwrap();
+    frontend.set_vring_addr(0, &config).unwrap();
+    frontend.set_vring_kick(0, &rings[0].kick).unwrap();
+    rings[0].wait_for_error();
+    frontend.get_vring_base(0).unwrap();
+    assert_eq!(open(), 0, "nobody has stopped a ring");
+
+    guest.start_rings(None);
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    assert_eq!(open(), 1);
 }
 
 #[test]
