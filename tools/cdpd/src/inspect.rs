@@ -112,6 +112,8 @@ pub fn map(
     let at = store.resolve(&what.volume, &what.instant)?;
     let mut count = 0;
     let volume = store.volume(&what.volume)?;
+    // Its branch may be deleted meanwhile, but not taken out of the index.
+    let _held = volume.open_resolved(at)?;
     volume.extents(at, volume.blocks(), &mut |extent| {
         count += 1;
         visit(extent)
