@@ -112,16 +112,22 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
+/// Reverts a volume twice to where it is, with a write in between: where that was left behind.
+fn leave_a_branch(bench: &Bench, volume: &Arc<Volume>) -> Resolved {
+    let kept = bench.head();
+    bench.revert(&kept);
+    write(volume, 8192);
+    let lost = bench.head();
+    bench.revert(&kept);
+    lost
+}
+
 #[test]
 fn nothing_is_made_of_an_instant_whose_branch_was_deleted_since_it_was_found() {
     let bench = Bench::new();
     let volume = bench.store.volume(&bench.name).unwrap();
     write(&volume, 4096);
-    let kept = bench.head();
-    bench.revert(&kept);
-    write(&volume, 8192);
-    let lost = bench.head();
-    bench.revert(&kept);
+    let lost = leave_a_branch(&bench, &volume);
     let branches = bench.store.branches(&bench.name).unwrap().len();
     bench.store.delete_branch(&bench.name, lost.branch, false).unwrap();
     let all_is_refused = || {
@@ -412,11 +418,7 @@ fn what_is_written_and_deleted_while_the_index_is_compared_is_no_difference() {
     compare_with_log(&volume, head, &catalogue(), &mut report).unwrap();
     assert!(report.findings.is_empty(), "{report:?}");
 
-    let kept = bench.head();
-    bench.revert(&kept);
-    write(&volume, 8192);
-    let lost = bench.head();
-    bench.revert(&kept);
+    let lost = leave_a_branch(&bench, &volume);
     bench.store.flush_index().unwrap();
     let head = volume.head();
     let written = Written::up_to(&volume, head, &catalogue()).unwrap();
@@ -431,11 +433,7 @@ fn a_deletion_that_was_cut_short_is_no_difference_between_index_and_log() {
     let bench = Bench::new();
     let volume = bench.store.volume(&bench.name).unwrap();
     write(&volume, 4096);
-    let kept = bench.head();
-    bench.revert(&kept);
-    write(&volume, 8192);
-    let lost = bench.head();
-    bench.revert(&kept);
+    let lost = leave_a_branch(&bench, &volume);
     bench.store.flush_index().unwrap();
     let shared = &bench.store.inner.shared;
     let held = shared.branches.get(lost.branch).unwrap();
