@@ -17,7 +17,7 @@ pub use host::of_process;
 pub(crate) use machine::{hot_doubt, leaves_protection};
 pub use machine::{of_machine, of_settings};
 
-/// All modes, the one that disturbs a guest least first.
+/// All modes, in the order in which they are preferred.
 pub const MODES: [CheckpointMode; 3] = [CheckpointMode::Hot, CheckpointMode::Live, CheckpointMode::Pause];
 
 /// How a check went.

@@ -24,12 +24,12 @@ const INSTANTS: &str = "Instants:
   10:32:05, '2026-11-21 10:32:05'  a local time; without a date, the last time it was that late
   seq:N                            up to and including a change
   flush:-1                         the last flush; flush:-2 the one before it
-  mark:NAME, epoch:N               a named instant, a cut across disks";
+  mark:NAME, epoch:N               a named instant, that of a machine's checkpoint";
 
 /// Volumes that remember every write: make them, serve them, look into their past.
 ///
-/// Commands that change something need a running cdpd. The others also work on a stopped store, or on a copy
-/// of one.
+/// Commands that change something, and those about machines, need a running cdpd; rebuild-index needs a stopped
+/// one. The others also work on a stopped store, or on a copy of one.
 #[derive(Debug, Parser)]
 #[command(
     name = "cdp-tool",
@@ -199,14 +199,15 @@ What clones share of its history stays as long as they need it: a volume can be 
 QEMU attaches it with shared memory and these options:
   -object memory-backend-memfd,id=mem,size=2G,share=on -machine memory-backend=mem
   -chardev socket,id=web1,path=/run/cdpd-cdp/web1.sock,reconnect-ms=100
-  -device vhost-user-blk-pci,chardev=web1")]
+  -device vhost-user-blk-pci,chardev=web1
+Before QEMU 9.2 it is reconnect=1, in seconds.")]
     Serve {
         /// The volume
         name: VolumeName,
         /// The vhost-user socket to make
         #[arg(long, value_name = "SOCKET")]
         vhost_user: PathBuf,
-        /// The most queues that a guest can use
+        /// The most queues that a guest can use, up to 256
         #[arg(long, value_name = "N", default_value_t = cdpd::DEFAULT_QUEUES)]
         queues: u16,
     },

@@ -43,7 +43,7 @@ pub struct Args {
     /// Export volumes and their instants over NBD on this socket, unix:PATH or tcp:ADDRESS:PORT; may be repeated
     #[arg(long, value_name = "SOCKET")]
     nbd: Vec<NbdAddress>,
-    /// Let --nbd be an address that other machines can reach
+    /// Let --nbd be an address that other machines can reach, though clients need not show who they are
     #[arg(long)]
     nbd_allow_remote: bool,
     /// How the log on standard error looks; RUST_LOG says what goes into it

@@ -40,7 +40,7 @@ QEMU needs a QMP socket for us alone: -qmp unix:/run/web1.qmp,server=on,wait=off
     Remove {
         /// The machine
         name: VmName,
-        /// Delete its checkpoints, too
+        /// Delete its checkpoints, too; without, a machine that has any is not forgotten
         #[arg(long)]
         delete_checkpoints: bool,
     },
@@ -71,8 +71,8 @@ The copy's disks are clones, which take no space until they are written. Its mem
 A machine that 'vm run' looks after is saved as it is now, and then put back. Of any other, end the QEMU first, and \
                       start it again with -incoming defer added to its command line.
 
-The machine then goes on as it was at the checkpoint. What its disks were before stays as a branch of each: the \
-                      instants that undo it are printed.")]
+The machine then goes on as it was at the checkpoint. What its disks were before stays as a branch of each: what \
+                      undoes it is printed.")]
     Revert(VmRevertArgs),
 }
 
@@ -191,9 +191,9 @@ pub(crate) enum CheckpointCommand {
   cdp-tool checkpoint take web1 --label before-upgrade
   cdp-tool checkpoint take web1 --mode live
 
-Modes: hot stops the guest for some tens of milliseconds a GiB, and saves its memory as of then while it runs on; live \
-                      copies memory first, and stops the guest for some 10 ms at the end, which is the instant; pause stops \
-                      it until all is saved.")]
+Modes: hot stops the guest for tens of milliseconds, longer the more memory it has, and saves its memory as of then \
+                      while it runs on; live copies memory first, and stops the guest for some 10 ms at the end, which is \
+                      the instant; pause stops it until all is saved.")]
     Take {
         /// The machine
         vm: VmName,
@@ -220,7 +220,7 @@ Scheduled checkpoints are labelled auto-TIME. One that is pinned or labelled oth
     Schedule {
         /// The machine
         vm: VmName,
-        /// From one to the next
+        /// From one to the next: 10s at least
         #[arg(long, value_name = "TIME", required_unless_present = "off")]
         every: Option<Span>,
         /// How many are kept

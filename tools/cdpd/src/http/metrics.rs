@@ -53,8 +53,8 @@ fn of_store(text: &mut Text, app: &App) -> Result<(), ApiError> {
     text.family("cdpd_info", "gauge", "The daemon and its store.", &[(labels, 1.0)]);
     text.gauge("cdpd_store_generation", "Openings of the store.", info.generation.0);
     text.gauge("cdpd_store_log_bytes", "Bytes of the logs.", info.log_bytes);
-    text.gauge("cdpd_store_index_bytes", "Bytes of the time index and the catalogue.", info.index_bytes);
-    text.gauge("cdpd_store_free_bytes", "Bytes that the store can still grow by.", info.free_bytes);
+    text.gauge("cdpd_store_index_bytes", "Bytes of the time index.", info.index_bytes);
+    text.gauge("cdpd_store_free_bytes", "Bytes that the file system has left.", info.free_bytes);
     text.gauge("cdpd_store_segments_used", "Segments that hold log.", info.segments);
     text.gauge("cdpd_store_segments_pool", "Segments zero-filled ahead.", info.pool_segments);
     Ok(())
