@@ -11,6 +11,7 @@ use crate::volume::Serving;
 
 /// A volume, as the catalogue knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VolumeRow {
     /// Its number.
     pub id: VolumeId,
@@ -48,6 +49,7 @@ pub enum Stage {
 
 /// A branch. Its row is kept when its history is gone, so that no instant is mistaken for another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BranchRow {
     /// Its number.
     pub id: BranchId,
@@ -78,6 +80,7 @@ pub enum BranchState {
 
 /// A mark.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MarkRow {
     /// Whose history.
     pub volume: VolumeId,

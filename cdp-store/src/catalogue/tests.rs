@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::index::SimKv;
+use crate::volume::Serving;
 use cdp_types::{EpochId, Generation, VolumeName};
 
 fn volume(id: u64, stage: Stage) -> Change {
@@ -220,6 +221,37 @@ fn of_a_write_cache_only_that_it_is_off_is_said() {
     );
     assert_eq!(told["members"][1]["write_cache_off"], true);
     assert_eq!(serde_json::from_value::<Saved>(told).unwrap(), saved(1));
+}
+
+#[test]
+fn a_member_from_a_newer_program_is_refused_wherever_it_stands() {
+    let Change::Create { volume: mut served, branch } = volume(1, Stage::Visible) else { unreachable!() };
+    served.serving = Some(Serving { socket: "/run/disk1.sock".to_owned(), queues: 1 });
+    let (label, metadata) = ("before".parse().unwrap(), BTreeMap::new());
+    let mark = MarkRow { volume: VolumeId(1), label, branch: branch.id, seq: Seq(1), time_ns: 2, metadata };
+    let state = CheckpointState::Committed(saved(1));
+    let records = [
+        Change::Create { volume: served, branch },
+        Change::Fence { fences: vec![(VolumeId(1), Fence { last: Ordinal(1), generation: Generation(1) })] },
+        Change::Mark { mark },
+        Change::Vm { vm: vm(1, Value::Null) },
+        Change::Checkpoint { checkpoint: CheckpointRow { state, ..begun(1, 1) } },
+    ];
+    // What is in these belongs to whoever made the record.
+    let free = ["/mark/metadata", "/checkpoint/restore", "/figures"];
+    let mut refused = 0;
+    for record in &records {
+        let told = serde_json::to_value(record).unwrap();
+        for place in members(&told, "") {
+            let mut newer = told.clone();
+            let Some(object) = newer.pointer_mut(&place).unwrap().as_object_mut() else { continue };
+            object.insert("newer".to_owned(), json!(1));
+            let read = serde_json::from_value::<Change>(newer);
+            assert_eq!(read.is_ok(), free.iter().any(|end| place.ends_with(end)), "{place} of {told}");
+            refused += usize::from(read.is_err());
+        }
+    }
+    assert!(refused > 12, "only {refused} objects");
 }
 
 #[test]

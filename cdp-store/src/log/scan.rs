@@ -87,6 +87,7 @@ pub fn live_chain(segments: impl IntoIterator<Item = Arc<Segment>>) -> Vec<Arc<S
 /// Where a log had ended when an opening took it over: what earlier generations have placed behind that is not part
 /// of it, whenever it reaches the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Fence {
     /// The last batch that counted then.
     pub last: Ordinal,

@@ -10,6 +10,7 @@ use crate::format::EpochRecord;
 
 /// Where a volume is served to guests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Serving {
     /// The vhost-user socket's path.
     pub socket: String,
