@@ -111,6 +111,11 @@ impl Output {
     }
 }
 
+/// What was found or begun stands, whether or not somebody reads of it to the end.
+pub(crate) fn unless_gone(written: anyhow::Result<()>) -> anyhow::Result<()> {
+    written.or_else(|error| if error.is::<ReaderGone>() { Ok(()) } else { Err(error) })
+}
+
 fn complaint(error: io::Error) -> anyhow::Error {
     if error.kind() == io::ErrorKind::BrokenPipe {
         return anyhow::Error::new(ReaderGone);

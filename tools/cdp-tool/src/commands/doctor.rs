@@ -6,16 +6,16 @@ use cdpd::api::{Check, Diagnosis, ModeVerdict, Verdict};
 use cdpd::client::Client;
 
 use super::Outcome;
-use crate::output::Output;
+use crate::output::{Output, unless_gone};
 
 /// Looks at a machine. It is well if it can be checkpointed hot.
 pub(super) fn vm(client: &Client, name: &VmName, output: &mut Output) -> anyhow::Result<Outcome> {
     let diagnosis: Diagnosis = client.get(&format!("/v1/vms/{name}/doctor"))?;
-    if output.is_json() {
-        output.item(&diagnosis)?;
+    unless_gone(if output.is_json() {
+        output.item(&diagnosis)
     } else {
-        lines(&diagnosis).iter().try_for_each(|line| output.line(line))?;
-    }
+        lines(&diagnosis).iter().try_for_each(|line| output.line(line))
+    })?;
     Ok(if diagnosis.allows(CheckpointMode::Hot) { Outcome::Good } else { Outcome::Bad })
 }
 

@@ -21,7 +21,7 @@ use jiff::Zoned;
 
 use crate::access::{Access, online, stopped};
 use crate::cli::{BranchCommand, Cli, Command, DoctorCommand, InspectCommand, VolumeCommand};
-use crate::output::Output;
+use crate::output::{Output, unless_gone};
 
 /// How a command went that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<Outcome> {
     // What was found before a failure is worth having.
     let finished = output.finish();
     let outcome = outcome?;
-    finished?;
+    unless_gone(finished)?;
     Ok(outcome)
 }
 

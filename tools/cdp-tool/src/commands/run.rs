@@ -18,7 +18,7 @@ use crate::access::online;
 use crate::cli::{Running, VmCloneArgs, VmDisk, VmRunArgs};
 use crate::machine::command::{Additions, Command, Disk, quoted, socket_path, version_of};
 use crate::machine::supervisor::{self, Machine, Start};
-use crate::output::Output;
+use crate::output::{Output, unless_gone};
 
 /// How long a guest that has just ended may take to be noticed.
 const PARTING: Duration = Duration::from_secs(2);
@@ -85,8 +85,8 @@ pub(super) fn run(store: &Path, args: &VmRunArgs, output: &mut Output) -> anyhow
         qmp: PathBuf::from(qmp),
         patience: args.running.stop_timeout.0,
     };
-    // It can take weeks: what has been said so far is to be seen.
-    output.finish()?;
+    // It can take weeks: what has been said so far is to be seen. The machine is run, even if nobody looks.
+    unless_gone(output.finish())?;
     supervisor::run(&machine, start)
 }
 

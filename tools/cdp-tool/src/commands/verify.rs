@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use anyhow::Context;
-use cdp_store::{Store, VerifyProgress};
+use cdp_store::{Store, VerifyProgress, VerifyReport};
 use cdp_types::VolumeId;
 use cdpd::Config;
 use cdpd::config::Overrides;
 
 use crate::access::Access;
 use crate::commands::Outcome;
-use crate::output::Output;
+use crate::output::{Output, unless_gone};
 use crate::progress::Progress;
 
 /// Checks everything.
@@ -18,10 +18,13 @@ pub(super) fn verify(access: &Access, output: &mut Output) -> anyhow::Result<Out
     let progress = Progress::new("verifying");
     let report = access.verify(&mut |done| progress.show(done))?;
     drop(progress);
-    let outcome = if report.findings.is_empty() { Outcome::Good } else { Outcome::Bad };
+    unless_gone(show(&report, output))?;
+    Ok(if report.findings.is_empty() { Outcome::Good } else { Outcome::Bad })
+}
+
+fn show(report: &VerifyReport, output: &mut Output) -> anyhow::Result<()> {
     if output.is_json() {
-        output.value(&report)?;
-        return Ok(outcome);
+        return output.value(report);
     }
     for finding in &report.findings {
         let log = match finding.volume {
@@ -35,8 +38,7 @@ pub(super) fn verify(access: &Access, output: &mut Output) -> anyhow::Result<Out
         report.blocks_checked,
         report.batches,
         report.findings.len()
-    ))?;
-    Ok(outcome)
+    ))
 }
 
 /// Makes the index again.

@@ -266,6 +266,13 @@ fn verify_and_rebuild() {
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["findings"].as_array().unwrap().len(), 1, "{report}");
+    // What was found stands, even if nobody reads of it, as behind `| head -1`.
+    for line in ["verify", "verify --json"] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let status = bench.command(line).stdout(writer).status().unwrap();
+        assert_eq!(status.code(), Some(1), "{line}");
+    }
     assert!(bench.complaint("extract img damaged.raw").contains("checksum"));
     assert!(!bench.path("damaged.raw").exists());
 }
