@@ -10,6 +10,8 @@ use anyhow::Context;
 use tempfile::{Builder, NamedTempFile};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::output::say;
+
 /// Files to remove when a signal ends the program.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 static WATCH: Once = Once::new();
@@ -158,7 +160,7 @@ fn watch() {
         for path in &*unfinished {
             let _ = std::fs::remove_file(path);
         }
-        eprintln!("cdp-tool: interrupted");
+        say("interrupted");
         std::process::exit(INTERRUPTED);
     }
 }

@@ -19,7 +19,7 @@ use clap::Parser;
 
 use crate::cli::Cli;
 use crate::commands::Outcome;
-use crate::output::ReaderGone;
+use crate::output::{ReaderGone, say};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         Ok(Outcome::Bad) => ExitCode::from(1),
         Err(error) if error.is::<ReaderGone>() => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("cdp-tool: {error:#}");
+            say(format_args!("{error:#}"));
             ExitCode::from(2)
         }
     }

@@ -1,5 +1,6 @@
-//! What goes to standard output: tables for people, JSON for programs.
+//! What goes to standard output: tables for people, JSON for programs. And what is said beside it.
 
+use std::fmt::Display;
 use std::io::{self, StdoutLock, Write};
 
 use jiff::Timestamp;
@@ -109,6 +110,12 @@ impl Output {
     pub(crate) fn finish(&mut self) -> anyhow::Result<()> {
         self.to.flush().map_err(complaint)
     }
+}
+
+/// Says something on standard error. It may be as gone as any reader is: that ends nothing that is at work, as a QEMU that
+/// is looked after.
+pub(crate) fn say(what: impl Display) {
+    let _ = writeln!(io::stderr(), "cdp-tool: {what}");
 }
 
 /// What was found or begun stands, whether or not somebody reads of it to the end.

@@ -3,6 +3,8 @@
 use cdpd::api;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::output::say;
+
 /// A bar on standard error; nothing if that is no terminal, or too soon for one to be of use.
 pub(crate) struct Progress {
     bar: ProgressBar,
@@ -33,7 +35,7 @@ impl Progress {
 
     /// Says something above the bar.
     pub(crate) fn note(&self, note: &str) {
-        self.bar.suspend(|| eprintln!("cdp-tool: {note}"));
+        self.bar.suspend(|| say(note));
     }
 }
 

@@ -9,7 +9,7 @@ use cdpd::size::ByteSize;
 use crate::access::Access;
 use crate::cli::RecordsArgs;
 use crate::commands::instant;
-use crate::output::{Column, Output};
+use crate::output::{Column, Output, say};
 
 /// Shows the store.
 pub(super) fn store(access: &Access, output: &mut Output) -> anyhow::Result<()> {
@@ -135,7 +135,7 @@ pub(super) fn records(access: &Access, args: RecordsArgs, output: &mut Output) -
         |visit| access.records(&query, visit),
     )?;
     if end.is_some_and(|end| end.more) && !output.is_json() {
-        eprintln!("cdp-tool: there are more; --limit cut them off");
+        say("there are more; --limit cut them off");
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ mod taking;
 mod verify;
 mod volume;
 
-use std::io::{self, BufRead, IsTerminal};
+use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -106,7 +106,7 @@ fn confirmed(what: &str, deed: &str, question: &str, word: &str) -> anyhow::Resu
     if !io::stdin().is_terminal() {
         bail!("there is nobody to ask whether {what} may be {deed}; say --yes");
     }
-    eprint!("{question}");
+    write!(io::stderr(), "{question}").context("cannot ask")?;
     let mut answer = String::new();
     io::stdin().lock().read_line(&mut answer).context("cannot read the answer")?;
     Ok(answer.trim() == word)

@@ -26,6 +26,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::access::online;
+use crate::output::say;
 
 /// How long QEMU may take to end once it was told to.
 const ENDING: Duration = Duration::from_secs(10);
@@ -207,13 +208,10 @@ impl Loop<'_> {
                     return Ok(if anew && !stopping { End::Anew } else { End::Final(status) });
                 }
                 Ok(Event::Order(Order::Restart)) if stopping => {
-                    eprintln!(
-                        "cdp-tool: machine {} is being stopped, and does not go back",
-                        self.machine.name
-                    );
+                    say(format_args!("machine {} is being stopped, and does not go back", self.machine.name));
                 }
                 Ok(Event::Order(Order::Restart)) => {
-                    eprintln!("cdp-tool: machine {} goes back to a checkpoint", self.machine.name);
+                    say(format_args!("machine {} goes back to a checkpoint", self.machine.name));
                     self.reports.tell(Supervised::Starting);
                     anew = true;
                     qemu.send(Signal::TERM);
@@ -222,7 +220,7 @@ impl Loop<'_> {
                 Ok(Event::Restored(Ok(())) | Event::Order(Order::Runs)) => state = Supervised::Running,
                 // It has got its memory: what has failed came after that, or is the daemon's answer.
                 Ok(Event::Restored(Err(error))) if state == Supervised::Running => {
-                    eprintln!("cdp-tool: machine {} runs, but: {error:#}", self.machine.name);
+                    say(format_args!("machine {} runs, but: {error:#}", self.machine.name));
                 }
                 Ok(Event::Restored(Err(error))) => {
                     qemu.send(Signal::KILL);
@@ -230,7 +228,7 @@ impl Loop<'_> {
                 }
                 Ok(Event::Attached) => self.reports.tell(state),
                 Ok(Event::Signal { again: false }) => {
-                    eprintln!("cdp-tool: asking the guest to switch itself off (once more: at once)");
+                    say("asking the guest to switch itself off (once more: at once)");
                     stopping = true;
                     switch_off(self.machine)?;
                     deadline = Some((Instant::now() + self.machine.patience, Signal::TERM));
@@ -265,7 +263,7 @@ impl Reports {
                     Ok(client.send::<()>(Method::PUT, &path, &SupervisorReport { state })?)
                 });
                 if let Err(error) = told {
-                    eprintln!("cdp-tool: the daemon does not know how QEMU does: {error:#}");
+                    say(format_args!("the daemon does not know how QEMU does: {error:#}"));
                 }
             }
         })?;
@@ -331,7 +329,7 @@ fn switch_off(machine: &Machine) -> anyhow::Result<()> {
         let mut told = false;
         while let Err(error) = ask_to_switch_off(&qmp) {
             if !std::mem::replace(&mut told, true) {
-                eprintln!("cdp-tool: the guest could not be asked to switch itself off: {error:#}");
+                say(format_args!("the guest could not be asked to switch itself off: {error:#}"));
                 if let Ok(client) = online(&store) {
                     // That none is being taken is the usual refusal.
                     let _ = client.delete::<()>(&format!("/v1/vms/{name}/taking"));

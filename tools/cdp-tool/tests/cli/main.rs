@@ -319,6 +319,16 @@ fn a_reader_that_goes_away_is_no_failure() {
 }
 
 #[test]
+fn a_complaint_that_nobody_reads_is_a_failure_as_any_other() {
+    let mut bench = Bench::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let status = bench.command("volume show nobody").stderr(writer).status().unwrap();
+    assert_eq!((status.code(), status.signal()), (Some(2), None));
+    bench.stop();
+}
+
+#[test]
 fn an_interruption_leaves_no_file() {
     let mut bench = Bench::new();
     let fifo = bench.path("slow");
