@@ -15,11 +15,30 @@ use crate::output::say;
 /// Files to remove when a signal ends the program.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 static WATCH: Once = Once::new();
-/// Whether there has been an interruption, while somebody listens.
-static HEARD: Mutex<Option<bool>> = Mutex::new(None);
+static INTERRUPTION: Mutex<Interruption> = Mutex::new(Interruption::Ends);
 
 /// The exit status of an interruption: a failure.
 const INTERRUPTED: i32 = 2;
+
+/// What becomes of an interruption.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Interruption {
+    /// It ends the program.
+    Ends,
+    /// Somebody listens: whether there has been one. He may be waiting for a daemon that never answers, so a second one ends
+    /// the program all the same.
+    IsHeard(bool),
+}
+
+impl Interruption {
+    /// There is one: whether the program ends.
+    fn comes(&mut self) -> bool {
+        match self {
+            Self::Ends => true,
+            Self::IsHeard(already) => std::mem::replace(already, true),
+        }
+    }
+}
 
 /// Has a thread wait for signals, from now on. What the system would do about them does not come back.
 fn watch_signals() {
@@ -29,35 +48,35 @@ fn watch_signals() {
     });
 }
 
-/// While it lives, an interruption does not end the program. There is one at a time.
+/// While it lives, an interruption does not end the program, but a second one does. There is one at a time.
 pub(crate) struct Listening(());
 
 impl Listening {
     pub(crate) fn begin() -> Self {
         watch_signals();
-        *heard() = Some(false);
+        *interruption() = Interruption::IsHeard(false);
         Self(())
     }
 
     /// Whether there has been an interruption since.
     pub(crate) fn was_interrupted(&self) -> bool {
-        *heard() == Some(true)
+        *interruption() == Interruption::IsHeard(true)
     }
 
     /// The same; from here on one ends the program.
     pub(crate) fn end(self) -> bool {
-        heard().take() == Some(true)
+        std::mem::replace(&mut *interruption(), Interruption::Ends) == Interruption::IsHeard(true)
     }
 }
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        *heard() = None;
+        *interruption() = Interruption::Ends;
     }
 }
 
-fn heard() -> MutexGuard<'static, Option<bool>> {
-    HEARD.lock().unwrap_or_else(PoisonError::into_inner)
+fn interruption() -> MutexGuard<'static, Interruption> {
+    INTERRUPTION.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A new file in `directory`, removed unless it is kept: also when SIGINT or SIGTERM ends the program.
@@ -149,9 +168,8 @@ fn watch() {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            match &mut *heard() {
-                Some(heard) => *heard = true,
-                None => return std::io::Result::Ok(()),
+            if interruption().comes() {
+                return std::io::Result::Ok(());
             }
         }
     });

@@ -193,7 +193,9 @@ pub(crate) enum CheckpointCommand {
 
 Modes: hot stops the guest for tens of milliseconds, longer the more memory it has, and saves its memory as of then \
                       while it runs on; live copies memory first, and stops the guest for some 10 ms at the end, which is \
-                      the instant; pause stops it until all is saved.")]
+                      the instant; pause stops it until all is saved.
+
+SIGINT or SIGTERM gives the checkpoint up; a second one ends the command without waiting for cdpd.")]
     Take {
         /// The machine
         vm: VmName,

@@ -21,7 +21,8 @@ const OFTEN: u64 = 3;
 const PAGE_BYTES: u64 = 4096;
 
 /// Takes a checkpoint, with a bar on a terminal. An interruption gives the checkpoint up; the machine runs on. Says too
-/// whether there was one that came too late for that: whoever wanted to go on from there has been told not to.
+/// whether there was one that came too late for that: whoever wanted to go on from there has been told not to. A second one
+/// waits for nobody.
 pub(super) fn take(
     client: &Client,
     store: &Path,

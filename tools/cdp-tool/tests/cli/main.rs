@@ -3,14 +3,14 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod history;
+mod interruptions;
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use cdpd::{Config, Daemon};
 use serde_json::Value;
@@ -325,44 +325,6 @@ fn a_complaint_that_nobody_reads_is_a_failure_as_any_other() {
     drop(reader);
     let status = bench.command("volume show nobody").stderr(writer).status().unwrap();
     assert_eq!((status.code(), status.signal()), (Some(2), None));
-    bench.stop();
-}
-
-#[test]
-fn an_interruption_leaves_no_file() {
-    let mut bench = Bench::new();
-    let fifo = bench.path("slow");
-    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
-    // A qemu-img that never comes to an end stands for a long conversion.
-    let directory = bench.path("bin");
-    fs::create_dir(&directory).unwrap();
-    let script = directory.join("qemu-img");
-    let mut file = File::create(&script).unwrap();
-    writeln!(file, "#!/bin/sh\nexec cat {}", fifo.display()).unwrap();
-    drop(file);
-    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    bench.image();
-    bench.text("volume create img --from image.raw --format raw");
-    let path = format!("{}:{}", directory.display(), std::env::var("PATH").unwrap());
-    let mut child =
-        bench.command("extract img out.qcow2").env("PATH", path).stderr(Stdio::piped()).spawn().unwrap();
-    let partial = || {
-        let entries = fs::read_dir(bench.root.path()).unwrap().map(|e| e.unwrap().file_name());
-        entries.filter(|name| name.to_string_lossy().ends_with(".partial")).count()
-    };
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while partial() < 2 {
-        assert!(Instant::now() < deadline, "it has not begun");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    let status = child.wait().unwrap();
-    assert_eq!((status.code(), status.signal()), (Some(2), None));
-    assert_eq!(partial(), 0);
-    assert!(!bench.path("out.qcow2").exists());
-    // Lets the stand-in end.
-    drop(File::options().write(true).open(&fifo).unwrap());
     bench.stop();
 }
 

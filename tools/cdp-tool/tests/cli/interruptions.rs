@@ -1,0 +1,86 @@
+//! SIGINT and SIGTERM.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::runtime::Runtime;
+
+use crate::Bench;
+
+/// SIGINT among the signals of a process (proc_pid_status(5)): signal N is bit N - 1.
+const SIGINT_BIT: u64 = 1 << 1;
+
+/// Whether SIGINT does not just end a program.
+fn catches_interruptions(child: &Child) -> bool {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+    u64::from_str_radix(caught.trim(), 16).unwrap() & SIGINT_BIT != 0
+}
+
+#[test]
+fn a_daemon_that_hangs_does_not_keep_a_second_interruption_waiting() {
+    let bench = Bench { runtime: Runtime::new().unwrap(), daemon: None, root: tempfile::tempdir().unwrap() };
+    fs::create_dir(bench.store()).unwrap();
+    // It takes connections, and answers nothing.
+    let _daemon = cdpd::socket::bind(&bench.store(), 0o600).unwrap();
+    let mut child = bench.command("checkpoint take web1").stderr(Stdio::null()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let status = loop {
+        if Instant::now() >= deadline {
+            child.kill().unwrap();
+            panic!("it waits on: {}", child.wait().unwrap());
+        }
+        // With time for each to be heard of: those that come together are one.
+        std::thread::sleep(Duration::from_millis(100));
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None if catches_interruptions(&child) => {
+                kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+            }
+            None => {}
+        }
+    };
+    assert_eq!((status.code(), status.signal()), (Some(2), None));
+}
+
+#[test]
+fn an_interruption_leaves_no_file() {
+    let mut bench = Bench::new();
+    let fifo = bench.path("slow");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+    // A qemu-img that never comes to an end stands for a long conversion.
+    let directory = bench.path("bin");
+    fs::create_dir(&directory).unwrap();
+    let script = directory.join("qemu-img");
+    let mut file = File::create(&script).unwrap();
+    writeln!(file, "#!/bin/sh\nexec cat {}", fifo.display()).unwrap();
+    drop(file);
+    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    bench.image();
+    bench.text("volume create img --from image.raw --format raw");
+    let path = format!("{}:{}", directory.display(), std::env::var("PATH").unwrap());
+    let mut child =
+        bench.command("extract img out.qcow2").env("PATH", path).stderr(Stdio::piped()).spawn().unwrap();
+    let partial = || {
+        let entries = fs::read_dir(bench.root.path()).unwrap().map(|e| e.unwrap().file_name());
+        entries.filter(|name| name.to_string_lossy().ends_with(".partial")).count()
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while partial() < 2 {
+        assert!(Instant::now() < deadline, "it has not begun");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!((status.code(), status.signal()), (Some(2), None));
+    assert_eq!(partial(), 0);
+    assert!(!bench.path("out.qcow2").exists());
+    // Lets the stand-in end.
+    drop(File::options().write(true).open(&fifo).unwrap());
+    bench.stop();
+}
