@@ -127,6 +127,18 @@ fn a_machine_whose_revert_is_interrupted_while_it_is_saved_runs_on_where_it_was(
         ensure!(said.contains("cannot be saved as it is now") && said.contains("it was cancelled"), "{said}");
         vm_run::is_sound(&guest)?;
 
+        // Nor is a copy made of a checkpoint that was given up.
+        let begun = tap.hold_at(MIGRATE);
+        let mut cloning = Command::start(scene, &tool, "clone", &["vm", "clone", NAME, "copy"])?;
+        let held = begun.wait(LIMIT)?;
+        cloning.interrupt()?;
+        cloning.wait_until_given_up()?;
+        held.pass_on();
+        let said = cloning.must_fail()?;
+        ensure!(said.contains("cannot be saved as it is now") && said.contains("it was cancelled"), "{said}");
+        ensure!(tool.json_lines(&["vm", "list"])?.len() == 1, "there is a copy");
+        vm_run::is_sound(&guest)?;
+
         // When all is saved, the checkpoint may be complete all the same. Then, too, that is all that happens.
         let saved = tap.hold_at(COMPLETED);
         let mut reverting = Command::start(scene, &tool, "late", &args)?;

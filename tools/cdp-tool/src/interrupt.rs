@@ -28,6 +28,8 @@ enum Interruption {
     /// Somebody listens: whether there has been one. He may be waiting for a daemon that never answers, so a second one ends
     /// the program all the same.
     IsHeard(bool),
+    /// Somebody else has signals come to him.
+    IsSeenTo,
 }
 
 impl Interruption {
@@ -36,6 +38,7 @@ impl Interruption {
         match self {
             Self::Ends => true,
             Self::IsHeard(already) => std::mem::replace(already, true),
+            Self::IsSeenTo => false,
         }
     }
 }
@@ -46,6 +49,11 @@ fn watch_signals() {
         // Without the watcher an interruption leaves things behind, which is no reason to do nothing at all.
         let _ = std::thread::Builder::new().name("signals".to_owned()).spawn(watch);
     });
+}
+
+/// Leaves interruptions to the caller from now on, who has them come to himself.
+pub(crate) fn leave_to_caller() {
+    *interruption() = Interruption::IsSeenTo;
 }
 
 /// While it lives, an interruption does not end the program, but a second one does. There is one at a time.
@@ -188,6 +196,16 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn an_interruption_ends_the_program_unless_somebody_sees_to_it() {
+        assert!(Interruption::Ends.comes());
+        let mut heard = Interruption::IsHeard(false);
+        assert_eq!([heard.comes(), heard.comes()], [false, true]);
+        assert_eq!(heard, Interruption::IsHeard(true));
+        let mut seen_to = Interruption::IsSeenTo;
+        assert_eq!([seen_to.comes(), seen_to.comes()], [false, false]);
+    }
 
     #[test]
     fn what_is_unfinished_is_private_and_what_is_replaced_keeps_its_permissions() {

@@ -7,13 +7,13 @@ use anyhow::{Context, bail};
 use cdp_types::{VmName, VolumeName};
 use cdpd::DEFAULT_QUEUES;
 use cdpd::api::{
-    Checkpoint, ErrorKind, Launch, NewCheckpoint, NewVm, NewVmClone, ServeRequest, ServingStatus, Vm,
-    VmRevert, Volume,
+    ErrorKind, Launch, NewCheckpoint, NewVm, NewVmClone, ServeRequest, ServingStatus, Vm, VmRevert, Volume,
 };
 use cdpd::client::Client;
 use hyper::Method;
 use serde_json::Value;
 
+use super::taking;
 use crate::access::online;
 use crate::cli::{Running, VmCloneArgs, VmDisk, VmRunArgs};
 use crate::machine::command::{Additions, Command, Disk, quoted, socket_path, version_of};
@@ -119,7 +119,7 @@ pub(super) fn clone(store: &Path, args: &VmCloneArgs, output: &mut Output) -> an
     }
     let at = match &args.at {
         Some(at) => at.clone(),
-        None => checkpoint_now(&client, &args.name)?,
+        None => checkpoint_now(&client, &store, &args.name)?,
     };
     let agent = original.agent.is_some().then_some(sockets.agent);
     let new = NewVmClone { at, name: args.new.clone(), qmp: sockets.qmp, agent, launch };
@@ -139,12 +139,16 @@ pub(super) fn clone(store: &Path, args: &VmCloneArgs, output: &mut Output) -> an
 }
 
 /// Saves a machine as it is now, for a clone: the checkpoint's number.
-fn checkpoint_now(client: &Client, name: &VmName) -> anyhow::Result<String> {
-    let path = format!("/v1/vms/{name}/checkpoints");
-    let taken: Checkpoint =
-        client.send(Method::POST, &path, &NewCheckpoint::default()).with_context(|| {
-            format!("'{name}' cannot be saved as it is now; of an earlier state a clone is made with --at CHECKPOINT")
-        })?;
+fn checkpoint_now(client: &Client, store: &Path, name: &VmName) -> anyhow::Result<String> {
+    let taken = taking::take(client, store, name, &NewCheckpoint::default());
+    let (taken, interrupted) = taken.with_context(|| {
+        format!(
+            "'{name}' cannot be saved as it is now; of an earlier state a clone is made with --at CHECKPOINT"
+        )
+    })?;
+    if interrupted {
+        bail!("interrupted: '{name}' runs on, and was not cloned; checkpoint {} stays", taken.id);
+    }
     Ok(taken.id.to_string())
 }
 

@@ -26,6 +26,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::access::online;
+use crate::interrupt;
 use crate::output::say;
 
 /// How long QEMU may take to end once it was told to.
@@ -124,6 +125,8 @@ pub(crate) fn run(machine: &Machine, start: Start) -> anyhow::Result<()> {
         _ => bail!("the daemon has not said that it listens"),
     }
     listen_to_signals(&events)?;
+    // Who made a copy has listened to them for its checkpoint.
+    interrupt::leave_to_caller();
     let reports = Reports::to_daemon(&machine.store, &machine.name)?;
     Loop { machine, events, inbox, reports }.go(start)
 }
