@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use serde::Deserialize;
 
 use crate::cli::ImageFormat;
-use crate::interrupt::{Unfinished, directory_of, unfinished_file};
+use crate::interrupt::{Unfinished, directory_of, start_helper, unfinished_file};
 use crate::progress::Progress;
 
 /// A raw image to read from.
@@ -93,16 +93,16 @@ pub(crate) fn convert(
     to_format: &str,
     progress: &Progress,
 ) -> anyhow::Result<()> {
-    let mut child = Command::new("qemu-img")
+    let mut command = Command::new("qemu-img");
+    command
         .args(["convert", "-p", "-f", from_format, "-O", to_format])
         .args([from, to])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .with_context(|| {
-            format!("cannot convert {from_format} to {to_format}; install qemu-img (on Debian: qemu-utils)")
-        })?;
+        .stderr(Stdio::piped());
+    let (mut child, _helper) = start_helper(&mut command).with_context(|| {
+        format!("cannot convert {from_format} to {to_format}; install qemu-img (on Debian: qemu-utils)")
+    })?;
     let size = from.metadata().map(|metadata| metadata.len()).unwrap_or(0);
     follow(&mut child, size, progress)?;
     let output = child.wait_with_output().context("cannot wait for qemu-img")?;

@@ -1,12 +1,16 @@
-//! Interruptions: SIGINT and SIGTERM. They end the program, but leave no unfinished file behind; and what can be given up
-//! in good order hears of them instead.
+//! Interruptions: SIGINT and SIGTERM. They end the program, but leave no unfinished file behind, and nobody who still writes
+//! one; and what can be given up in good order hears of them instead.
 
 use std::fs::Permissions;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use anyhow::Context;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tempfile::{Builder, NamedTempFile};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -14,6 +18,8 @@ use crate::output::say;
 
 /// Files to remove when a signal ends the program.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// A program to end when a signal ends this one.
+static HELPER: Mutex<Option<OwnedFd>> = Mutex::new(None);
 static WATCH: Once = Once::new();
 static INTERRUPTION: Mutex<Interruption> = Mutex::new(Interruption::Ends);
 
@@ -85,6 +91,30 @@ impl Drop for Listening {
 
 fn interruption() -> MutexGuard<'static, Interruption> {
     INTERRUPTION.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// While it lives, a signal that ends this program ends the other one, too.
+pub(crate) struct Helper(());
+
+/// Starts a program that works for this one. There is one at a time.
+pub(crate) fn start_helper(command: &mut Command) -> io::Result<(Child, Helper)> {
+    watch_signals();
+    // Held until it can be found there: a signal that comes now waits for that.
+    let mut place = helper();
+    let child = command.spawn()?;
+    // One that cannot be found may outlive us, which is no reason to do without it.
+    *place = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).ok();
+    Ok((child, Helper(())))
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        *helper() = None;
+    }
+}
+
+fn helper() -> MutexGuard<'static, Option<OwnedFd>> {
+    HELPER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A new file in `directory`, removed unless it is kept: also when SIGINT or SIGTERM ends the program.
@@ -182,7 +212,11 @@ fn watch() {
         }
     });
     if signalled.is_ok() {
+        // Held to the end, so that whoever waits for the helper does not come to complain of its death.
         let unfinished = unfinished();
+        if let Some(process) = &*helper() {
+            let _ = pidfd_send_signal(process, Signal::KILL);
+        }
         for path in &*unfinished {
             let _ = std::fs::remove_file(path);
         }
