@@ -25,7 +25,7 @@ pub(super) fn man(directory: &Path, output: &mut Output) -> anyhow::Result<()> {
     };
     write().with_context(|| format!("cannot write manual pages to {}", directory.display()))?;
     if output.is_json() {
-        return output.value(&serde_json::json!({ "directory": directory }));
+        return output.value(&serde_json::json!({ "directory": directory.to_string_lossy() }));
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! A volume's content as a file.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -23,7 +24,8 @@ use crate::sparse::Target;
 struct Extracted<'a> {
     volume: &'a str,
     at: Option<At>,
-    file: &'a Path,
+    /// As text, which a path need not be.
+    file: Cow<'a, str>,
     format: &'static str,
     size_bytes: u64,
     data_bytes: u64,
@@ -55,6 +57,7 @@ pub(super) fn extract(
     };
     let volume = what.volume.as_str();
     if output.is_json() {
+        let file = file.to_string_lossy();
         return output.value(&Extracted { volume, at, file, format, size_bytes, data_bytes });
     }
     let instant = at.map(|at| format!("@seq:{}, {}", at.seq, output.time(at.time_ns))).unwrap_or_default();

@@ -5,8 +5,10 @@
 mod history;
 mod interruptions;
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -314,6 +316,23 @@ fn a_reader_that_goes_away_is_no_failure() {
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success(), "{line}: {}", output.status);
         assert!(output.stderr.is_empty(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    bench.stop();
+}
+
+#[test]
+fn a_path_that_is_no_text_is_an_answer_in_json_all_the_same() {
+    let mut bench = Bench::new();
+    bench.text("volume create web1 --size 1M");
+    for (line, name, key) in
+        [("extract web1 --json", b"image\xff", "file"), ("man --json", b"pages\xff", "directory")]
+    {
+        let output = bench.command(line).arg(OsStr::from_bytes(name)).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{line}: {}: {stderr}", output.status);
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(answer[key], *String::from_utf8_lossy(name), "{line}");
+        assert!(bench.root.path().join(OsStr::from_bytes(name)).exists(), "{line}");
     }
     bench.stop();
 }
