@@ -85,7 +85,7 @@ pub(crate) struct VmRunArgs {
     #[arg(long = "volume", value_name = "VOLUME[,PROPERTY=VALUE]")]
     pub(crate) volumes: Vec<VmDisk>,
     /// Go on from a checkpoint: its number or label
-    #[arg(long, value_name = "CHECKPOINT", conflicts_with = "boot")]
+    #[arg(long, value_name = "CHECKPOINT", value_parser = checkpoint, conflicts_with = "boot")]
     pub(crate) at: Option<String>,
     /// Boot a clone, instead of going on from the memory that it was cloned with
     #[arg(long)]
@@ -115,7 +115,7 @@ pub(crate) struct VmCloneArgs {
     /// The copy's name
     pub(crate) new: VmName,
     /// As of which checkpoint, by its number or label; unless said, one is taken now
-    #[arg(long, value_name = "CHECKPOINT")]
+    #[arg(long, value_name = "CHECKPOINT", value_parser = checkpoint)]
     pub(crate) at: Option<String>,
     /// Only make it; start it later with: vm run NEW
     #[arg(long)]
@@ -173,7 +173,7 @@ pub(crate) struct VmRevertArgs {
     /// The machine
     pub(crate) name: VmName,
     /// The checkpoint: its number or its label
-    #[arg(long, value_name = "CHECKPOINT")]
+    #[arg(long, value_name = "CHECKPOINT", value_parser = checkpoint)]
     pub(crate) to: String,
     /// Only the disks: the machine then boots from them
     #[arg(long)]
@@ -250,6 +250,7 @@ Scheduled checkpoints are labelled auto-TIME. One that is pinned or labelled oth
         /// The machine
         vm: VmName,
         /// Its number or label
+        #[arg(value_parser = checkpoint)]
         checkpoint: String,
     },
     /// Give a checkpoint another name
@@ -257,6 +258,7 @@ Scheduled checkpoints are labelled auto-TIME. One that is pinned or labelled oth
         /// The machine
         vm: VmName,
         /// Its number or label
+        #[arg(value_parser = checkpoint)]
         checkpoint: String,
         /// The new name
         label: Label,
@@ -266,6 +268,7 @@ Scheduled checkpoints are labelled auto-TIME. One that is pinned or labelled oth
         /// The machine
         vm: VmName,
         /// Its number or label
+        #[arg(value_parser = checkpoint)]
         checkpoint: String,
     },
     /// Let a checkpoint be deleted again
@@ -273,6 +276,7 @@ Scheduled checkpoints are labelled auto-TIME. One that is pinned or labelled oth
         /// The machine
         vm: VmName,
         /// Its number or label
+        #[arg(value_parser = checkpoint)]
         checkpoint: String,
     },
     /// Delete a checkpoint; its instant of the disks stays
@@ -280,6 +284,7 @@ Scheduled checkpoints are labelled auto-TIME. One that is pinned or labelled oth
         /// The machine
         vm: VmName,
         /// Its number or label
+        #[arg(value_parser = checkpoint)]
         checkpoint: String,
     },
 }
@@ -290,4 +295,33 @@ pub(crate) enum Mode {
     Hot,
     Live,
     Pause,
+}
+
+/// A checkpoint's number or label. It becomes part of a resource's name, and nothing else there: `3?` would be another one
+/// than was said.
+fn checkpoint(text: &str) -> Result<String, String> {
+    let refusal = |_| "a checkpoint is named by its number or its label: see checkpoint list".to_owned();
+    text.parse::<Label>().map(String::from).map_err(refusal)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use crate::cli::tests::parse;
+
+    #[test]
+    fn a_checkpoint_is_a_number_or_a_label() {
+        for named in ["3", "before-upgrade", "auto-2026.11_21"] {
+            assert!(parse(&format!("cdp-tool checkpoint delete web1 {named}")).is_ok(), "{named}");
+        }
+        for command in
+            ["checkpoint delete web1", "checkpoint pin web1", "vm revert web1 --to", "vm run web1 --at"]
+        {
+            for odd in ["3?x", "3#x", "a/b", "%33"] {
+                let refusal = parse(&format!("cdp-tool {command} {odd}")).unwrap_err();
+                assert!(refusal.to_string().contains("checkpoint list"), "{command} {odd}: {refusal}");
+            }
+        }
+    }
 }
