@@ -1,5 +1,6 @@
 //! What goes to standard output: tables for people, JSON for programs. And what is said beside it.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::io::{self, StdoutLock, Write};
 
@@ -46,7 +47,11 @@ impl Output {
 
     /// Writes one line.
     pub(crate) fn line(&mut self, line: impl AsRef<str>) -> anyhow::Result<()> {
-        let written = self.to.write_all(line.as_ref().as_bytes()).and_then(|()| self.to.write_all(b"\n"));
+        self.line_as_it_is(&harmless(line.as_ref()))
+    }
+
+    fn line_as_it_is(&mut self, line: &str) -> anyhow::Result<()> {
+        let written = self.to.write_all(line.as_bytes()).and_then(|()| self.to.write_all(b"\n"));
         written.map_err(complaint)
     }
 
@@ -57,12 +62,12 @@ impl Output {
 
     /// Writes a value as JSON over several lines.
     pub(crate) fn value(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
-        self.line(serde_json::to_string_pretty(value)?)
+        self.line_as_it_is(&serde_json::to_string_pretty(value)?)
     }
 
     /// Writes one of many values as one line of JSON.
     pub(crate) fn item(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
-        self.line(serde_json::to_string(value)?)
+        self.line_as_it_is(&serde_json::to_string(value)?)
     }
 
     /// Writes a table as wide as it needs to be.
@@ -115,7 +120,25 @@ impl Output {
 /// Says something on standard error. It may be as gone as any reader is: that ends nothing that is at work, as a QEMU that
 /// is looked after.
 pub(crate) fn say(what: impl Display) {
-    let _ = writeln!(io::stderr(), "cdp-tool: {what}");
+    let _ = writeln!(io::stderr(), "cdp-tool: {}", harmless(&what.to_string()));
+}
+
+/// Text as a terminal may have it. Guests, QEMU and other users have a say in what is shown, and none of them is to move its
+/// cursor or hide what stands there.
+fn harmless(text: &str) -> Cow<'_, str> {
+    let is_command = |c: char| c.is_control() && c != '\n';
+    if !text.contains(is_command) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_command(c) {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    Cow::Owned(shown)
 }
 
 /// What was found or begun stands, whether or not somebody reads of it to the end.
@@ -128,4 +151,21 @@ fn complaint(error: io::Error) -> anyhow::Error {
         return anyhow::Error::new(ReaderGone);
     }
     anyhow::Error::new(error).context("cannot write the output")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_would_do_something_about_is_only_shown() {
+        for (text, shown) in [
+            ("wörds\nand more", "wörds\nand more"),
+            ("\u{1b}[2Jgone", "\\u{1b}[2Jgone"),
+            ("\u{9b}2J", "\\u{9b}2J"),
+            ("a\rb\u{7f}", "a\\rb\\u{7f}"),
+        ] {
+            assert_eq!(harmless(text), shown);
+        }
+    }
 }

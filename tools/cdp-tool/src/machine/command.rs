@@ -225,11 +225,29 @@ pub(crate) fn quoted(words: &[String]) -> String {
     let quote = |word: &String| {
         if !word.is_empty() && word.chars().all(plain) {
             word.clone()
+        } else if word.contains(char::is_control) {
+            with_escapes(word)
         } else {
             format!("'{}'", word.replace('\'', r"'\''"))
         }
     };
     words.iter().map(quote).collect::<Vec<_>>().join(" ")
+}
+
+/// A word as bash and zsh take it, with what a terminal would do something about as escapes.
+fn with_escapes(word: &str) -> String {
+    let mut quoted = String::from("$'");
+    for c in word.chars() {
+        match c {
+            '\'' | '\\' => quoted.extend(['\\', c]),
+            c if c.is_control() => {
+                quoted.extend(c.to_string().bytes().map(|byte| format!("\\x{byte:02x}")));
+            }
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('\'');
+    quoted
 }
 
 /// Refuses a path that no socket can have: `sun_path` has 108 bytes (unix(7)).
@@ -334,6 +352,8 @@ mod tests {
     fn a_shell_reads_what_was_meant() {
         let words = [String::from("a b"), String::from("it's"), String::new(), String::from("x=1,y")];
         assert_eq!(quoted(&words), r"'a b' 'it'\''s' '' x=1,y");
+        let words = [String::from("it's\n\u{1b}[2J\\"), String::from("\u{9b}")];
+        assert_eq!(quoted(&words), r"$'it\'s\x0a\x1b[2J\\' $'\xc2\x9b'");
     }
 
     #[test]

@@ -321,6 +321,23 @@ fn a_reader_that_goes_away_is_no_failure() {
 }
 
 #[test]
+fn nothing_that_is_shown_moves_the_cursor() {
+    let mut bench = Bench::new();
+    bench.text("volume create web1 --size 1M");
+    let odd = "odd\u{1b}[2J\u{9b}2J";
+    let registered = bench.command("vm register m --volume web1 --qmp").arg(odd).output().unwrap();
+    assert!(registered.status.success());
+    assert!(bench.json("vm show m")["qmp"].as_str().unwrap().ends_with(odd));
+    let refused = bench.command("extract web1").arg(format!("{odd}/file")).output().unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    for shown in [bench.text("vm show m"), String::from_utf8(refused.stderr).unwrap()] {
+        assert!(shown.contains("odd\\u{1b}[2J\\u{9b}2J"), "{shown:?}");
+        assert!(!shown.contains(['\u{1b}', '\u{9b}']), "{shown:?}");
+    }
+    bench.stop();
+}
+
+#[test]
 fn a_path_that_is_no_text_is_an_answer_in_json_all_the_same() {
     let mut bench = Bench::new();
     bench.text("volume create web1 --size 1M");
