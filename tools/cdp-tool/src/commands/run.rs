@@ -68,7 +68,7 @@ pub(super) fn run(store: &Path, args: &VmRunArgs, output: &mut Output) -> anyhow
     };
     let boot = command.complete(&additions, false)?;
     if args.print {
-        return output.line(quoted(&boot));
+        return if output.is_json() { output.item(&boot) } else { output.line(quoted(&boot)) };
     }
     let incoming = command.complete(&additions, true)?;
     let directory = PathBuf::from(&launch.directory);

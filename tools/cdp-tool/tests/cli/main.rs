@@ -4,6 +4,7 @@
 
 mod history;
 mod interruptions;
+mod machines;
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
