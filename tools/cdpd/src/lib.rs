@@ -32,4 +32,4 @@ pub use config::Config;
 pub use daemon::Daemon;
 pub use nbd::{Nbd, NbdAddress};
 pub use open_files::allow_open_files;
-pub use serving::DEFAULT_QUEUES;
+pub use serving::{DEFAULT_QUEUES, MAX_QUEUES};

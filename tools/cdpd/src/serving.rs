@@ -18,7 +18,7 @@ use crate::config::VhostUser;
 /// start if there are fewer. One that is not started costs nothing.
 pub const DEFAULT_QUEUES: u16 = 16;
 /// The most queues that a volume can offer.
-pub(crate) const MAX_QUEUES: u16 = 256;
+pub const MAX_QUEUES: u16 = 256;
 
 /// How long a guest that has just ended may take to be noticed: whoever waits for its end reverts its disk next.
 const PARTING: Duration = Duration::from_millis(400);

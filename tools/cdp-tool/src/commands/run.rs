@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use cdp_types::{VmName, VolumeName};
-use cdpd::DEFAULT_QUEUES;
 use cdpd::api::{
     ErrorKind, Launch, NewCheckpoint, NewVm, NewVmClone, ServeRequest, ServingStatus, Vm, VmRevert, Volume,
 };
 use cdpd::client::Client;
+use cdpd::{DEFAULT_QUEUES, MAX_QUEUES};
 use hyper::Method;
 use serde_json::Value;
 
@@ -54,7 +54,8 @@ pub(super) fn run(store: &Path, args: &VmRunArgs, output: &mut Output) -> anyhow
     let command = Command::read(&launch.command)?;
     let agent = args.agent || known.as_ref().is_some_and(|vm| vm.agent.is_some());
     let agent = agent.then(|| sockets.agent.clone());
-    let queues = command.vcpus().max(DEFAULT_QUEUES);
+    // One for each processor is best, but fewer do.
+    let queues = command.vcpus().clamp(DEFAULT_QUEUES, MAX_QUEUES);
     let disks = volumes.iter().zip(&launch.disks);
     let disks: Vec<Disk> = disks
         .map(|(volume, properties)| disk(&client, &sockets, volume, properties, queues, args.print))

@@ -20,3 +20,14 @@ fn a_whole_command_line_is_an_answer_in_json() {
     assert_eq!(printed(&bench, "", "-m 1G -append a,b").trim_end(), words.join(" "));
     bench.stop();
 }
+
+#[test]
+fn a_machine_of_many_processors_has_as_many_queues_as_there_are() {
+    let mut bench = Bench::new();
+    bench.text("volume create web1 --size 1M");
+    for (processors, queues) in [(1, 1), (256, 256), (300, 256)] {
+        let said = printed(&bench, "", &format!("-smp {processors}"));
+        assert!(said.contains(&format!(",num-queues={queues} ")), "{said}");
+    }
+    bench.stop();
+}
