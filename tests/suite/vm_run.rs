@@ -69,7 +69,8 @@ fn a_machine_that_is_run_here_is_put_back_in_place_and_forth() {
         wait_for("the supervisor's return", LIMIT, || {
             Ok((supervised(&tool, "web1")? == "running").then_some(()))
         })?;
-        tool.run(&["vm", "revert", "web1", "--to", &undo, "--no-save"])?;
+        let reverted = tool.json(&["vm", "revert", "web1", "--to", &undo, "--no-save"])?;
+        ensure!(reverted["to"].to_string() == undo && reverted["saved"].is_null(), "{reverted}");
         is_sound(&guest)?;
         guest.kill()?;
         wait_for("the supervisor's end", LIMIT, || Ok(supervised(&tool, "web1")?.is_null().then_some(())))?;

@@ -4,7 +4,7 @@ use std::path::{Path, absolute};
 
 use anyhow::Context;
 use cdp_store::CheckpointMode;
-use cdp_types::{Label, VmName, VolumeName};
+use cdp_types::{CheckpointId, Label, VmName, VolumeName};
 use cdpd::api::{
     Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Origin, Schedule, Supervised, Vm, VmRevert,
     VmReverted,
@@ -12,6 +12,7 @@ use cdpd::api::{
 use cdpd::client::Client;
 use hyper::Method;
 use jiff::SignedDuration;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{run, taking};
@@ -149,6 +150,15 @@ fn every(seconds: u64) -> String {
     format!("{span:#}")
 }
 
+/// What a revert has done.
+#[derive(Debug, Serialize)]
+struct Undoable<'a> {
+    #[serde(flatten)]
+    reverted: &'a VmReverted,
+    /// The checkpoint that undoes it, if the machine was saved before.
+    saved: Option<CheckpointId>,
+}
+
 fn revert(client: &Client, store: &Path, args: &VmRevertArgs, output: &mut Output) -> anyhow::Result<()> {
     let name = &args.name;
     let vm: Vm = client.get(&format!("/v1/vms/{name}"))?;
@@ -176,7 +186,7 @@ fn revert(client: &Client, store: &Path, args: &VmRevertArgs, output: &mut Outpu
         None => format!("'{name}' was not put back"),
     })?;
     if output.is_json() {
-        return output.item(&reverted);
+        return output.item(&Undoable { reverted: &reverted, saved: saved.map(|saved| saved.id) });
     }
     let undo: Vec<String> =
         reverted.volumes.iter().map(|one| format!("{}@seq:{}", one.volume, one.undo.seq)).collect();
@@ -340,5 +350,22 @@ fn show(one: &Checkpoint, output: &mut Output) -> anyhow::Result<()> {
     match &one.reason {
         Some(reason) => output.line(format!("aborted: {reason}")),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn what_undoes_a_revert_is_in_its_json() {
+        let reverted =
+            VmReverted { to: CheckpointId(3), volumes: vec![], pages: Some(7), still_frozen: None };
+        let said = |saved| serde_json::to_value(Undoable { reverted: &reverted, saved }).unwrap();
+        let done = json!({ "to": 3, "volumes": [], "pages": 7, "still_frozen": null, "saved": 9 });
+        assert_eq!(said(Some(CheckpointId(9))), done);
+        assert_eq!(said(None)["saved"], Value::Null);
     }
 }
