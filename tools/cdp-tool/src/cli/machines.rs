@@ -154,6 +154,9 @@ impl FromStr for VmDisk {
     }
 }
 
+/// The longest time that can be said: a century. It is added to clocks, which end somewhere.
+const LONGEST: Duration = Duration::from_secs(36_525 * 24 * 3600);
+
 /// A time that something takes: 90s, 5m, 1h30m.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span(pub(crate) Duration);
@@ -163,7 +166,10 @@ impl FromStr for Span {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let span = text.parse::<SignedDuration>().ok().and_then(|span| Duration::try_from(span).ok());
-        span.map(Self).ok_or_else(|| format!("'{text}' is no time: say it as in 90s, 5m or 1h30m"))
+        let span = span.filter(|span| *span <= LONGEST);
+        span.map(Self).ok_or_else(|| {
+            format!("'{text}' is no time, or more than a century: say it as in 90s, 5m or 1h30m")
+        })
     }
 }
 
@@ -309,6 +315,14 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use crate::cli::tests::parse;
+
+    #[test]
+    fn a_time_ends_before_clocks_do() {
+        for (time, possible) in [("876600h", true), ("876601h", false), ("9223372036854775807s", false)] {
+            let parsed = parse(&format!("cdp-tool vm run web1 --stop-timeout {time}"));
+            assert_eq!(parsed.is_ok(), possible, "{time}");
+        }
+    }
 
     #[test]
     fn a_checkpoint_is_a_number_or_a_label() {
