@@ -158,6 +158,12 @@ fn a_machine_whose_revert_is_interrupted_while_it_is_saved_runs_on_where_it_was(
         ensure!(listed.iter().all(|one| one["state"] != "begun"), "{listed:?}");
         vm_run::is_sound(&guest)?;
 
+        // None of those that were given up can be gone back to, and the machine is not saved for that.
+        let aborted = listed.iter().find(|one| one["state"] == "aborted").context("none was given up")?;
+        let said = tool.refused(&["vm", "revert", NAME, "--to", &id_of(aborted)?])?;
+        ensure!(said.contains("no complete checkpoint"), "{said}");
+        ensure!(tool.json_lines(&["checkpoint", "list", NAME])?.len() == listed.len(), "it was saved");
+
         // The QEMU that runs is the one that ran before: a new one would have its socket under the old name.
         ensure!(std::os::unix::net::UnixStream::connect(&behind).is_ok(), "QEMU was started anew");
         ensure!(vm_run::supervised(&tool, NAME)? == "running");

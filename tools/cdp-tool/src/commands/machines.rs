@@ -2,7 +2,7 @@
 
 use std::path::{Path, absolute};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use cdp_store::CheckpointMode;
 use cdp_types::{CheckpointId, Label, VmName, VolumeName};
 use cdpd::api::{
@@ -20,6 +20,9 @@ use crate::access::online;
 use crate::cli::{CheckpointCommand, Mode, VmCommand, VmRevertArgs};
 use crate::machine::command::quoted;
 use crate::output::{Column, Output};
+
+/// The state of a checkpoint that is complete.
+const COMMITTED: &str = "committed";
 
 /// Does what is said of machines.
 pub(super) fn vm(store: &Path, command: &VmCommand, output: &mut Output) -> anyhow::Result<()> {
@@ -165,8 +168,9 @@ fn revert(client: &Client, store: &Path, args: &VmRevertArgs, output: &mut Outpu
     let save = vm.supervised == Some(Supervised::Running) && !args.disks_only && !args.no_save;
     let mut saved = None;
     if save {
-        // A number that was mistyped costs nothing then.
-        client.get::<Checkpoint>(&format!("/v1/vms/{name}/checkpoints/{}", args.to))?;
+        // A number that was mistyped costs nothing then, and neither does that of a checkpoint that was given up.
+        let to: Checkpoint = client.get(&format!("/v1/vms/{name}/checkpoints/{}", args.to))?;
+        ensure!(to.state == COMMITTED, "machine '{name}' has no complete checkpoint {}", to.id);
         let taken = taking::take(client, store, name, &NewCheckpoint::default());
         let (taken, interrupted) = taken.context(
             "the machine cannot be saved as it is now (to put it back without that, and lose its memory: --no-save)",
