@@ -95,6 +95,16 @@ fn volumes(vm: &Vm) -> String {
     vm.volumes.iter().map(VolumeName::as_str).collect::<Vec<_>>().join(" ")
 }
 
+/// The same as `vm run --volume` takes them: with what is said of their devices, which whoever runs the machine has to know.
+fn disks(vm: &Vm) -> String {
+    let mut properties = vm.launch.iter().flat_map(|launch| &launch.disks);
+    let disk = |name: &VolumeName| match properties.next() {
+        Some(properties) if !properties.is_empty() => quoted(&[format!("{name},{properties}")]),
+        _ => name.to_string(),
+    };
+    vm.volumes.iter().map(disk).collect::<Vec<_>>().join(" ")
+}
+
 fn list(vms: &[Vm], output: &mut Output) -> anyhow::Result<()> {
     if output.is_json() {
         return vms.iter().try_for_each(|vm| output.item(vm));
@@ -122,7 +132,7 @@ fn show_vm(vm: &Vm, output: &mut Output) -> anyhow::Result<()> {
     };
     output.facts(&[
         ("name", vm.name.to_string()),
-        ("volumes", volumes(vm)),
+        ("volumes", disks(vm)),
         ("state", state(vm)),
         ("checkpoints", vm.checkpoints.to_string()),
         ("goes on from", current(vm)),
@@ -362,6 +372,17 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn what_is_run_of_a_machine_is_shown() {
+        let vm: Vm = serde_json::from_value(json!({
+            "name": "web1", "volumes": ["a", "b", "c"], "checkpoints": 0, "created": "",
+            "launch": { "command": ["qemu"], "directory": "/", "disks": ["romfile=/x y", ""] },
+        }))
+        .unwrap();
+        assert_eq!(disks(&vm), "'a,romfile=/x y' b c");
+        assert_eq!(volumes(&vm), "a b c");
+    }
 
     #[test]
     fn what_undoes_a_revert_is_in_its_json() {

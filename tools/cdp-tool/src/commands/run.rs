@@ -175,8 +175,10 @@ fn wanted(args: &VmRunArgs, known: Option<&Vm>) -> anyhow::Result<(Vec<VolumeNam
         let Some(vm) = known else {
             bail!("machine '{}' is new: which disks has it? say --volume", args.name)
         };
-        let plain = || vec![String::new(); vm.volumes.len()];
-        (vm.volumes.clone(), last.map_or_else(plain, |launch| launch.disks.clone()))
+        // However many the API was told of: no disk is left out.
+        let mut disks = last.map_or_else(Vec::new, |launch| launch.disks.clone());
+        disks.resize(vm.volumes.len(), String::new());
+        (vm.volumes.clone(), disks)
     } else {
         args.volumes.iter().map(|VmDisk { volume, properties }| (volume.clone(), properties.clone())).unzip()
     };
@@ -268,7 +270,29 @@ fn start(client: &Client, args: &VmRunArgs, vm: &Vm) -> anyhow::Result<Start> {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use clap::Parser;
+    use serde_json::json;
+
     use super::*;
+    use crate::cli::{Cli, VmCommand};
+
+    #[test]
+    fn no_disk_is_left_out_whatever_is_known_of_its_device() {
+        let line = ["cdp-tool", "vm", "run", "web1"];
+        let crate::cli::Command::Vm(VmCommand::Run(args)) = Cli::try_parse_from(line).unwrap().command else {
+            panic!("another command");
+        };
+        let own = rustix::process::geteuid().as_raw();
+        for (known, wanted_of) in [(json!([]), ["", ""]), (json!(["addr=1"]), ["addr=1", ""])] {
+            let vm: Vm = serde_json::from_value(json!({
+                "name": "web1", "volumes": ["a", "b"], "checkpoints": 0, "created": "",
+                "launch": { "command": ["qemu"], "directory": "/", "disks": known, "owner": own },
+            }))
+            .unwrap();
+            let (volumes, launch) = wanted(&args, Some(&vm)).unwrap();
+            assert_eq!((volumes, launch.disks), (vm.volumes, wanted_of.map(str::to_owned).to_vec()));
+        }
+    }
 
     #[test]
     fn another_users_command_is_not_run() {
