@@ -52,6 +52,7 @@ pub(super) fn run(store: &Path, args: &VmRunArgs, output: &mut Output) -> anyhow
     let sockets = Sockets::of(&args.running, &store, &args.name)?;
     let (volumes, launch) = wanted(args, known.as_ref())?;
     let command = Command::read(&launch.command)?;
+    let directory = PathBuf::from(&launch.directory);
     let agent = args.agent || known.as_ref().is_some_and(|vm| vm.agent.is_some());
     let agent = agent.then(|| sockets.agent.clone());
     // One for each processor is best, but fewer do.
@@ -65,14 +66,13 @@ pub(super) fn run(store: &Path, args: &VmRunArgs, output: &mut Output) -> anyhow
         disks: &disks,
         qmp: &sockets.qmp,
         agent: agent.as_deref(),
-        version: version_of(command.program())?,
+        version: version_of(command.program(), &directory)?,
     };
     let boot = command.complete(&additions, false)?;
     if args.print {
         return if output.is_json() { output.item(&boot) } else { output.line(quoted(&boot)) };
     }
     let incoming = command.complete(&additions, true)?;
-    let directory = PathBuf::from(&launch.directory);
     let qmp = sockets.qmp.clone();
     let new = NewVm { name: args.name.clone(), volumes, qmp: sockets.qmp, agent, launch: Some(launch) };
     let vm: Vm = client.send(Method::PUT, &format!("/v1/vms/{}", args.name), &new)?;

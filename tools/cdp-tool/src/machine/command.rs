@@ -200,15 +200,16 @@ fn escaped(value: &str) -> String {
     value.replace(',', ",,")
 }
 
-/// A QEMU's version: major, minor.
+/// A QEMU's version: major, minor. The program is the one that its name means in `directory`, where it is started.
 ///
 /// # Errors
 /// It cannot be started, or is no QEMU.
-pub(crate) fn version_of(program: &str) -> anyhow::Result<(u32, u32)> {
+pub(crate) fn version_of(program: &str, directory: &Path) -> anyhow::Result<(u32, u32)> {
     let output = std::process::Command::new(program)
         .arg("--version")
+        .current_dir(directory)
         .output()
-        .with_context(|| format!("cannot start {program}"))?;
+        .with_context(|| format!("cannot start {program} in {}", directory.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     read_version(&text).with_context(|| format!("{program} --version does not answer as a QEMU does"))
 }

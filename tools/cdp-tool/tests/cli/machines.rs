@@ -1,5 +1,12 @@
 //! Machines, as far as they get without a QEMU.
 
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use cdpd::api::{Launch, NewVm, Vm};
+use cdpd::client::Client;
+use hyper::Method;
+
 use crate::Bench;
 
 /// What is said of QEMU's command line for a machine. Nothing is run of it but `--version`, which bash answers as QEMU does.
@@ -29,5 +36,29 @@ fn a_machine_of_many_processors_has_as_many_queues_as_there_are() {
         let said = printed(&bench, "", &format!("-smp {processors}"));
         assert!(said.contains(&format!(",num-queues={queues} ")), "{said}");
     }
+    bench.stop();
+}
+
+#[test]
+fn a_program_is_looked_for_where_it_was_started_the_last_time() {
+    let mut bench = Bench::new();
+    bench.text("volume create web1 --size 1M");
+    let elsewhere = bench.path("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    symlink("/bin/bash", elsewhere.join("qemu")).unwrap();
+    let launch = Launch {
+        command: vec!["./qemu".to_owned()],
+        directory: elsewhere.to_str().unwrap().to_owned(),
+        disks: vec![String::new()],
+        owner: None,
+    };
+    let volumes = vec!["web1".parse().unwrap()];
+    let name = "m".parse().unwrap();
+    let new = NewVm { name, volumes, qmp: "/none".to_owned(), agent: None, launch: Some(launch) };
+    let client = Client::find(&bench.store()).unwrap().unwrap();
+    client.send::<Vm>(Method::PUT, "/v1/vms/m", &new).unwrap();
+    let output = bench.command("vm run m --print").env("LC_ALL", "C").output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && output.stdout.starts_with(b"./qemu -name m "), "{stderr}");
     bench.stop();
 }
