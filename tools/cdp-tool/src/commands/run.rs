@@ -53,6 +53,8 @@ pub(super) fn run(store: &Path, args: &VmRunArgs, output: &mut Output) -> anyhow
     let (volumes, launch) = wanted(args, known.as_ref())?;
     let command = Command::read(&launch.command)?;
     let directory = PathBuf::from(&launch.directory);
+    // First: of a program that was mistyped, nothing is to be served from now on.
+    let version = version_of(command.program(), &directory)?;
     let agent = args.agent || known.as_ref().is_some_and(|vm| vm.agent.is_some());
     let agent = agent.then(|| sockets.agent.clone());
     // One for each processor is best, but fewer do.
@@ -66,7 +68,7 @@ pub(super) fn run(store: &Path, args: &VmRunArgs, output: &mut Output) -> anyhow
         disks: &disks,
         qmp: &sockets.qmp,
         agent: agent.as_deref(),
-        version: version_of(command.program(), &directory)?,
+        version,
     };
     let boot = command.complete(&additions, false)?;
     if args.print {

@@ -62,3 +62,13 @@ fn a_program_is_looked_for_where_it_was_started_the_last_time() {
     assert!(output.status.success() && output.stdout.starts_with(b"./qemu -name m "), "{stderr}");
     bench.stop();
 }
+
+#[test]
+fn a_program_that_is_not_there_changes_nothing() {
+    let mut bench = Bench::new();
+    bench.text("volume create web1 --size 1M");
+    let complaint = bench.complaint("vm run m --volume web1 -- no-such-qemu");
+    assert!(complaint.contains("cannot start no-such-qemu"), "{complaint}");
+    assert!(bench.json("volume show web1")["serving"].is_null());
+    bench.stop();
+}
