@@ -6,6 +6,9 @@ use anyhow::{Context, bail, ensure};
 
 /// Options whose value may look like an option.
 const FREE_TEXT: [&str; 4] = ["append", "name", "fw_cfg", "smbios"];
+/// What processors are made of (`-smp`). What is not said is 1.
+const TOPOLOGY: [&str; 8] =
+    ["drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads"];
 /// What QEMU gives a machine that is not told how much memory it has (`qemu-system-x86_64 -help`).
 const DEFAULT_MEMORY: &str = "128M";
 /// The id of the memory that is added.
@@ -91,10 +94,14 @@ impl<'a> Command<'a> {
         self.options.iter().filter(|(name, _)| names.contains(name)).map(|(_, value)| *value)
     }
 
-    /// How many virtual processors it asks for.
+    /// How many virtual processors it asks for: as a number, or as so many threads of so many cores.
     pub(crate) fn vcpus(&self) -> u16 {
         let last = self.values(&["smp"]).next_back().unwrap_or("1");
-        property(last, "cpus").or_else(|| last.split(',').next()).and_then(|n| n.parse().ok()).unwrap_or(1)
+        let number = |text: &str| text.parse::<u16>().ok();
+        let first = last.split(',').next().and_then(number);
+        let count = |name: &'static str| property(last, name).and_then(number);
+        let all = || TOPOLOGY.into_iter().filter_map(count).fold(1, u16::saturating_mul);
+        first.or_else(|| count("cpus")).or_else(|| count("maxcpus")).unwrap_or_else(all)
     }
 
     /// How much memory it asks for, as `-object` takes it.
@@ -294,6 +301,23 @@ mod tests {
              -object memory-backend-memfd,id=hindsight-memory,size=1024M,share=on \
              -machine memory-backend=hindsight-memory"
         );
+    }
+
+    #[test]
+    fn processors_are_counted_however_they_are_said() {
+        for (smp, count) in [
+            ("4", 4),
+            ("4,maxcpus=8", 4),
+            ("cpus=3,sockets=1", 3),
+            ("maxcpus=8,cpus=2", 2),
+            ("maxcpus=6", 6),
+            ("cores=4", 4),
+            ("sockets=2,cores=3,threads=2", 12),
+            ("sockets=65535,cores=2", u16::MAX),
+        ] {
+            let words = words(&format!("qemu -smp {smp}"));
+            assert_eq!(Command::read(&words).unwrap().vcpus(), count, "{smp}");
+        }
     }
 
     #[test]
