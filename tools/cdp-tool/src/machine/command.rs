@@ -11,6 +11,8 @@ const TOPOLOGY: [&str; 8] =
     ["drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads"];
 /// What QEMU gives a machine that is not told how much memory it has (`qemu-system-x86_64 -help`).
 const DEFAULT_MEMORY: &str = "128M";
+/// Memory for which `share` is on by default (`qemu-system-x86_64 -help`).
+const SHARED_UNLESS_SAID: [&str; 2] = ["memory-backend-memfd", "memory-backend-shm"];
 /// The id of the memory that is added.
 const MEMORY_ID: &str = "hindsight-memory";
 
@@ -125,7 +127,10 @@ impl<'a> Command<'a> {
         for id in &chosen {
             let object = self.values(&["object"]).find(|value| property(value, "id") == Some(id));
             let Some(object) = object else { continue };
-            let shared = matches!(property(object, "share"), Some("on" | "true" | "yes"));
+            let shared = match property(object, "share") {
+                Some(said) => ["on", "true", "yes", "y"].contains(&said),
+                None => SHARED_UNLESS_SAID.iter().any(|kind| object.starts_with(kind)),
+            };
             ensure!(
                 shared,
                 "guest memory must be shared with the server of its disks: add share=on to -object {object}"
@@ -342,6 +347,12 @@ mod tests {
         {
             assert!(!complete(&line).unwrap().contains("hindsight-memory"), "{line}");
         }
+        for own in ["memory-backend-memfd,id=m,size=1G", "memory-backend-ram,id=m,size=1G,share=y"] {
+            let all = complete(&format!("qemu -object {own} -M q35,memory-backend=m")).unwrap();
+            assert!(!all.contains("hindsight-memory"), "{own}");
+        }
+        let off = complete("qemu -object memory-backend-memfd,id=m,size=1G,share=off -M memory-backend=m");
+        assert!(off.unwrap_err().to_string().contains("add share=on"));
         let private = complete("qemu -object memory-backend-ram,id=m,size=1G -M q35,memory-backend=m");
         let why = private.unwrap_err().to_string();
         assert!(why.contains("add share=on to -object memory-backend-ram,id=m,size=1G"), "{why}");
