@@ -98,6 +98,10 @@ pub(super) fn clone(store: &Path, args: &VmCloneArgs, output: &mut Output) -> an
     let store = absolute(store).with_context(|| store.display().to_string())?;
     let client = online(&store)?;
     let original: Vm = client.get(&format!("/v1/vms/{}", args.name))?;
+    // A name that is taken had better be known before the original is saved for it.
+    if existing(&client, &args.new)?.is_some() {
+        bail!("there is a machine '{}' already", args.new);
+    }
     let sockets = Sockets::of(&args.running, &store, &args.new)?;
     let launch = match &args.running.command[..] {
         [] => {

@@ -72,3 +72,16 @@ fn a_program_that_is_not_there_changes_nothing() {
     assert!(bench.json("volume show web1")["serving"].is_null());
     bench.stop();
 }
+
+#[test]
+fn a_machine_is_not_saved_for_a_copy_whose_name_is_taken() {
+    let mut bench = Bench::new();
+    for name in ["m", "n"] {
+        bench.text(&format!("volume create {name} --size 1M"));
+        bench.text(&format!("vm register {name} --qmp none.qmp --volume {name}"));
+    }
+    let complaint = bench.complaint("vm clone m n -- bash");
+    assert!(complaint.contains("there is a machine 'n' already"), "{complaint}");
+    assert!(bench.complaint("vm clone m o -- bash").contains("'m' cannot be saved as it is now"));
+    bench.stop();
+}
