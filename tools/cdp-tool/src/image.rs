@@ -25,6 +25,19 @@ pub(crate) struct RawImage {
 struct Info {
     format: String,
     backing_filename: Option<String>,
+    /// What only this format has.
+    #[serde(default)]
+    format_specific: serde_json::Value,
+}
+
+impl Info {
+    /// The other files that it is read with, which whoever has made the image has chosen.
+    fn others(&self) -> String {
+        let backing = self.backing_filename.as_ref().map(|file| format!(", over the backing file {file}"));
+        let data = self.format_specific["data"]["data-file"].as_str();
+        let data = data.map(|file| format!(", with its data in {file}"));
+        [backing, data].into_iter().flatten().collect()
+    }
 }
 
 /// Opens an image as a raw one, by way of a copy if it is none. Without `format` it is what qemu-img takes it
@@ -39,12 +52,11 @@ pub(crate) fn open(path: &Path, format: Option<ImageFormat>) -> anyhow::Result<R
         Some(format) => (format.name().to_owned(), None),
         None => {
             let info = info(&path)?;
-            let backing =
-                info.backing_filename.map(|f| format!(", over the backing file {f}")).unwrap_or_default();
             let note = format!(
-                "{} looks like {}{backing} and is read as such; --format raw would take its bytes as they are",
+                "{} looks like {}{} and is read as such; --format raw would take its bytes as they are",
                 path.display(),
                 info.format,
+                info.others(),
             );
             (info.format, Some(note))
         }
@@ -162,6 +174,21 @@ mod tests {
         assert_eq!(percent("    (0.00/100%)\r    (12.50/100%)\r    (13."), Some(12.5));
         for text in ["", "(x/100%)", "/100%)", "(101.0/100%)", "(nan/100%)"] {
             assert_eq!(percent(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn all_files_that_an_image_is_read_with_are_named() {
+        for (info, others) in [
+            (r#"{ "format": "raw" }"#, ""),
+            (r#"{ "format": "vdi", "format-specific": { "type": "vdi", "data": {} } }"#, ""),
+            (
+                r#"{ "format": "qcow2", "backing-filename": "/b", "format-specific": { "data": { "data-file": "/d" } } }"#,
+                ", over the backing file /b, with its data in /d",
+            ),
+        ] {
+            let info = serde_json::from_str::<Info>(info).map(|info| info.others());
+            assert_eq!(info.ok().as_deref(), Some(others));
         }
     }
 
