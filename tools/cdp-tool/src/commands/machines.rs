@@ -19,6 +19,7 @@ use super::{run, taking};
 use crate::access::online;
 use crate::cli::{CheckpointCommand, Mode, VmCommand, VmRevertArgs};
 use crate::machine::command::quoted;
+use crate::machine::still_frozen;
 use crate::output::{Column, Output};
 
 /// The state of a checkpoint that is complete.
@@ -207,9 +208,7 @@ fn revert(client: &Client, store: &Path, args: &VmRevertArgs, output: &mut Outpu
     let what = if args.disks_only { "its disks are as they were" } else { "it goes on from there" };
     output.line(format!("{name} is back at checkpoint {}: {what}", reverted.to))?;
     if let Some(why) = &reverted.still_frozen {
-        output.line(format!(
-            "its file systems were stilled for the checkpoint and may still be: {why}; thaw them through its agent"
-        ))?;
+        output.line(still_frozen(why))?;
     }
     match saved {
         Some(saved) => output.line(format!("to undo that: cdp-tool vm revert {name} --to {}", saved.id)),

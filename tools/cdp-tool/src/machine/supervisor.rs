@@ -25,6 +25,7 @@ use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::still_frozen;
 use crate::access::online;
 use crate::interrupt;
 use crate::output::say;
@@ -68,7 +69,7 @@ enum Event {
     Refused(anyhow::Error),
     Order(Order),
     Ended(std::io::Result<ExitStatus>),
-    Restored(anyhow::Result<()>),
+    Restored(anyhow::Result<Option<String>>),
     Signal { again: bool },
     Interrupt,
 }
@@ -167,12 +168,14 @@ impl Loop<'_> {
         }
     }
 
-    /// Asks the daemon for the machine's memory, in a thread: QEMU may end meanwhile.
+    /// Asks the daemon for the machine's memory, in a thread: QEMU may end meanwhile. What is answered then is why its file
+    /// systems may still be frozen, if they may.
     fn ask_for_memory(&self, path: String, body: serde_json::Value) -> anyhow::Result<()> {
         let (store, events) = (self.machine.store.clone(), self.events.clone());
         std::thread::Builder::new().name("memory".to_owned()).spawn(move || {
             let given = online(&store).and_then(|client| {
-                Ok(client.send::<serde_json::Value>(Method::POST, &path, &body).map(drop)?)
+                let answer: serde_json::Value = client.send(Method::POST, &path, &body)?;
+                Ok(answer["still_frozen"].as_str().map(str::to_owned))
             });
             let _ = events.send(Event::Restored(given));
         })?;
@@ -186,7 +189,7 @@ impl Loop<'_> {
             match self.inbox.recv().context("the threads of this program have died")? {
                 Event::Order(Order::Restart) => return Ok(true),
                 Event::Restored(Err(error)) => return Err(error.context("the machine was not put back")),
-                Event::Restored(Ok(())) => bail!("another QEMU has got the machine's memory"),
+                Event::Restored(Ok(_)) => bail!("another QEMU has got the machine's memory"),
                 Event::Signal { .. } | Event::Interrupt => return Ok(false),
                 Event::Attached => self.reports.tell(Supervised::Starting),
                 Event::Order(Order::Attached | Order::Runs) | Event::Refused(_) | Event::Ended(_) => {}
@@ -220,7 +223,13 @@ impl Loop<'_> {
                     qemu.send(Signal::TERM);
                     deadline = Some((Instant::now() + ENDING, Signal::KILL));
                 }
-                Ok(Event::Restored(Ok(())) | Event::Order(Order::Runs)) => state = Supervised::Running,
+                Ok(Event::Order(Order::Runs)) => state = Supervised::Running,
+                Ok(Event::Restored(Ok(frozen))) => {
+                    state = Supervised::Running;
+                    if let Some(why) = frozen {
+                        say(format_args!("machine {} goes on; {}", self.machine.name, still_frozen(&why)));
+                    }
+                }
                 // It has got its memory: what has failed came after that, or is the daemon's answer.
                 Ok(Event::Restored(Err(error))) if state == Supervised::Running => {
                     say(format_args!("machine {} runs, but: {error:#}", self.machine.name));
@@ -395,6 +404,8 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::io::{Read, Write};
+
     use super::*;
 
     #[test]
@@ -410,6 +421,34 @@ mod tests {
             done.send(())
         });
         told.recv_timeout(Duration::from_secs(20)).unwrap();
+    }
+
+    #[test]
+    fn file_systems_that_may_still_be_frozen_are_told_of() {
+        let store = tempfile::tempdir().unwrap();
+        let listener = cdpd::socket::bind(store.path(), 0o600).unwrap();
+        listener.set_nonblocking(false).unwrap();
+        let daemon = std::thread::spawn(move || {
+            for mut stream in listener.incoming().map(Result::unwrap) {
+                // A client looks first whether somebody listens.
+                if stream.read(&mut [0; 4096]).unwrap() > 0 {
+                    let answer = r#"{ "from": 1, "pages": 7, "still_frozen": "no agent" }"#;
+                    let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", answer.len());
+                    stream.write_all((head + answer).as_bytes()).unwrap();
+                    // The rest of the request, up to the client's end.
+                    let _ = stream.read_to_end(&mut Vec::new());
+                    return;
+                }
+            }
+        });
+        let machine = sleeper(store.path());
+        let looking = told(&machine, []);
+        looking.ask_for_memory("/v1/vms/web1/start".to_owned(), serde_json::Value::Null).unwrap();
+        match looking.inbox.recv_timeout(Duration::from_secs(20)).unwrap() {
+            Event::Restored(outcome) => assert_eq!(outcome.unwrap().as_deref(), Some("no agent")),
+            _ => panic!("another event"),
+        }
+        daemon.join().unwrap();
     }
 
     /// A machine whose QEMU only sleeps.
