@@ -90,7 +90,7 @@ fn measure(args: &Args, home: &Home) -> Result<NbdReport> {
     let ours = Ours::create(&home.dir().join("ours"), 1 << 30)?;
     let tool = ours.tool();
     tool.run(&["volume", "create", "disk", "--from", &raw.to_string_lossy()])?;
-    // nbdkit goes through the page cache: what was just written, or read to be imported, would not be read from the disk.
+    // nbdkit goes through the page cache: what was just read to be imported would not be read from the disk.
     fadvise(fs::File::open(&raw)?, 0, None, Advice::DontNeed)?;
     let peers = [PeerServer::qemu_nbd(home.dir(), &raw)?, PeerServer::nbdkit(home.dir(), &raw)?];
     let (head, past) = (ours.nbd_uri("disk"), ours.nbd_uri(&format!("disk@seq:{}", tool.head("disk")?.seq)));

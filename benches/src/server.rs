@@ -13,7 +13,7 @@ use e2e::process::{Process, run_ok, tail, tied, wait_for};
 use e2e::programs::{built, system};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{Advice, FallocateFlags};
 use rustix::process::Signal;
 
 use crate::client::Place;
@@ -307,8 +307,8 @@ impl StorageDaemon {
     }
 }
 
-/// Makes a raw file whose blocks have all been written, in as few extents as the file system gives: the best case for
-/// whoever then overwrites it in place.
+/// Makes a raw file whose blocks have all been written, in as few extents as the file system gives, and of which the page
+/// cache keeps nothing: the best case for whoever then overwrites it in place.
 ///
 /// # Errors
 /// The file system's.
@@ -325,5 +325,7 @@ pub(crate) fn make_raw_file(path: &Path, bytes: u64) -> Result<()> {
         left -= len;
     }
     file.sync_all()?;
+    // A direct write over what the page cache still holds does not go to the disk at once: io_uring gives it to a worker.
+    rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
     Ok(())
 }
