@@ -14,6 +14,22 @@ const PROMISES: [&str; 4] =
     [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("XX", "X:"), concat!("HA", "CK:")];
 /// Directories that hold no sources.
 const SKIPPED: [&str; 2] = [".git", "target"];
+/// Directories of every machine: that a file names one says nothing about where anybody has the sources.
+const EVERYWHERE: [&str; 13] = [
+    "/",
+    "/dev/shm",
+    "/home",
+    "/mnt",
+    "/opt",
+    "/root",
+    "/run",
+    "/srv",
+    "/tmp",
+    "/usr/local",
+    "/usr/src",
+    "/var/lib",
+    "/var/tmp",
+];
 
 /// A file of the tree, with its path from the root.
 struct Source {
@@ -96,12 +112,15 @@ fn code_lines(text: &str) -> usize {
     text.lines().take_while(|line| line.trim_end() != "#[cfg(test)]").count()
 }
 
-/// No file names the place where somebody has the sources.
+/// No file names the place where somebody has the sources, or what lies beside them.
 fn places(root: &Path, source: &Source, breaches: &mut Vec<String>) {
-    let parent = root.parent().filter(|parent| *parent != Path::new("/")).unwrap_or(root);
-    let place = format!("{}/", parent.display());
+    let parent = root.parent().filter(|parent| !EVERYWHERE.iter().any(|dir| *parent == Path::new(dir)));
+    let place = format!("{}/", parent.unwrap_or(root).display());
+    // In the middle of a path it is something else: a checkout may be called as a part of one is.
+    let begins =
+        |before: &str| !before.ends_with(|last: char| last.is_alphanumeric() || "._-~}".contains(last));
     for (number, line) in source.text.lines().enumerate() {
-        if line.contains(&place) {
+        if line.match_indices(&place).any(|(at, _)| begins(&line[..at])) {
             breaches.push(format!("{}: names '{place}', a place on one machine", source.at(number)));
         }
     }
@@ -178,5 +197,22 @@ mod tests {
         assert_eq!(breaches.len(), 1);
         places(Path::new("/srv/someone/tree"), &source("a.rs", "/srv/someone/x\n/srv/else\n"), &mut breaches);
         assert_eq!(breaches.len(), 2);
+    }
+
+    #[test]
+    fn a_checkout_in_a_directory_of_every_machine_has_only_itself_for_a_place() {
+        let named = |root: &str, text: &str| {
+            let mut breaches = Vec::new();
+            places(Path::new(root), &source("a.rs", text), &mut breaches);
+            breaches.len()
+        };
+        for parent in ["/root", "/srv", "/tmp"] {
+            let root = format!("{parent}/checkout");
+            assert_eq!(named(&root, &format!("{parent}/note\n")), 0, "{parent}");
+            assert_eq!(named(&root, &format!("\"{root}/note\"\n")), 1, "{parent}");
+        }
+        let root = "/src";
+        assert_eq!(named(root, "[the store](cdp-store/src/lib.rs), ../src/lib.rs, {}/src/lib.rs\n"), 0);
+        assert_eq!(named(root, &format!("at {root}/lib.rs\n")), 1);
     }
 }
