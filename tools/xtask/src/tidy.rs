@@ -12,7 +12,7 @@ const MAX_LINES: usize = 800;
 /// Words that promise work instead of doing it.
 const PROMISES: [&str; 4] =
     [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("XX", "X:"), concat!("HA", "CK:")];
-/// Directories that hold no sources.
+/// What holds no sources. In a worktree of git, `.git` is a file.
 const SKIPPED: [&str; 2] = [".git", "target"];
 /// Directories of every machine: that a file names one says nothing about where anybody has the sources.
 const EVERYWHERE: [&str; 13] = [
@@ -81,9 +81,12 @@ fn collect(root: &Path, dir: &Path, sources: &mut Vec<Source>) -> Result<()> {
     let full = root.join(dir);
     for entry in fs::read_dir(&full).with_context(|| full.display().to_string())? {
         let entry = entry?;
+        if SKIPPED.iter().any(|skipped| entry.file_name() == *skipped) {
+            continue;
+        }
         let path = dir.join(entry.file_name());
         let kind = entry.file_type()?;
-        if kind.is_dir() && !SKIPPED.iter().any(|skipped| entry.file_name() == *skipped) {
+        if kind.is_dir() {
             collect(root, &path, sources)?;
         } else if kind.is_file()
             && let Ok(text) = String::from_utf8(fs::read(entry.path())?)
@@ -171,6 +174,9 @@ fn packages(root: &Path, sources: &[Source], breaches: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+    use e2e::Scene;
+
     use super::*;
 
     fn source(path: &str, text: &str) -> Source {
@@ -197,6 +203,17 @@ mod tests {
         assert_eq!(breaches.len(), 1);
         places(Path::new("/srv/someone/tree"), &source("a.rs", "/srv/someone/x\n/srv/else\n"), &mut breaches);
         assert_eq!(breaches.len(), 2);
+    }
+
+    #[test]
+    fn what_git_keeps_is_no_source_though_it_be_a_file() {
+        let scene = Scene::new().unwrap();
+        fs::write(scene.path(".git"), "gitdir: somewhere\n").unwrap();
+        fs::write(scene.path("a.rs"), "fn a() {}\n").unwrap();
+        let mut sources = Vec::new();
+        collect(scene.dir(), Path::new(""), &mut sources).unwrap();
+        let paths: Vec<&Path> = sources.iter().map(|source| source.path.as_path()).collect();
+        assert_eq!(paths, [Path::new("a.rs")]);
     }
 
     #[test]
