@@ -110,9 +110,15 @@ fn rust_rules(source: &Source, breaches: &mut Vec<String>) {
     }
 }
 
-/// Lines before the tests at the end of a file.
+/// Lines before the tests at the end of a file, which are a module in it. Whatever else is for tests only ends nothing.
 fn code_lines(text: &str) -> usize {
-    text.lines().take_while(|line| line.trim_end() != "#[cfg(test)]").count()
+    let lines: Vec<&str> = text.lines().collect();
+    let is_module = |item: &&str| item.starts_with("mod ") && item.trim_end().ends_with('{');
+    let begins_tests = |at: &usize| {
+        lines[*at].trim_end() == "#[cfg(test)]"
+            && lines[*at + 1..].iter().find(|line| !line.starts_with("#[")).is_some_and(is_module)
+    };
+    (0..lines.len()).find(begins_tests).unwrap_or(lines.len())
 }
 
 /// No file names the place where somebody has the sources, or what lies beside them.
@@ -185,7 +191,8 @@ mod tests {
 
     #[test]
     fn tests_do_not_count_as_code_and_promises_are_found() {
-        let long = format!("{}#[cfg(test)]\n{}", "x\n".repeat(MAX_LINES), "y\n".repeat(500));
+        let (code, tests) = ("x\n".repeat(MAX_LINES), "y\n".repeat(500));
+        let long = format!("{code}#[cfg(test)]\n#[allow(dead_code)]\nmod tests {{\n{tests}");
         let mut breaches = Vec::new();
         rust_rules(&source("a.rs", &long), &mut breaches);
         assert!(breaches.is_empty());
@@ -193,6 +200,10 @@ mod tests {
         rust_rules(&source("b.rs", concat!("fn a() {}\n// TO", "DO later\n")), &mut breaches);
         assert_eq!(breaches.len(), 2);
         assert!(breaches[1].starts_with("b.rs:2"));
+        for item in ["mod tests;", "use a::b;", "impl A {"] {
+            rust_rules(&source("c.rs", &format!("#[cfg(test)]\n{item}\n{code}")), &mut breaches);
+        }
+        assert_eq!(breaches.len(), 5, "what tests use comes first, and what follows counts");
     }
 
     #[test]
