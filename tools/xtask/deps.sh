@@ -9,14 +9,17 @@ set -eu
 
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/hindsight"
 backports=/etc/apt/sources.list.d/bookworm-backports.sources
+wanted="$*"
 
 say() { echo "deps: $*" >&2; }
 die() { say "$*"; exit 2; }
 
+may_be_root() { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }
+
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"
     elif command -v sudo >/dev/null; then sudo "$@"
-    else die "this needs root, and there is no sudo here. As root, run: $*"
+    else die "this needs root, and there is no sudo here. As root, run: $0${wanted:+ $wanted}"
     fi
 }
 
@@ -24,9 +27,11 @@ as_root() {
 # One dead third-party source must not stop us: what we then cannot find, apt names below.
 update_lists() {
     [ -z "${lists_are_fresh:-}" ] || return 0
+    lists_are_fresh=yes
+    # Without root what is missing cannot be installed anyhow, and a kernel can be fetched with the lists as they are.
+    may_be_root || return 0
     say "refreshing apt's package lists"
     as_root apt-get -q update >&2 || say "some package lists could not be refreshed"
-    lists_are_fresh=yes
 }
 
 installed() { dpkg-query -W -f '${db:Status-Status}\n' "$1" 2>/dev/null | grep -qx installed; }
@@ -48,7 +53,7 @@ install_qemu() {
     command -v qemu-system-x86_64 >/dev/null && command -v qemu-storage-daemon >/dev/null \
         && command -v qemu-img >/dev/null && return 0
     codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-    if [ "$codename" = bookworm ]; then
+    if [ "$codename" = bookworm ] && may_be_root; then
         if ! apt-cache policy | grep -q 'n=bookworm-backports'; then
             say "adding $backports, for QEMU 10"
             printf '%s\n' 'Types: deb' 'URIs: http://deb.debian.org/debian' 'Suites: bookworm-backports' \
