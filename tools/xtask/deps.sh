@@ -48,22 +48,26 @@ install() {
 }
 
 # QEMU 10 where Debian has it. In bookworm that is backports, whose source is added here if need be
-# (the file $backports, on Debian's own mirror); should it be out of reach, bookworm's 7.2 will do.
+# (the file $backports, on Debian's own mirror); should it be out of reach, bookworm's 7.2 will do, and the source goes
+# again, at which every refreshing of the lists would fail.
 install_qemu() {
     command -v qemu-system-x86_64 >/dev/null && command -v qemu-storage-daemon >/dev/null \
         && command -v qemu-img >/dev/null && return 0
     codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
     if [ "$codename" = bookworm ] && may_be_root; then
+        added=
         if ! apt-cache policy | grep -q 'n=bookworm-backports'; then
             say "adding $backports, for QEMU 10"
             printf '%s\n' 'Types: deb' 'URIs: http://deb.debian.org/debian' 'Suites: bookworm-backports' \
                 'Components: main' 'Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg' \
                 | as_root tee "$backports" >/dev/null
+            added=yes
             lists_are_fresh=
         fi
         update_lists
         if (apt_options='-t bookworm-backports'; install qemu-system-x86 qemu-utils); then return 0; fi
         say "bookworm-backports is out of reach: QEMU 7.2 it is"
+        [ -z "$added" ] || as_root rm -f "$backports"
     fi
     install qemu-system-x86 qemu-utils
 }
