@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::process::{run, run_ok, wait_for};
+use e2e::process::{run, run_ok, tied, wait_for};
 use e2e::programs::system;
 use e2e::workload::{block_content, mix};
 use e2e::{Cdpd, Scene, Tool, run_scene};
@@ -47,9 +47,9 @@ pub(crate) fn client(name: &str, args: &[&str]) -> Result<String> {
     run_ok(&mut command(name, args)?, CLIENT)
 }
 
-/// Clients run with Debian's own Python, whatever else is installed.
+/// Clients run with Debian's own Python, whatever else is installed, and end with the test: some wait for a word from it.
 fn command(name: &str, args: &[&str]) -> Result<Command> {
-    let mut command = Command::new(system(name)?);
+    let mut command = tied(&system(name)?);
     command.args(args).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     Ok(command)
 }
