@@ -73,7 +73,7 @@ impl Qemu {
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
             .args(arguments)
             .stdin(Stdio::null());
-        let process = match command.spawn() {
+        let mut process = match command.spawn() {
             Ok(process) => process,
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 panic!("{program} is missing: install Debian's qemu-system-x86")
@@ -84,7 +84,16 @@ impl Qemu {
         let stream = loop {
             match UnixStream::connect(&socket) {
                 Ok(stream) => break stream,
-                Err(error) => assert!(Instant::now() < deadline, "{}: {error}", socket.display()),
+                Err(error) if Instant::now() > deadline => {
+                    // Nobody else would end it.
+                    let _ = process.kill();
+                    let _ = process.wait();
+                    panic!("{}: {error}", socket.display());
+                }
+                Err(error) => {
+                    let ended = process.try_wait().unwrap();
+                    assert!(ended.is_none(), "{program}: {ended:?}, {}: {error}", socket.display());
+                }
             }
             std::thread::sleep(Duration::from_millis(10));
         };
