@@ -109,9 +109,7 @@ fn measure(args: &Args, home: &Home) -> Result<DisturbanceReport> {
         let ours = store.as_ref().context("made in the first round")?;
         for turn in 0..rows.len() {
             let row = &mut rows[(round as usize + turn) % HAPPENINGS.len()];
-            if !meter::settle(ours.pid()?)? {
-                eprintln!("not quiet before the next figure");
-            }
+            meter::settle_or_say(ours.pid()?)?;
             let ratio = phase(ours, row.happening, round, size_bytes)?;
             eprintln!("round {}: {:?} {ratio:.2}", round + 1, row.happening);
             row.ratios.push(ratio);

@@ -150,9 +150,7 @@ fn compare(args: &Args, cdpd: &mut Cdpd, guest: &mut Guest, work: Work) -> Resul
     let mut rates = [Vec::new(), Vec::new()];
     for round in 0..args.rounds {
         for disk in [round % 2, 1 - round % 2] {
-            if !meter::settle(cdpd.pid()?)? {
-                eprintln!("not quiet before the next figure");
-            }
+            meter::settle_or_say(cdpd.pid()?)?;
             rates[disk].push(fio(args, guest, DISKS[disk], work)?);
         }
         eprintln!(

@@ -113,6 +113,17 @@ pub(crate) fn settle(pid: u32) -> Result<bool> {
     Ok(false)
 }
 
+/// As [`settle`], but whether that came to pass is only said: for what has no place for it in its report.
+///
+/// # Errors
+/// It has ended.
+pub(crate) fn settle_or_say(pid: u32) -> Result<()> {
+    if !settle(pid)? {
+        eprintln!("not quiet before the next figure");
+    }
+    Ok(())
+}
+
 /// The most anonymous memory that a process has had, watched all the time.
 #[derive(Debug)]
 pub(crate) struct MemoryWatch {

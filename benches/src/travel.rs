@@ -111,9 +111,7 @@ fn measure(args: &Args, home: &Home, size_gib: u64, writes: u64) -> Result<Trave
     let api = Api::of(&ours);
     let head = api.head()?;
     let first = (head >> 40) << 40;
-    if !meter::settle(ours.pid()?)? {
-        eprintln!("not quiet before the next figures");
-    }
+    meter::settle_or_say(ours.pid()?)?;
     // First, while past and present are the same. Reads of blocks that were never written would cost nothing, in either.
     let past_to_head = (writes >= written / BLOCK).then(|| reads(args, &ours, head)).transpose()?;
     let some_seq = move |random: &mut SmallRng| random.random_range(first + 1..=head);

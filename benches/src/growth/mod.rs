@@ -208,7 +208,7 @@ fn point(home: &Home, plan: &Plan, writes: u64) -> Result<Point> {
     let mut pair = new_pair(home, plan, &writes.to_string())?;
     let watch = MemoryWatch::new(pair.aged.ours.pid()?);
     pair.aged.age(plan, writes)?;
-    meter::settle(pair.aged.ours.pid()?)?;
+    meter::settle_or_say(pair.aged.ours.pid()?)?;
     let index_bytes = pair.aged.index_bytes()?;
     let rss_anon_max_writing_bytes = watch.most();
     prepare(&mut pair, plan)?;
@@ -255,10 +255,10 @@ fn figures(pair: &mut Pair, plan: &Plan) -> Result<Figures> {
 
     let pid = pair.aged.ours.pid()?;
     let watch = MemoryWatch::new(pid);
-    meter::settle(pid)?;
+    meter::settle_or_say(pid)?;
     let before = (pair.aged.index_bytes()?, pair.aged.ordinal()?);
     let within = pair.rates(plan, "within the budget")?;
-    meter::settle(pid)?;
+    meter::settle_or_say(pid)?;
     let rss_anon_max_bytes = watch.most();
     let index_growth_bytes = pair.aged.index_bytes()?.saturating_sub(before.0);
     let log = segments::log_use(&pair.aged.ours.store(), before.1, pair.aged.ordinal()?)?;
