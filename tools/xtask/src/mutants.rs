@@ -17,6 +17,10 @@ const LIST: &str = "cdp-store/tests/mutants/mutants.toml";
 const COPIED: [&str; 4] = ["Cargo.toml", "Cargo.lock", "cdp-store", "rust-toolchain.toml"];
 /// Seeds of the crash test that a mutant is run with.
 const SEEDS: &str = "4";
+/// Seconds that the tests may take with a bug: many times what they take.
+const LIMIT: &str = "3600";
+/// How timeout(1) says that it had to end them.
+const TIMED_OUT: i32 = 124;
 /// Only the mutated package is compiled anew, and quickly.
 const QUICK: &str =
     "\n[profile.release.package.cdp-store]\nopt-level = 1\ndebug = false\ncodegen-units = 16\n";
@@ -132,21 +136,25 @@ fn judge(root: &Path, copy: &Path, mutant: &Mutant) -> Result<Verdict> {
 }
 
 fn test(copy: &Path, mutant: &Mutant) -> Result<Verdict> {
-    let cargo = || {
-        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        command.current_dir(copy).args(["test", "--release", "--package", "cdp-store", "--test", "it"]);
-        command
-    };
-    let built = cargo().arg("--no-run").output().context("starting cargo")?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let arguments = ["test", "--release", "--package", "cdp-store", "--test", "it"];
+    let mut build = Command::new(&cargo);
+    let built = build.current_dir(copy).args(arguments).arg("--no-run").output().context("starting cargo")?;
     if !built.status.success() {
         bail!("it does not compile:\n{}", String::from_utf8_lossy(&built.stderr));
     }
-    let tested =
-        cargo().args(["--", &mutant.test]).env("CRASH_SEEDS", SEEDS).env("RUST_BACKTRACE", "0").output()?;
+    // timeout(1) ends what cargo has started, too, and is told to when this program is ended.
+    let mut tests = Command::new("setpriv");
+    tests.args(["--pdeathsig", "TERM", "--", "timeout", "--kill-after=10", LIMIT]);
+    tests.arg(cargo).args(arguments).args(["--", &mutant.test]).current_dir(copy);
+    let tested = tests.env("CRASH_SEEDS", SEEDS).env("RUST_BACKTRACE", "0").output().context("setpriv")?;
     let mut text = String::from_utf8_lossy(&tested.stdout).into_owned();
     text.push_str(&String::from_utf8_lossy(&tested.stderr));
     if tested.status.success() {
         return Ok(Verdict::Survived);
+    }
+    if tested.status.code() == Some(TIMED_OUT) {
+        return Ok(Verdict::Other(format!("its tests had not ended after {LIMIT} s")));
     }
     let caught = mutant.expect.iter().find(|expected| text.contains(expected.as_str()));
     let first =
