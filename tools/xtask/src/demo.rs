@@ -126,18 +126,21 @@ fn the_whole_machine(narrator: &mut Narrator, tool: &Tool, guest: &mut Guest) ->
     narrator.chapter("Save the running machine, ruin it, and go back: memory, processes and disk");
     narrator.guest(guest, "mkdir -p /mnt/site && echo welcome >/mnt/site/index && sync && ls /mnt")?;
     narrator.say("guest# (a process that counts, in memory only)");
-    guest.run(
-        "(n=0; while :; do n=$((n+1)); echo $n >/tmp/count; sleep 0.1; done) </dev/null >/dev/null 2>&1 &",
-    )?;
-    guest.run("sleep 1")?;
+    // Whoever looks finds a whole number: the file is never empty.
+    let count = "n=0; while :; do n=$((n+1)); echo $n >/tmp/next && mv /tmp/next /tmp/count; sleep 0.1; done";
+    guest.run(&format!("({count}) </dev/null >/dev/null 2>&1 &"))?;
+    guest.run("sleep 1; until [ -e /tmp/count ]; do usleep 10000; done")?;
     narrator.tool(tool, &["checkpoint", "take", "web1", "--label", "good"])?;
-    let saved: u64 = narrator.guest(guest, "cat /tmp/count")?.trim().parse()?;
+    narrator.guest(guest, "cat /tmp/count")?;
     narrator.guest(guest, "sleep 3; rm -rf /mnt/* && sync && ls /mnt && cat /tmp/count")?;
+    guest.run("touch /tmp/ruined")?;
     narrator.tool(tool, &["vm", "revert", "web1", "--to", "good"])?;
     guest.reconnect()?;
     let count: u64 = narrator.guest(guest, "cat /tmp/count")?.trim().parse()?;
+    // /tmp is in memory. How far the process has come since is no proof: that depends on how busy this machine is.
+    guest.run("test ! -e /tmp/ruined").context("the guest's memory did not go back")?;
+    guest.run(&format!("until [ $(cat /tmp/count) -gt {count} ]; do usleep 10000; done"))?;
     narrator.say("The process counts on from there. It never noticed.");
-    ensure!(count < saved + 25, "the count is {count}, and was {saved} right after the checkpoint");
     let found = narrator.guest(guest, "cat /mnt/site/index && rm -r /mnt/site && sync")?;
     ensure!(found == "welcome\n", "/mnt/site/index says {found}");
     Ok(())
