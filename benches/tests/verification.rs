@@ -3,16 +3,18 @@
 //! It needs `cdpd` and `cdp-tool` beside `bench-blk`, where `make build` leaves them.
 
 use std::process::Command;
+use std::time::Duration;
+
+use e2e::process::run;
+
+/// How long a run may take: many times what it takes. A server that says nothing on a connection would be waited for.
+const LIMIT: Duration = Duration::from_secs(3600);
 
 fn verify(args: &[&str]) {
     let dir = tempfile::tempdir_in("/var/tmp").expect("a directory to test in");
-    let output = Command::new(env!("CARGO_BIN_EXE_bench-blk"))
-        .arg("verify")
-        .arg("--dir")
-        .arg(dir.path())
-        .args(args)
-        .output()
-        .expect("bench-blk was built with this test");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bench-blk"));
+    command.arg("verify").arg("--dir").arg(dir.path()).args(args);
+    let output = run(&mut command, LIMIT).expect("bench-blk comes to an end");
     let said =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     println!("{said}");

@@ -59,6 +59,7 @@ fn receive_slowly(socket: &Path, saved: &Path) -> Result<JoinHandle<std::io::Res
     let (listener, mut saved) = (UnixListener::bind(socket)?, File::create(saved)?);
     Ok(std::thread::spawn(move || {
         let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(LIMIT))?;
         let mut piece = vec![0; 1 << 20];
         loop {
             match stream.read(&mut piece)? {
