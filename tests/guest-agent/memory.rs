@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use e2e::workload::{BLOCK, holds_block, mix};
 use rustix::fs::OFlags;
 
@@ -82,14 +82,19 @@ pub(crate) fn pages(pages: u64, blocks: u64, disks: &[&str]) -> Result<()> {
                 of(mismatches)
             ))?;
         }
-        first_error(readers)
+        give_up(readers)
     })
 }
 
-/// Why the first thread that has ended did so: none of them should.
-fn first_error(threads: Vec<ScopedJoinHandle<'_, Result<()>>>) -> Result<()> {
+/// Says why the first thread that has ended did so, which none of them should, and ends the program: the scope of these
+/// threads would wait for the others, which never end.
+fn give_up(threads: Vec<ScopedJoinHandle<'_, Result<()>>>) -> Result<()> {
     let ended = threads.into_iter().find(ScopedJoinHandle::is_finished);
-    ended.and_then(|thread| thread.join().ok()).unwrap_or_else(|| bail!("a thread has panicked"))
+    match ended.map(ScopedJoinHandle::join) {
+        Some(Ok(Err(error))) => eprintln!("guest-agent: {error:#}"),
+        _ => eprintln!("guest-agent: a thread has panicked"),
+    }
+    std::process::exit(1)
 }
 
 fn read_for_ever(device: &File, progress: &Progress, reader: u64, count: u64, blocks: u64) -> Result<()> {
@@ -149,7 +154,7 @@ pub(crate) fn stamp(writers: u64, first: u64, slots: u64, disks: &[&str]) -> Res
                 stamped.mismatches.load(Ordering::Relaxed)
             ))?;
         }
-        first_error(threads)
+        give_up(threads)
     })
 }
 
