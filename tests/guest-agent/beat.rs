@@ -40,12 +40,19 @@ pub(crate) fn run(port: &str, fill_mib: u64, dirty_mib: u64, disk: Option<&str>)
     say("filled")?;
     let latencies = Latencies::default();
     std::thread::scope(|scope| {
-        scope.spawn(|| beat(&beats));
+        scope.spawn(|| tell_of(beat(&beats)));
         if let Some(disk) = &disk {
-            scope.spawn(|| ask(disk, &latencies));
+            scope.spawn(|| tell_of(ask(disk, &latencies)));
         }
         obey(&commands, &latencies, &mut filled, pages_of(dirty_mib))
     })
+}
+
+/// Says why something has ended that should not have: whoever waits for an answer hears this instead.
+fn tell_of(ended: Result<()>) {
+    if let Err(error) = ended {
+        eprintln!("guest-agent: {error:#}");
+    }
 }
 
 /// Says on the port that we live. One that is late is not made up for.
