@@ -128,8 +128,7 @@ fn verify(args: &Args, target: &mut Target, seed: u64) -> Result<()> {
     for cut in 0..args.cuts {
         let (queues, depth) =
             (random.random_range(1..=args.queues), DEPTHS[random.random_range(0..DEPTHS.len())]);
-        // Spread evenly, the last cut among them.
-        let kill = (cut + 1) * args.kills / args.cuts > cut * args.kills / args.cuts;
+        let kill = kills_at(cut, args.cuts, args.kills);
         in_flight += between_cuts(args, target, queues, depth, kill, &mut model, &mut random)
             .with_context(|| format!("cut {} of {}, {queues} queues, depth {depth}", cut + 1, args.cuts))?;
         doubtful += model.doubtful();
@@ -150,6 +149,12 @@ fn verify(args: &Args, target: &mut Target, seed: u64) -> Result<()> {
         args.kills,
     );
     Ok(())
+}
+
+/// Whether a cut is one of the kills: they are spread evenly, the last cut among them.
+fn kills_at(cut: u32, cuts: u32, kills: u32) -> bool {
+    let until = |cut: u64| cut * u64::from(kills) / u64::from(cuts);
+    until(u64::from(cut) + 1) > until(u64::from(cut))
 }
 
 /// Connects, checks the whole disk, makes requests, and cuts. Returns how many requests were in flight then.
@@ -186,4 +191,18 @@ fn finish_ours(ours: &mut Ours) -> Result<()> {
         bail!("cdpd has complained:\n{}", complaints.join("\n"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kills_are_spread_over_the_cuts_however_many_there_are() {
+        for (cuts, kills) in [(100, 20), (20, 5), (7, 7), (7, 0), (100_000, 60_000)] {
+            let met = (0..cuts).filter(|&cut| kills_at(cut, cuts, kills)).count();
+            assert_eq!(met, kills as usize, "{cuts}");
+            assert_eq!(kills_at(cuts - 1, cuts, kills), kills > 0, "{cuts}");
+        }
+    }
 }
