@@ -84,8 +84,9 @@ const RAW: &str = "raw io_uring";
 /// # Errors
 /// A program is missing, there is too little space, or a request fails.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    fs::create_dir_all(&args.dir)?;
     let size_bytes = args.size_bytes();
+    ensure!(size_bytes > 0 && args.rounds != Some(0) && args.seconds != Some(0), "nothing to do");
+    fs::create_dir_all(&args.dir)?;
     need_space(&args.dir, 3 * size_bytes + (4 << 30))?;
     let mut workloads: Vec<Workload> = chosen(&workload::ALL, &args.workloads, |workload| workload.name);
     if args.quick && args.workloads.is_empty() {

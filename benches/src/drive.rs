@@ -130,6 +130,7 @@ impl Places {
             Order::Random | Order::Zipf => (0, all),
             Order::Sequential => (all / queues * index, all / queues),
         };
+        ensure!(count > 0, "an empty working set");
         let zipf = match job.order {
             Order::Zipf => Some(Zipf::new(all as f64, ZIPF_EXPONENT).context("an empty working set")?),
             Order::Random | Order::Sequential => None,
@@ -351,6 +352,16 @@ mod tests {
         assert_eq!(places(Order::Sequential, 3).first(), Some(&(BYTES / 4 * 3)));
         assert!(places(Order::Random, 0).iter().any(|offset| *offset > BYTES / 4 * 3));
         assert_ne!(places(Order::Random, 0), places(Order::Random, 1));
+    }
+
+    #[test]
+    fn an_empty_working_set_is_refused() {
+        for order in [Order::Random, Order::Zipf, Order::Sequential] {
+            let job = Job { range_bytes: 4 * 4096 - 1, ..job(Access::Read, order) };
+            assert!(Places::new(&job, 0, 1).is_ok(), "{order:?}");
+            assert_eq!(Places::new(&job, 0, 4).is_err(), order == Order::Sequential, "{order:?}");
+            assert!(Places::new(&Job { range_bytes: 4095, ..job }, 0, 1).is_err(), "{order:?}");
+        }
     }
 
     #[test]
