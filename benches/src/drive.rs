@@ -1,5 +1,7 @@
 //! Keeps requests in flight for a while and counts what ends: the same loop for every server.
 
+use std::sync::OnceLock;
+use std::sync::mpsc::{self, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +20,8 @@ pub(crate) const SLICE: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Latencies are kept with this many digits.
 const DIGITS: u8 = 3;
+/// The part of a job that may be done before it is measured: a fast server is through with little before the time is over.
+const WARMUP_PART: u64 = 4;
 /// Which part of mixed requests are reads.
 const READS_OF_MIXED: f64 = 0.7;
 /// How steeply the wish for blocks falls ([`Order::Zipf`]).
@@ -34,7 +38,8 @@ pub(crate) struct Job {
     pub(crate) from_bytes: u64,
     /// And has so many.
     pub(crate) range_bytes: u64,
-    /// What ends within this time after the start is not measured.
+    /// What ends within this time after the start is not measured; it is shorter if a quarter of `limit_bytes` was asked for
+    /// before.
     pub(crate) warmup: Duration,
     /// When it ends after that.
     pub(crate) time: Duration,
@@ -69,15 +74,18 @@ pub(crate) fn run(client: &mut Client, job: &Job, measuring: impl FnOnce()) -> R
     let lanes = client.lanes();
     let queues = lanes.len() as u64;
     let start = Instant::now();
+    let (over, is_over) = mpsc::channel();
+    let warmup = Warmup { by_time: start + job.warmup, by_work: OnceLock::new(), over };
     let outcomes: Vec<Result<LaneOutcome>> = thread::scope(|scope| {
         let started: Vec<_> = (0..)
             .zip(lanes)
             .map(|(index, lane)| {
-                let places = Places::new(job, index, queues);
-                scope.spawn(move || Loop::new(lane, job, places?, start, queues)?.run())
+                let (places, warmup) = (Places::new(job, index, queues), &warmup);
+                scope.spawn(move || Loop::new(lane, job, places?, start, queues, warmup)?.run())
             })
             .collect();
-        thread::sleep(job.warmup.saturating_sub(start.elapsed()));
+        // That nobody says so is how it usually ends.
+        let _ = is_over.recv_timeout(job.warmup.saturating_sub(start.elapsed()));
         measuring();
         started
             .into_iter()
@@ -89,8 +97,7 @@ pub(crate) fn run(client: &mut Client, job: &Job, measuring: impl FnOnce()) -> R
     for outcome in outcomes {
         let outcome = outcome?;
         all.operations += outcome.latency.len();
-        all.seconds =
-            all.seconds.max(outcome.end.saturating_duration_since(start + job.warmup).as_secs_f64());
+        all.seconds = all.seconds.max(outcome.end.saturating_duration_since(warmup.end()).as_secs_f64());
         all.latency.add(&outcome.latency)?;
         all.slices.resize(all.slices.len().max(outcome.slices.len()), 0);
         all.slices.iter_mut().zip(&outcome.slices).for_each(|(sum, count)| *sum += count);
@@ -156,6 +163,27 @@ impl Places {
     }
 }
 
+/// When what ends begins to count.
+struct Warmup {
+    by_time: Instant,
+    by_work: OnceLock<Instant>,
+    over: Sender<()>,
+}
+
+impl Warmup {
+    fn end(&self) -> Instant {
+        self.by_work.get().copied().unwrap_or(self.by_time)
+    }
+
+    /// Enough is done: it ends now, unless it is over.
+    fn end_at(&self, now: Instant) {
+        if now < self.by_time && self.by_work.set(now).is_ok() {
+            // Who waits for it is there as long as this is.
+            let _ = self.over.send(());
+        }
+    }
+}
+
 struct LaneOutcome {
     latency: Histogram<u64>,
     slices: Vec<u64>,
@@ -170,6 +198,9 @@ struct Loop<'a> {
     start: Instant,
     /// Requests that may still be made.
     left: u64,
+    warmup: &'a Warmup,
+    /// Fewer are left once enough is done to be measured.
+    warm_left: u64,
     /// Between two operations, if they are made at fixed times.
     pace: Option<Duration>,
     /// When each slot's operation began, and whether its flush is in flight.
@@ -179,7 +210,14 @@ struct Loop<'a> {
 }
 
 impl<'a> Loop<'a> {
-    fn new(lane: &'a mut Lane, job: &'a Job, places: Places, start: Instant, queues: u64) -> Result<Self> {
+    fn new(
+        lane: &'a mut Lane,
+        job: &'a Job,
+        places: Places,
+        start: Instant,
+        queues: u64,
+        warmup: &'a Warmup,
+    ) -> Result<Self> {
         let depth = lane.shape().depth;
         let mut content = vec![0; job.bytes];
         // A copy of the generator: the places must be the same when they are drawn again.
@@ -198,6 +236,8 @@ impl<'a> Loop<'a> {
             places,
             start,
             left,
+            warmup,
+            warm_left: left - left / WARMUP_PART,
             pace,
             slots,
             latency: Histogram::new(DIGITS)?,
@@ -215,8 +255,7 @@ impl<'a> Loop<'a> {
     /// Begins an operation every `pace`, whether earlier ones have ended or not. How long it takes counts from the time
     /// at which it was due: one that finds no slot free has begun to wait all the same.
     fn run_paced(mut self, pace: Duration) -> Result<LaneOutcome> {
-        let measured_from = self.start + self.job.warmup;
-        let deadline = measured_from + self.job.time;
+        let deadline = self.start + self.job.warmup + self.job.time;
         let mut free: Vec<usize> = (0..self.slots.len()).collect();
         let mut due = self.start;
         let mut end = self.start;
@@ -243,7 +282,7 @@ impl<'a> Loop<'a> {
             for done in ended {
                 ensure!(done.ok, "a request failed");
                 let begun = self.slots[done.slot].0;
-                self.count(now, begun, begun >= measured_from)?;
+                self.count(now, begun, begun >= self.warmup.end())?;
                 free.push(done.slot);
                 end = now;
             }
@@ -252,8 +291,7 @@ impl<'a> Loop<'a> {
     }
 
     fn run_full(mut self) -> Result<LaneOutcome> {
-        let measured_from = self.start + self.job.warmup;
-        let deadline = measured_from + self.job.time;
+        let deadline = self.start + self.job.warmup + self.job.time;
         for slot in 0..self.slots.len() {
             self.begin(slot, Instant::now());
         }
@@ -264,6 +302,7 @@ impl<'a> Loop<'a> {
             ended.extend_from_slice(self.lane.reap(1, PATIENCE)?);
             ensure!(!ended.is_empty(), "no request has ended for {PATIENCE:?}");
             now = Instant::now();
+            let measured = now >= self.warmup.end();
             for done in &ended {
                 ensure!(done.ok, "a request failed");
                 let (begun, flushing) = self.slots[done.slot];
@@ -274,7 +313,7 @@ impl<'a> Loop<'a> {
                 }
                 // What is still in flight at the deadline is waited for, not counted.
                 if now < deadline {
-                    self.count(now, begun, now >= measured_from)?;
+                    self.count(now, begun, measured)?;
                     self.begin(done.slot, now);
                 }
             }
@@ -288,6 +327,9 @@ impl<'a> Loop<'a> {
             return;
         }
         self.left -= 1;
+        if self.left < self.warm_left {
+            self.warmup.end_at(now);
+        }
         self.slots[slot] = (now, false);
         let offset = self.places.next();
         let reads = match self.job.access {
@@ -396,6 +438,20 @@ mod tests {
             content.chunks(4096).all(|block| block.iter().any(|byte| *byte != 0)),
             "a block was not written"
         );
+    }
+
+    #[test]
+    fn a_job_that_is_done_within_its_warm_up_is_measured_all_the_same() {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        file.as_file().set_len(BYTES).unwrap();
+        let shape = Shape { queues: 2, depth: 8, request_bytes: 4096 };
+        let mut client = Client::connect(&Place::File(file.path().to_owned()), shape).unwrap();
+        let job = Job { warmup: Duration::from_secs(20), ..job(Access::Write, Order::Random) };
+        let mut called = None;
+        let outcome = run(&mut client, &job, || called = Some(Instant::now())).unwrap();
+        assert!(called.is_some() && outcome.seconds < 20.0, "{} s", outcome.seconds);
+        assert_eq!(outcome.slices.iter().sum::<u64>(), BYTES / 4096);
+        assert!((BYTES / 4096 / 2..=BYTES / 4096).contains(&outcome.operations), "{}", outcome.operations);
     }
 
     #[test]
