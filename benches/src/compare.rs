@@ -44,7 +44,7 @@ pub(crate) struct Args {
     /// What each phase does before that, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 500)]
     warmup_ms: u64,
-    /// The most that one workload may write into our store, in GiB [default: half of what is free]
+    /// The most that one workload may write into our store, in GiB [default: half of what is free beside the working sets]
     #[arg(long, value_name = "GIB")]
     budget_gib: Option<u64>,
     /// Only the workload of this name, or those whose name contains it; may be repeated
@@ -150,8 +150,8 @@ fn chosen<T: Copy>(all: &[T], wanted: &[String], name: impl Fn(&T) -> &'static s
 fn budget(args: &Args) -> Result<u64> {
     match args.budget_gib {
         Some(gib) => Ok(gib << 30),
-        // The raw file and what the store is filled with come on top.
-        None => Ok((free_bytes(&args.dir)? - args.size_bytes()) / 2),
+        // The raw file, what the store is filled with, and the overlay come on top.
+        None => Ok(free_bytes(&args.dir)?.saturating_sub(3 * args.size_bytes()) / 2),
     }
 }
 
