@@ -61,9 +61,10 @@ pub(crate) struct Phase {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct AroundThePool {
     pub(crate) iops_within: f64,
-    pub(crate) iops_past: f64,
-    /// The slowest full second past it.
-    pub(crate) slowest_second_past: u64,
+    /// None if it ended before, as where there is little space.
+    pub(crate) iops_past: Option<f64>,
+    /// The slowest full second past it, if there was one.
+    pub(crate) slowest_second_past: Option<u64>,
     pub(crate) bytes: u64,
 }
 
@@ -101,11 +102,11 @@ fn around_the_pool(slices: &[u64], bytes: u64) -> AroundThePool {
     let past = slices.get(within..slices.len().saturating_sub(1)).unwrap_or_default();
     let rate =
         |operations: u64, slices: usize| operations as f64 / (slices.max(1) as f64 * SLICE.as_secs_f64());
-    let seconds = past.windows(10).map(|second| second.iter().sum());
+    let seconds = past.windows(10).map(|second| second.iter().sum::<u64>());
     AroundThePool {
         iops_within: rate(sum, within),
-        iops_past: rate(past.iter().sum(), past.len()),
-        slowest_second_past: seconds.min().unwrap_or_default(),
+        iops_past: (!past.is_empty()).then(|| rate(past.iter().sum(), past.len())),
+        slowest_second_past: seconds.min(),
         bytes: slices.iter().sum::<u64>() * bytes,
     }
 }
@@ -220,15 +221,18 @@ impl WorkloadReport {
         for target in &self.targets {
             for (round, phase) in (1..).zip(&target.phases) {
                 let Some(pool) = phase.around_the_pool else { continue };
+                let past = |iops: Option<f64>| {
+                    iops.map_or_else(|| "–".to_owned(), |iops| format!("{:.1}", iops / 1e3))
+                };
                 put(
                     out,
                     format_args!(
-                        "| {} | {round} | {:.1} | {:.1} | {:.1} | {:.1} |",
+                        "| {} | {round} | {:.1} | {:.1} | {} | {} |",
                         target.name,
                         gib(pool.bytes),
                         pool.iops_within / 1e3,
-                        pool.iops_past / 1e3,
-                        pool.slowest_second_past as f64 / 1e3,
+                        past(pool.iops_past),
+                        past(pool.slowest_second_past.map(|second| second as f64)),
                     ),
                 );
             }
@@ -346,7 +350,10 @@ mod tests {
         slices.extend([800; 20]);
         slices.push(3);
         let pool = around_the_pool(&slices, 128 << 10);
-        assert_eq!((pool.iops_within, pool.iops_past, pool.slowest_second_past), (16000.0, 8000.0, 8000));
+        let figures = |pool: AroundThePool| (pool.iops_within, pool.iops_past, pool.slowest_second_past);
+        assert_eq!(figures(pool), (16000.0, Some(8000.0), Some(8000)));
         assert_eq!(pool.bytes, (32000 + 16000 + 3) * (128 << 10));
+        slices.truncate(20);
+        assert_eq!(figures(around_the_pool(&slices, 128 << 10)), (16000.0, None, None));
     }
 }
