@@ -222,10 +222,14 @@ impl Lane {
     pub(crate) fn reap(&mut self, least: usize, mut patience: Duration) -> Result<&[Done]> {
         self.done.clear();
         let least = least.min(self.in_flight);
-        let ended = match self.queue.do_io(&mut self.completions, least, Some(&mut patience), None) {
-            Ok(ended) => ended,
-            Err(error) if matches!(error.errno(), Errno::TIME | Errno::INTR) => 0,
-            Err(error) => return Err(error).context("the driver cannot go on"),
+        let ended = loop {
+            match self.queue.do_io(&mut self.completions, least, Some(&mut patience), None) {
+                Ok(ended) => break ended,
+                Err(error) if error.errno() == Errno::TIME => break 0,
+                // This program was stopped for a while, or looked at. The driver has taken what has passed off the patience.
+                Err(error) if error.errno() == Errno::INTR => {}
+                Err(error) => return Err(error).context("the driver cannot go on"),
+            }
         };
         for completion in &self.completions[..ended] {
             // SAFETY: `do_io` has written as many completions as it returned; they are read before the next call.
