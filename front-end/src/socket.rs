@@ -1,17 +1,24 @@
 //! A listening Unix socket's place in the file system.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind as bind_to, listen, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind as bind_to, connect, listen, socket_with,
 };
 
-/// The file of a socket; dropping it removes it, but never another's of the same name.
+/// How long the lock of a directory is waited for. Whoever is one of us has it for a moment.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// The file of a socket; dropping it removes it, but never another's of the same name. To be dropped before the socket is
+/// closed: what nobody listens on any more, a successor may replace at any moment.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -20,11 +27,13 @@ pub struct SocketFile {
 }
 
 /// Creates a socket with these permission bits, in place of one that nobody listens on, and listens: up to `backlog`
-/// clients wait. It does not block.
+/// clients wait. It does not block. Of several that come at once, in any processes, one gets the place.
 ///
 /// # Errors
 /// `AddrInUse` if somebody listens there already; else what the operating system says. Of a file that is no socket, too.
 pub fn bind(path: &Path, mode: u32, backlog: i32) -> io::Result<(UnixListener, SocketFile)> {
+    // Another one, which has found the same stale socket, or this one before it listens, would take this one for stale.
+    let _alone = alone_beside(path);
     let fd = match bind_at(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(path)?;
@@ -52,9 +61,31 @@ impl Drop for SocketFile {
     }
 }
 
-fn bind_at(path: &Path) -> io::Result<OwnedFd> {
+/// Keeps others that call it from the directory of `path`, until what it returns is dropped; it locks the directory itself,
+/// so that nothing is left lying about. None where that is not possible: we may not read it, or its file system has no
+/// such locks. Nor if somebody keeps it locked, who is none of us: a server must start all the same.
+fn alone_beside(path: &Path) -> Option<File> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;
+    let begun = Instant::now();
+    loop {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Some(directory),
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(_) => return None,
+        }
+    }
+}
+
+fn stream_socket() -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
+}
+
+fn bind_at(path: &Path) -> io::Result<OwnedFd> {
+    let fd = stream_socket()?;
     bind_to(&fd, &SocketAddrUnix::new(path)?)?;
     Ok(fd)
 }
@@ -62,19 +93,30 @@ fn bind_at(path: &Path) -> io::Result<OwnedFd> {
 /// Removes what a server that was killed has left. Anything but a socket, and a socket that somebody listens on,
 /// stays.
 fn remove_stale(path: &Path) -> io::Result<()> {
-    if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        return Err(io::Error::other("there is a file of that name that is no socket"));
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+    let removed = match fs::symlink_metadata(path) {
+        Ok(file) if !file.file_type().is_socket() => {
+            return Err(io::Error::other("there is a file of that name that is no socket"));
+        }
+        Ok(_) => match connect(&stream_socket()?, &SocketAddrUnix::new(path)?) {
+            Err(Errno::CONNREFUSED) => fs::remove_file(path),
+            // So many clients wait there that there is no room for another.
+            Ok(()) | Err(Errno::AGAIN) => Err(io::ErrorKind::AddrInUse.into()),
+            Err(error) => Err(error.into()),
+        },
         Err(error) => Err(error),
-        Ok(_) => Err(io::ErrorKind::AddrInUse.into()),
+    };
+    match removed {
+        // A server that has just ended has taken it along.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::sync::Barrier;
+
     use super::*;
 
     #[test]
@@ -107,5 +149,46 @@ mod tests {
         fs::write(&file, "precious").unwrap();
         assert!(bind(&file, 0o660, 1).unwrap_err().to_string().contains("no socket"));
         assert_eq!(fs::read(&file).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn of_several_that_find_the_same_stale_socket_one_gets_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.sock");
+        for round in 0..200 {
+            drop(UnixListener::bind(&path).unwrap()); // leaves its file
+            let barrier = Barrier::new(4);
+            let take = || {
+                barrier.wait();
+                bind(&path, 0o660, 1)
+            };
+            let results = std::thread::scope(|scope| {
+                let threads = [(); 4].map(|()| scope.spawn(take));
+                threads.map(|thread| thread.join().unwrap())
+            });
+            let (mut winners, mut others) = (Vec::new(), Vec::new());
+            for result in results {
+                match result {
+                    Ok(bound) => winners.push(bound),
+                    Err(error) => others.push(error.kind()),
+                }
+            }
+            assert_eq!((winners.len(), others), (1, vec![io::ErrorKind::AddrInUse; 3]), "round {round}");
+            let there = fs::metadata(&path).unwrap();
+            assert_eq!((there.dev(), there.ino()), winners[0].1.identity, "round {round}");
+            drop(winners);
+            assert!(!path.exists());
+        }
+    }
+
+    #[test]
+    fn a_directory_that_somebody_keeps_locked_delays_a_socket_and_no_more() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.sock");
+        let somebody = alone_beside(&path).unwrap();
+        let begun = Instant::now();
+        let (_listener, _file) = bind(&path, 0o660, 1).unwrap();
+        assert!(begun.elapsed() >= PATIENCE);
+        drop(somebody);
     }
 }

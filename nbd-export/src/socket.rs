@@ -43,10 +43,10 @@ impl fmt::Display for Address {
 
 /// A listening socket. One that it has created in the file system goes with it.
 pub(crate) struct Listener {
+    /// Of a socket that it has created. It goes first, while nobody can take it for stale.
+    _file: Option<SocketFile>,
     fd: OwnedFd,
     address: Address,
-    /// Of a socket that it has created.
-    _file: Option<SocketFile>,
 }
 
 impl Listener {

@@ -97,7 +97,8 @@ impl Server {
         let thread = std::thread::Builder::new().name("vhost-blk".to_owned());
         let thread = thread.spawn(move || {
             serving.run(&socket);
-            drop((socket, file, ending));
+            // The file first, while nobody can take it for stale.
+            drop((file, socket, ending));
         });
         let thread = thread.map_err(failed)?;
         Ok(Self { shared, thread: Some(thread), ended: Mutex::new(ended) })
