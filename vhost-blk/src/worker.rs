@@ -139,7 +139,10 @@ impl Thread {
             // Without a device there is nothing to do but to be told.
             let mut fds = [PollFd::new(self.control.fd(), PollFlags::IN)];
             let told = poll(&mut fds, None).is_ok();
-            self.control.clear();
+            // If a signal came first, what is told in this moment is still to be heard.
+            if told {
+                self.control.clear();
+            }
             return told;
         };
         let polled = device.poll(wait, &mut self.events);
@@ -281,5 +284,56 @@ impl Thread {
         }
         let _ = answer.send(taken);
         matches!(command, Command::Leave)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::{Arc, OnceLock};
+    use std::time::Duration;
+
+    use cdp_types::{MemoryConfig, MemoryDevice};
+    use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+    use super::*;
+    use crate::guard::Guard;
+
+    /// That of the thread that the signal is sent to.
+    static TOLD: OnceLock<EventFd> = OnceLock::new();
+
+    extern "C" fn tell(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        if let Some(control) = TOLD.get() {
+            control.signal();
+        }
+    }
+
+    #[test]
+    fn a_command_that_comes_together_with_a_signal_is_heard() {
+        let name: Arc<str> = "test".into();
+        let context = Context {
+            index: 0,
+            name: Arc::clone(&name),
+            disk: Arc::new(MemoryDevice::new(MemoryConfig::new(1 << 20)).unwrap()),
+            counters: Arc::default(),
+            busy_poll: Duration::ZERO,
+            queue_bytes: 1 << 20,
+            guard: Arc::new(Guard::new(name, Duration::from_secs(1))),
+        };
+        let worker = Worker::spawn(context).unwrap();
+        TOLD.set(worker.control.clone()).unwrap();
+        register_signal_handler(SIGRTMIN(), tell).unwrap();
+        for _ in 0..20 {
+            // It falls asleep, so that the signal interrupts that, and its handler tells of the command before the thread
+            // knows that it was interrupted.
+            std::thread::sleep(Duration::from_millis(5));
+            let (answer, pending) = sync_channel(1);
+            worker.requests.send(Request { command: Command::Resume, answer }).unwrap();
+            worker.thread.kill(SIGRTMIN()).unwrap();
+            let answered = pending.recv_timeout(Duration::from_secs(30));
+            assert_eq!(answered, Ok(Err(RingFault::Device)), "heard, and there is no ring");
+        }
+        let _ = worker.ask(Command::Leave);
+        worker.join();
     }
 }
