@@ -161,6 +161,8 @@ impl Thread {
         if let Err(error) = polled {
             let Context { index: queue, name, .. } = &self.context;
             tracing::error!(socket = %name, queue, "the disk's queue has failed: {error}");
+            // It may have read our eventfd and not come to say so.
+            told = true;
             self.device = None;
             if let Some(queue) = &mut self.queue {
                 queue.device_failed();

@@ -18,7 +18,7 @@ pub(crate) struct FaultyDisk {
 
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
-    /// The next poll fails.
+    /// The next poll fails, and what it had to tell is lost.
     pub(crate) poll: AtomicBool,
     /// No more eventfds can be watched.
     pub(crate) watch: AtomicBool,
@@ -81,11 +81,13 @@ impl DeviceQueue for FaultyQueue {
         self.queue.unwatch(tag);
     }
     fn poll(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
+        let before = events.len();
         self.queue.poll(wait, events)?;
-        match self.faults.poll.swap(false, Ordering::Relaxed) {
-            true => Err(io::Error::other("the ring is broken")),
-            false => Ok(()),
+        if self.faults.poll.swap(false, Ordering::Relaxed) {
+            events.truncate(before);
+            return Err(io::Error::other("the ring is broken"));
         }
+        Ok(())
     }
     fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
         self.queue.descriptor()

@@ -1,6 +1,7 @@
 //! Starting, stopping, coming back.
 
 use std::io::Read;
+use std::mem::ManuallyDrop;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -129,6 +130,27 @@ fn a_ring_that_cannot_be_started_leaves_no_queue_of_the_disk_open() {
     guest.start_rings(None);
     assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
     assert_eq!(open(), 1);
+}
+
+/// The disk's queue reads the eventfd by which its thread is told, and may then not come to say so.
+#[test]
+fn a_stop_that_comes_just_as_the_disk_s_queue_fails_is_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("disk.sock");
+    let disk = Arc::new(FaultyDisk::new(1 << 20));
+    let device = Arc::clone(&disk) as Arc<dyn BlockDevice>;
+    let server = Server::bind(ServerConfig::new(&socket), device, Arc::new(NoVmControl)).unwrap();
+    // Only dropped if all goes well: a server that waits for ever must not keep this test from failing.
+    let server = ManuallyDrop::new(server);
+    let mut guest = Guest::start(&socket, Options::default());
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    std::thread::sleep(Duration::from_millis(100)); // it sleeps by then, in the poll that will fail
+    disk.faults.poll.store(true, Ordering::Relaxed);
+    let frontend = guest.connection.take().unwrap();
+    let stopping = std::thread::spawn(move || frontend.get_vring_base(0).unwrap());
+    eventually("the stop is answered", || stopping.is_finished());
+    assert_eq!(stopping.join().unwrap(), 1);
+    drop(ManuallyDrop::into_inner(server));
 }
 
 #[test]
