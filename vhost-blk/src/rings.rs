@@ -228,6 +228,14 @@ impl Rings {
             return;
         }
         let Some(wiring) = self.wiring(index) else { return };
+        // What the log has no bit for would be lost by the migration, without anyone noticing. It may be that of an earlier
+        // one, and the front end about to send another.
+        let logged_end = self.memory.end().max(self.used_log_end());
+        if self.log.as_ref().is_some_and(|log| !log.covers(logged_end)) {
+            let socket = &vring.context.name;
+            tracing::warn!(%socket, queue = index, "the ring waits: the dirty log is shorter than the memory");
+            return;
+        }
         self.guard.ring_starts();
         self.vm.ring_started(&self.socket, index);
         let started = self.start(index, wiring.clone());

@@ -134,6 +134,12 @@ impl Session {
         self.log.as_ref().filter(|_| self.features.log_all())
     }
 
+    /// The log that rings write to now. While none runs, it may be that of an earlier migration: QEMU says first that writes
+    /// are logged, and what memory there is, and sends the log that fits later. Rings wait for it.
+    fn log_in_use(&self) -> Option<&Arc<DirtyLog>> {
+        self.active_log().filter(|_| self.rings.any_running())
+    }
+
     /// Lets the rings go on with what has changed.
     fn spread(&mut self) {
         self.rings.memory = Arc::clone(self.retained.as_ref().map_or(&self.memory, |(memory, _)| memory));
@@ -152,7 +158,7 @@ impl Session {
 
     fn set_memory(&mut self, memory: MemoryMap) -> Result<()> {
         // A page that the log has no bit for would be lost by the migration, without anyone noticing.
-        if self.active_log().is_some_and(|log| !log.covers(memory.end())) {
+        if self.log_in_use().is_some_and(|log| !log.covers(memory.end())) {
             return self.refuse("the memory goes on past the end of the dirty log");
         }
         self.memory = Arc::new(memory);
@@ -259,7 +265,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         if self.rings.any_running() && features.fixed() != self.features.fixed() {
             return self.refuse("features cannot change while a ring runs");
         }
-        if let Some(log) = self.log.clone().filter(|_| features.log_all()) {
+        let used = features.log_all() && self.rings.any_running();
+        if let Some(log) = self.log.clone().filter(|_| used) {
             self.check_log(&log)?;
         }
         self.features = features;
@@ -305,7 +312,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let used_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
         let addresses = RingAddresses { descriptors, available, used, used_log };
         let end = addresses.used_log_end(self.rings.size(index));
-        if self.active_log().is_some_and(|log| !log.covers(end)) {
+        if self.log_in_use().is_some_and(|log| !log.covers(end)) {
             return self.refuse("the used ring is logged past the end of the dirty log");
         }
         self.rings.set_addresses(index, addresses);

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::VhostUserFrontend;
@@ -141,4 +142,42 @@ fn memory_that_the_log_does_not_cover_is_refused() {
     let features = guest.features | F_LOG_ALL;
     assert!(guest.frontend().set_features(features).is_err(), "too short when logging is switched on");
     assert_eq!(guest.request(IN, 0, &[], 512).0, OK);
+}
+
+/// As QEMU does it when a disk stands still: it says that writes are logged, and what memory there is, before it sends the
+/// log.
+#[test]
+fn a_ring_waits_for_a_log_that_covers_the_memory_and_then_starts() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    // A migration that is given up; then memory is plugged, and the machine stopped.
+    let log = Log::new(LOG_LEN);
+    guest.frontend().set_log_base(0, log.region(LOG_LEN)).unwrap();
+    switch(&mut guest, true);
+    switch(&mut guest, false);
+    let more =
+        VhostUserMemoryRegionInfo { guest_phys_addr: 1 << 30, userspace_addr: 4096, ..guest.memory.region() };
+    guest.frontend().add_mem_region(&more).unwrap();
+    let base = guest.frontend().get_vring_base(0).unwrap() as u16;
+
+    let features = guest.features | F_LOG_ALL;
+    guest.frontend().set_features(features).unwrap();
+    let regions = [guest.memory.region(), more];
+    guest.frontend().set_mem_table(&regions).unwrap();
+    guest.put(0, 0, IN, 0, &[], 512);
+    guest.rings[0].submit(1);
+    let Guest { connection, rings, .. } = &mut guest;
+    let frontend = connection.as_mut().unwrap();
+    start_ring(frontend, &rings[0], base);
+    frontend.set_vring_addr(0, &rings[0].config(Some(rings[0].used()))).unwrap();
+    frontend.set_vring_enable(0, true).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(rings[0].used_index(), base, "what it would write would not be migrated");
+
+    let log_len = ((1 << 30) + MEMORY_LEN) / 4096 / 8;
+    let log = Log::new(log_len);
+    frontend.set_log_base(0, log.region(log_len)).unwrap();
+    assert_eq!(rings[0].wait().len(), 1);
+    assert_eq!(guest.status(0, 0), OK);
+    assert!(log.take().contains(&(guest.data(0, 0) / 4096)));
 }
