@@ -173,6 +173,17 @@ impl Session {
         self.disk.vm.memory_changed(&self.disk.config.socket);
     }
 
+    /// Lets the rings go on with what they retain, and with what was given beside it: the guest may use that at once.
+    fn retain_with_new(&mut self) {
+        if let Some((used, _)) = &mut self.retained
+            && let Some(more) = used.with_new_of(&self.memory)
+        {
+            *used = Arc::new(more);
+            self.disk.guard.set_memory(used);
+            self.spread();
+        }
+    }
+
     /// How long the rings still go on with memory that was taken back, and not given again.
     pub(crate) fn retains_for(&self) -> Option<Duration> {
         self.retained.as_ref().map(|(_, until)| until.saturating_duration_since(Instant::now()))
@@ -476,7 +487,8 @@ impl VhostUserBackendReqHandlerMut for Session {
             Ok(memory) => {
                 let more_to_come = self.retained.as_ref().is_some_and(|(used, _)| !memory.has_all_of(used));
                 if more_to_come {
-                    self.set_memory(memory)?
+                    self.set_memory(memory)?;
+                    self.retain_with_new();
                 } else {
                     self.change_memory(memory)?
                 }

@@ -26,6 +26,14 @@ pub(crate) struct RegionSpec {
     pub(crate) offset: u64,
 }
 
+impl RegionSpec {
+    /// Whether they have addresses in common, of the guest's or of the front end's.
+    fn overlaps(&self, other: &Self) -> bool {
+        let overlap = |a: u64, b: u64| a < b.saturating_add(other.len) && b < a.saturating_add(self.len);
+        overlap(self.guest, other.guest) || overlap(self.user, other.user)
+    }
+}
+
 /// Why a region is refused.
 #[derive(Debug)]
 pub(crate) enum MapError {
@@ -84,20 +92,31 @@ impl MemoryMap {
         if self.regions.len() >= MAX_REGIONS {
             return Err(MapError::TooMany);
         }
-        let overlap =
-            |a: u64, b: u64, b_len: u64| a < b.saturating_add(b_len) && b < a.saturating_add(spec.len);
-        let clash = |region: &Region| {
-            let other = region.spec;
-            overlap(spec.guest, other.guest, other.len) || overlap(spec.user, other.user, other.len)
-        };
-        if self.regions.iter().any(clash) {
+        if self.overlaps(&spec) {
             return Err(MapError::Overlap);
         }
         let (mapping, guard) = map(&spec, file)?;
-        let mut regions = self.regions.clone();
-        let at = regions.partition_point(|region| region.spec.guest < spec.guest);
-        regions.insert(at, Region { spec, mapping, guard });
-        Ok(Self { regions })
+        let mut map = self.clone();
+        map.insert(Region { spec, mapping, guard });
+        Ok(map)
+    }
+
+    fn overlaps(&self, spec: &RegionSpec) -> bool {
+        self.regions.iter().any(|region| region.spec.overlaps(spec))
+    }
+
+    fn insert(&mut self, new: Region) {
+        let at = self.regions.partition_point(|region| region.spec.guest < new.spec.guest);
+        self.regions.insert(at, new);
+    }
+
+    /// This map with those regions of another one that lie beside all of its own; none if there are no such.
+    pub(crate) fn with_new_of(&self, other: &Self) -> Option<Self> {
+        let mut map = self.clone();
+        for region in other.regions.iter().filter(|region| !self.overlaps(&region.spec)) {
+            map.insert(region.clone());
+        }
+        (map.regions.len() > self.regions.len()).then_some(map)
     }
 
     /// This map without the region at these addresses.
@@ -272,6 +291,18 @@ pub(super) mod tests {
         assert!(rest.pieces(0x8000, 0x1000, |_, _| {}));
         assert!(matches!(rest.without(spec), Err(MapError::Unknown)));
         assert_eq!(rest.end(), 0x9000);
+    }
+
+    #[test]
+    fn of_another_map_only_regions_that_lie_beside_all_others_are_new() {
+        let used = memory_of(&[(0, 0x2000), (0x8000, 0x1000)]);
+        let given = memory_of(&[(0x1000, 0x2000), (0x4000, 0x1000), (0x9000, 0x1000)]);
+        let both = used.with_new_of(&given).unwrap();
+        assert!(both.has_all_of(&used));
+        assert!(both.pieces(0x4000, 0x1000, |_, _| {}));
+        assert!(both.pieces(0x8000, 0x2000, |_, _| {}), "in the order of addresses");
+        assert!(!both.pieces(0x2000, 1, |_, _| {}), "a region that overlaps another");
+        assert!(both.with_new_of(&given).is_none());
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Starting, stopping, coming back.
 
+use std::fs::File;
 use std::io::Read;
 use std::mem::ManuallyDrop;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -217,40 +219,52 @@ fn the_guest_hears_of_a_new_size_that_came_while_its_rings_stood_still() {
     assert_eq!(ours.read(&mut message).ok(), None, "told of what is known");
 }
 
+/// A MiB of more memory at this guest address.
+fn more_memory(file: &File, guest_phys_addr: u64) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr,
+        memory_size: 1 << 20,
+        userspace_addr: guest_phys_addr << 1,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    }
+}
+
+fn memory_file() -> File {
+    let file = File::from(memfd_create("more", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(1 << 20).unwrap();
+    file
+}
+
+/// Has the first block read into memory at this guest address, and returns the status.
+fn read_into(guest: &mut Guest, addr: u64) -> u8 {
+    let (head, status) = (guest.data(0, 2), guest.status_addr(0, 2));
+    guest.memory.write(head, &header(IN, 0));
+    guest.rings[0].descriptor(0, head, 16, NEXT, 1);
+    guest.rings[0].descriptor(1, addr, 4096, NEXT | WRITE, 2);
+    guest.rings[0].descriptor(2, status, 1, WRITE, 0);
+    guest.rings[0].put(0);
+    guest.rings[0].submit(1);
+    guest.rings[0].wait();
+    guest.status(0, 2)
+}
+
 #[test]
 fn memory_can_be_plugged_and_unplugged_while_a_ring_runs() {
     let fixture = Fixture::new(1 << 20, Some(slow(4)));
     let mut guest = Guest::start(&fixture.socket(), Options::default());
     assert_eq!(guest.frontend().get_max_mem_slots().unwrap(), 509);
     assert_eq!(guest.request(OUT, 0, &[5; 4096], 0).0, OK);
-    let file = std::fs::File::from(memfd_create("more", MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(1 << 20).unwrap();
-    let region = VhostUserMemoryRegionInfo {
-        guest_phys_addr: 1 << 40,
-        memory_size: 1 << 20,
-        userspace_addr: 1 << 41,
-        mmap_offset: 0,
-        mmap_handle: std::os::fd::AsRawFd::as_raw_fd(&file),
-    };
-    let (head, status) = (guest.data(0, 2), guest.status_addr(0, 2));
-    guest.memory.write(head, &header(IN, 0));
-    let read_into_it = |guest: &mut Guest| {
-        guest.rings[0].descriptor(0, head, 16, NEXT, 1);
-        guest.rings[0].descriptor(1, 1 << 40, 4096, NEXT | WRITE, 2);
-        guest.rings[0].descriptor(2, status, 1, WRITE, 0);
-        guest.rings[0].put(0);
-        guest.rings[0].submit(1);
-        guest.rings[0].wait();
-        guest.status(0, 2)
-    };
-    assert_eq!(read_into_it(&mut guest), IOERR);
+    let file = memory_file();
+    let region = more_memory(&file, 1 << 40);
+    assert_eq!(read_into(&mut guest, 1 << 40), IOERR);
     guest.frontend().add_mem_region(&region).unwrap();
-    assert_eq!(read_into_it(&mut guest), OK);
+    assert_eq!(read_into(&mut guest, 1 << 40), OK);
     let mut bytes = [0; 4096];
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
     assert_eq!(bytes, [5; 4096]);
     guest.frontend().remove_mem_region(&region).unwrap();
-    eventually("the end of that memory", || read_into_it(&mut guest) == IOERR);
+    eventually("the end of that memory", || read_into(&mut guest, 1 << 40) == IOERR);
 
     // The same by a whole new table, with requests in flight.
     for _ in 0..20 {
@@ -263,6 +277,22 @@ fn memory_can_be_plugged_and_unplugged_while_a_ring_runs() {
             guest.rings[0].wait();
         }
     }
+}
+
+/// The rings still go on with what was unplugged, because it may be given again.
+#[test]
+fn memory_that_is_plugged_just_after_other_was_unplugged_can_be_used_at_once() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    let (file, other_file) = (memory_file(), memory_file());
+    let (old, new) = (more_memory(&file, 1 << 40), more_memory(&other_file, 1 << 42));
+    guest.frontend().add_mem_region(&old).unwrap();
+    guest.frontend().remove_mem_region(&old).unwrap();
+    guest.frontend().add_mem_region(&new).unwrap();
+    assert_eq!(read_into(&mut guest, 1 << 42), OK);
+    eventually("the end of what was unplugged", || read_into(&mut guest, 1 << 40) == IOERR);
+    assert_eq!(read_into(&mut guest, 1 << 42), OK);
+    assert_eq!(guest.request(OUT, 0, &[7; 512], 0).0, OK);
 }
 
 /// As QEMU does it when the guest moves what lies next to its memory.
