@@ -28,8 +28,9 @@ use crate::stats::ServerCounters;
 use crate::write_cache::WriteCache;
 
 /// How long rings go on with memory that the front end has taken back. It may give it again at once, in other regions, one
-/// by one: QEMU does so while rings run, when the guest moves what lies next to its memory.
-const RETAINED: Duration = Duration::from_millis(300);
+/// by one: QEMU does so while rings run, when the guest moves what lies next to its memory. A host that is busy may keep QEMU
+/// from the processor between two of its messages, and a ring whose memory is given up stands still until the guest resets.
+const RETAINED: Duration = Duration::from_secs(2);
 
 /// What stays the same from connection to connection.
 pub(crate) struct Disk {
@@ -175,9 +176,10 @@ impl Session {
 
     /// Lets the rings go on with what they retain, and with what was given beside it: the guest may use that at once.
     fn retain_with_new(&mut self) {
-        if let Some((used, _)) = &mut self.retained
-            && let Some(more) = used.with_new_of(&self.memory)
-        {
+        let Some((used, until)) = &mut self.retained else { return };
+        // The front end is at it.
+        *until = Instant::now() + RETAINED;
+        if let Some(more) = used.with_new_of(&self.memory) {
             *used = Arc::new(more);
             self.disk.guard.set_memory(used);
             self.spread();
