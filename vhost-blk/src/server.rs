@@ -267,14 +267,20 @@ impl Shared {
     }
 
     fn turn_away(&self, socket: &UnixListener) {
-        if socket.accept().is_ok() {
-            let refused = &self.disk.counters.refused;
-            refused.add(1);
-            // Whoever tries again and again must not fill the log.
-            if refused.get().is_power_of_two() {
-                let refused = refused.get();
-                tracing::warn!(socket = %self.disk.name, refused, "a second client was turned away: one is connected");
+        match socket.accept() {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(_) => {
+                // Out of descriptors, most likely: the client stays where it is, and this must not spin. Messages wait as long.
+                return std::thread::sleep(Duration::from_millis(10));
             }
+        }
+        let refused = &self.disk.counters.refused;
+        refused.add(1);
+        // Whoever tries again and again must not fill the log.
+        if refused.get().is_power_of_two() {
+            let refused = refused.get();
+            tracing::warn!(socket = %self.disk.name, refused, "a second client was turned away: one is connected");
         }
     }
 }

@@ -5,12 +5,16 @@ use std::io::Read;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use cdp_types::{BlockDevice, ByteRange, MemoryConfig, NoVmControl};
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::time::{ClockId, clock_gettime};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -377,6 +381,50 @@ fn a_second_client_is_turned_away_and_a_later_one_served() {
     let mut later = Guest::start(&fixture.socket(), Options::default());
     assert_eq!(later.request(IN, 8, &[], 512), (OK, vec![7; 512]));
     assert_eq!(fixture.server.stats().refused, 1);
+}
+
+const NO_DESCRIPTORS: &str = "VHOST_BLK_TEST_NO_DESCRIPTORS";
+
+/// The other half of the test below, in which no descriptor is left.
+#[test]
+#[ignore = "run by the test below, in a process of its own"]
+fn the_process_without_descriptors() {
+    if std::env::var_os(NO_DESCRIPTORS).is_none() {
+        return;
+    }
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    assert_eq!(guest.request(IN, 0, &[], 512).0, OK);
+    let second = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    let limit = Rlimit { current: Some(128), ..getrlimit(Resource::Nofile) };
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let mut taken = Vec::new();
+    while let Ok(file) = File::open("/dev/null") {
+        taken.push(file);
+    }
+    connect(&second, &SocketAddrUnix::new(fixture.socket()).unwrap()).unwrap();
+    let processor_ms = || {
+        let time = clock_gettime(ClockId::ProcessCPUTime);
+        time.tv_sec * 1000 + time.tv_nsec / 1_000_000
+    };
+    let before = processor_ms();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(processor_ms() - before < 200, "the server looks for the client all the time");
+    assert_eq!(guest.request(IN, 0, &[], 512).0, OK);
+    drop(taken);
+    let mut second = UnixStream::from(second);
+    second.set_read_timeout(Some(crate::DEADLINE)).unwrap();
+    assert_eq!(second.read(&mut [0; 1]).unwrap(), 0, "turned away once there are descriptors");
+}
+
+#[test]
+fn a_second_client_that_cannot_even_be_turned_away_costs_no_processor() {
+    let run = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "lifecycle::the_process_without_descriptors"])
+        .env(NO_DESCRIPTORS, "1")
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout));
 }
 
 #[test]
