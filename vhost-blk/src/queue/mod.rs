@@ -252,8 +252,12 @@ impl Queue {
             // The old memory is kept: the ring still points into it.
             return self.break_off(fault);
         }
-        if let (None, Some(call)) = (&self.wiring.call, &wiring.call) {
-            // What was reported while there was nothing to interrupt with must not stay unseen.
+        let same = |old: &EventFd, new: &EventFd| Arc::ptr_eq(old.fd(), new.fd());
+        if let Some(call) = &wiring.call
+            && self.wiring.call.as_ref().is_none_or(|old| !same(old, call))
+        {
+            // What was reported before must not stay unseen: there was nothing to interrupt with, or the front end had looked
+            // at it for the last time.
             call.signal();
         }
         (self.memory, self.wiring) = (memory, wiring);

@@ -19,6 +19,7 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vhost_blk::{ErrorKind, Server, ServerConfig};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::faulty::FaultyDisk;
 use crate::guest::*;
@@ -82,6 +83,22 @@ fn a_kick_that_comes_before_the_ring_is_enabled_is_not_lost() {
     while guest.rings[0].seen != 3 {
         guest.rings[0].wait();
     }
+}
+
+/// The front end may have looked at the old one for the last time when a request was reported through it.
+#[test]
+fn the_guest_is_interrupted_when_there_is_another_descriptor_to_do_that() {
+    let fixture = Fixture::new(1 << 20, None);
+    let mut guest = Guest::start(&fixture.socket(), Options::default());
+    assert_eq!(guest.request(OUT, 0, &[1; 512], 0).0, OK);
+    let call = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    guest.frontend().set_vring_call(0, &call).unwrap();
+    assert_eq!(call.read().unwrap(), 1);
+    let config = guest.rings[0].config(None);
+    guest.frontend().set_vring_addr(0, &config).unwrap();
+    assert!(call.read().is_err(), "once, not with every change");
+    guest.rings[0].call = call;
+    assert_eq!(guest.request(IN, 0, &[], 512).0, OK);
 }
 
 #[test]
