@@ -260,15 +260,37 @@ impl TimeIndex {
     /// # Errors
     /// As [`Kv`].
     pub fn drop_branch(&self, branch: BranchId) -> IndexResult<()> {
+        self.remove(WriteBatch::new(), &[branch])?;
         let (from, to) = (keys::branch_start(branch), keys::branch_end(branch));
-        let mut batch = WriteBatch::new();
-        batch.delete_range(Family::Map, &from, &to);
-        batch.delete_range(Family::Time, &from, &to);
-        self.kv.write(&batch)?;
-        self.newest().remove(&branch);
-        self.kv.flush()?;
         self.kv.reclaim(Family::Map, &from, &to)?;
         self.kv.reclaim(Family::Time, &from, &to)
+    }
+
+    /// Removes all that the index has of a volume whose log it does not belong to: all of its branches, and its watermark. The
+    /// space comes back with what is written into them anew.
+    ///
+    /// # Durability
+    /// On return. A crash meanwhile leaves all of it or none: rows without the watermark would be taken for what the log
+    /// says, and a watermark without the rows would say that they are there.
+    ///
+    /// # Errors
+    /// As [`Kv`].
+    pub fn drop_volume(&self, volume: VolumeId, branches: &[BranchId]) -> IndexResult<()> {
+        let mut batch = WriteBatch::new();
+        batch.delete(Family::Watermark, &keys::watermark(volume));
+        self.remove(batch, branches)
+    }
+
+    /// Removes all rows of some branches together with what a batch says; durable on return.
+    fn remove(&self, mut batch: WriteBatch, branches: &[BranchId]) -> IndexResult<()> {
+        for &branch in branches {
+            let (from, to) = (keys::branch_start(branch), keys::branch_end(branch));
+            batch.delete_range(Family::Map, &from, &to);
+            batch.delete_range(Family::Time, &from, &to);
+        }
+        self.kv.write(&batch)?;
+        self.newest().retain(|branch, _| !branches.contains(branch));
+        self.kv.flush()
     }
 
     /// Removes everything, for a rebuild from the logs.

@@ -10,13 +10,15 @@ use std::time::{Duration, Instant as Clock};
 use cdp_types::{
     BlockDevice, BranchId, Event, Generation, Instant, IoBuf, Op, Origin, RequestId, VolumeName, Wait,
 };
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
 use tempfile::TempDir;
 
 use super::branches::Turn;
 use super::compare::{Written, compare_with_log};
 use super::*;
 use crate::clock::SystemClock;
-use crate::index::{Family, Kv, SimKv, WriteBatch};
+use crate::index::{BlockState, FANOUT, Family, IndexBatch, Kv, SimKv, TimeIndex, Watermark, WriteBatch};
 use crate::storage::uring::DirectoryStorage;
 use crate::volume::Resolved;
 
@@ -316,15 +318,55 @@ fn a_damaged_row_of_one_volume_does_not_keep_the_others_out_of_the_index() {
 
 /// Opens a store on this catalogue, with an index of its own and without threads.
 fn open_on(directory: &Path, catalogue: &SimKv) -> Result<Store> {
+    open_with(directory, catalogue, &SimKv::new())
+}
+
+/// The same with this index.
+fn open_with(directory: &Path, catalogue: &SimKv, index: &SimKv) -> Result<Store> {
     let seams = Seams {
         storage: Arc::new(DirectoryStorage::open(directory).unwrap()),
-        index: Arc::new(SimKv::new()),
+        index: Arc::new(index.clone()),
         catalogue: Arc::new(catalogue.clone()),
         clock: Arc::new(SystemClock),
         secrets: || 7,
         reach: None,
     };
     Store::open_on(seams, options())
+}
+
+#[test]
+fn rows_that_do_not_belong_to_the_log_go_with_the_watermark_or_not_at_all() {
+    let directory = tempfile::tempdir().unwrap();
+    Store::create(directory.path(), &options()).unwrap();
+    let (catalogue, index) = (SimKv::synced(), SimKv::new());
+    let store = open_with(directory.path(), &catalogue, &index).unwrap();
+    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
+    let volume = store.create_volume(&"web1".parse().unwrap(), spec).unwrap();
+    write_stepping(&volume, 4096, &|| drop(store.pool_step()));
+    store.close().unwrap();
+    let (id, branch) = (volume.id(), volume.row().branch);
+    drop((volume, store));
+    // As if the log had been put back from a copy: it has another batch there, and nothing was zeroed.
+    let rows = TimeIndex::new(Arc::new(index.clone()));
+    let mark = rows.watermark(id).unwrap().unwrap();
+    let mut foreign = IndexBatch::new();
+    foreign.watermark(id, &Watermark { header_crc: !mark.header_crc, ..mark });
+    foreign.image(branch, 0, mark.seq, &[BlockState::Zero; FANOUT]);
+    rows.write(&foreign).unwrap();
+    rows.flush().unwrap();
+    let mut cut_short = 0;
+    for operations in 0..8 {
+        let index = index.fork();
+        index.fail_after(operations);
+        cut_short += u32::from(open_with(directory.path(), &catalogue, &index).is_err());
+        index.crash(&mut SmallRng::seed_from_u64(operations));
+        let store = open_with(directory.path(), &catalogue, &index).unwrap();
+        store.flush_index().unwrap();
+        let report = store.verify(&mut |_| ()).unwrap();
+        assert!(report.findings.is_empty(), "cut short after {operations}: {report:?}");
+        store.close().unwrap();
+    }
+    assert!(cut_short > 0);
 }
 
 #[test]

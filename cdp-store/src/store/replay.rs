@@ -11,7 +11,7 @@ use super::inspect::VerifyProgress;
 use super::opening::Mode;
 use crate::catalogue::{BranchRow, BranchState, VolumeRow};
 use crate::error::{Error, ErrorKind, Result};
-use crate::index::{IndexBatch, TimeIndex, Watermark};
+use crate::index::{TimeIndex, Watermark};
 use crate::leaves::LeafBudget;
 use crate::lineage::flattened;
 use crate::log::{BatchAt, Fence, Recovery, recover};
@@ -148,15 +148,11 @@ impl<'a> Replay<'a> {
     }
 
     fn forget_index(&self, log: &Log) -> Result<()> {
-        let failed = |e| Error::new(ErrorKind::Io, "clearing part of the time index").with(e);
-        let mut batch = IndexBatch::new();
-        batch.forget_watermark(log.row.id);
-        self.index.write(&batch).map_err(failed)?;
-        for branch in log.branches.keys() {
-            self.index.drop_branch(flattened(*branch)).map_err(failed)?;
-            self.index.drop_branch(*branch).map_err(failed)?;
-        }
-        Ok(())
+        let each = |branch: &BranchId| [flattened(*branch), *branch];
+        let branches: Vec<BranchId> = log.branches.keys().flat_map(each).collect();
+        self.index
+            .drop_volume(log.row.id, &branches)
+            .map_err(|e| Error::new(ErrorKind::Io, "clearing part of the time index").with(e))
     }
 
     fn replay(&self, log: &Log, watermark: Option<&Watermark>, known_durable: Ordinal) -> Result<Recovered> {
