@@ -299,14 +299,14 @@ impl Catalogue {
             || self.pins_of(branch).next().is_some()
     }
 
-    /// Whether anybody outside a volume inherits from its branches.
+    /// Whether anybody outside a volume inherits from its branches, or has a mark on one of them.
     #[must_use]
     pub fn is_shared(&self, volume: VolumeId) -> bool {
-        let parent_volume = |b: &BranchRow| {
-            b.parent.and_then(|(parent, _)| self.branches.get(&parent)).map(|parent| parent.volume)
-        };
+        let is_of = |branch: BranchId| self.branches.get(&branch).is_some_and(|b| b.volume == volume);
         let others = self.branches.values().filter(|b| b.volume != volume && b.state != BranchState::Gone);
-        others.map(parent_volume).any(|parent| parent == Some(volume))
+        let mut parents = others.filter_map(|b| b.parent);
+        let mut marks = self.marks.values().filter(|mark| mark.volume != volume);
+        parents.any(|(parent, _)| is_of(parent)) || marks.any(|mark| is_of(mark.branch))
     }
 
     fn reclaim(&mut self, volume: VolumeId, rows: &mut WriteBatch) -> Result<()> {

@@ -328,3 +328,40 @@ fn nothing_is_said_that_could_not_be_taken_in_and_what_was_said_twice_does_no_ha
     assert!(catalogue.apply(&Change::Reclaim { volume: VolumeId(2) }, &mut rows).is_err());
     assert!(catalogue.apply(&Change::Rename { volume: id, name: "x".parse().unwrap() }, &mut rows).is_err());
 }
+
+/// A clone, volume 3, whose branch 4 went on from volume 2 and has been forgotten, and whose branch 5 goes on from volume 1.
+fn gone_back_behind_its_source() -> Vec<Change> {
+    let begin = |id, of, parent| {
+        let (id, volume, parent) = (BranchId(id), VolumeId(of), Some((BranchId(parent), Seq(9))));
+        let state = BranchState::Kept;
+        Change::Revert { branch: BranchRow { id, volume, parent, start: Seq(10), created_ns: 1, state } }
+    };
+    let mut changes: Vec<Change> = (1..=3).map(|id| volume(id, Stage::Visible)).collect();
+    changes.extend([begin(4, 3, 2), begin(5, 3, 1)]);
+    changes.push(Change::DeleteBranch { branch: BranchId(4) });
+    changes.push(Change::ForgetBranch { branch: BranchId(4) });
+    changes
+}
+
+#[test]
+fn a_clones_mark_keeps_the_source_whose_instant_it_names() {
+    let mut changes = gone_back_behind_its_source();
+    let (catalogue, _) = applied(&changes);
+    assert!(catalogue.is_shared(VolumeId(1)) && !catalogue.is_shared(VolumeId(2)));
+    let label: Label = "old".parse().unwrap();
+    let mark = MarkRow {
+        volume: VolumeId(3),
+        label: label.clone(),
+        branch: BranchId(2),
+        seq: Seq(7),
+        time_ns: 2,
+        metadata: BTreeMap::new(),
+    };
+    changes.push(Change::Mark { mark });
+    changes.push(Change::Destroy { volume: VolumeId(2) });
+    let (catalogue, _) = applied(&changes);
+    assert!(catalogue.is_shared(VolumeId(2)), "the mark names an instant of it");
+    changes.push(Change::Unmark { volume: VolumeId(3), label });
+    let (catalogue, _) = applied(&changes);
+    assert!(!catalogue.is_shared(VolumeId(2)));
+}
