@@ -232,7 +232,10 @@ impl Catalogue {
                 row.stage = Stage::Destroyed;
                 row.serving = None;
                 self.remove_marks(rows, |mark| mark.volume == *volume);
-                for branch in self.branches_of(*volume) {
+                // Of those that are gone nothing is left that would have to be given back once more.
+                let of_it = self.branches.values().filter(|b| b.volume == *volume);
+                let kept = of_it.filter(|b| b.state == BranchState::Kept).map(|b| b.id);
+                for branch in kept.collect::<Vec<_>>() {
                     self.set_branch_state(branch, BranchState::Deleted, rows)?;
                 }
                 *volume

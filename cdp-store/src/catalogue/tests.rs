@@ -365,3 +365,13 @@ fn a_clones_mark_keeps_the_source_whose_instant_it_names() {
     let (catalogue, _) = applied(&changes);
     assert!(!catalogue.is_shared(VolumeId(2)));
 }
+
+#[test]
+fn what_is_forgotten_of_a_volume_is_not_there_again_once_it_is_destroyed() {
+    let mut changes = gone_back_behind_its_source();
+    changes.push(Change::Destroy { volume: VolumeId(3) });
+    let (catalogue, _) = applied(&changes);
+    let state = |branch| catalogue.branches[&BranchId(branch)].state;
+    assert_eq!([3, 4, 5].map(state), [BranchState::Deleted, BranchState::Gone, BranchState::Deleted]);
+    assert!(!catalogue.is_shared(VolumeId(2)), "nothing that is left inherits from it");
+}
