@@ -74,13 +74,14 @@ pub(crate) async fn run(shared: Arc<Shared>, pool: Rc<Pool>, arrival: Arrival) {
             tracing::warn!(connection = id, peer, export, requests, "the connection has failed: {error}");
         }
     }
-    // What an export does when it goes may take its time.
-    let parting = tokio::task::spawn_blocking(move || {
-        drop(opened);
-        drop(registered);
-    });
-    if let Err(error) = parting.await {
-        tracing::error!(connection = id, "an export's code has ended unexpectedly: {error}");
+    // In this order: it stays registered until its export has gone.
+    part_with(id, (opened, registered)).await;
+}
+
+/// Drops something on a thread that may block: what an export does when it goes may take its time.
+async fn part_with<T: Send + 'static>(connection: u64, what: T) {
+    if let Err(error) = tokio::task::spawn_blocking(move || drop(what)).await {
+        tracing::error!(connection, "an export's code has ended unexpectedly: {error}");
     }
 }
 
@@ -126,10 +127,16 @@ impl Connection<'_> {
             (path, _) => return self.follow(&plain, path).await,
         };
         // Nothing that was agreed on in the open holds any longer.
+        self.control.set_export(None);
         if let Some(old) = self.opened.take() {
-            tokio::task::spawn_blocking(move || drop(old));
+            part_with(self.control.id, old).await;
         }
-        let accepted = timeout_at(self.deadline, Tls::accept(plain, tls)).await;
+        let handshake = timeout_at(self.deadline, Tls::accept(plain, tls));
+        let accepted = tokio::select! {
+            biased;
+            () = self.control.stopped() => return Left::Stopped,
+            accepted = handshake => accepted,
+        };
         let encrypted = match accepted {
             Ok(Ok(encrypted)) => encrypted,
             Ok(Err(error)) => return Left::Refused(format!("TLS: {error}")),

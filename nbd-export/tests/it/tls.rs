@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nbd_export::{Tls, TlsCredentials, TlsMode};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
@@ -15,7 +16,7 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use tempfile::TempDir;
 
 use crate::client::{Client, Headers, cmd, opt, option, question, rep};
-use crate::fixture::Fixture;
+use crate::fixture::{DEADLINE, Fixture, eventually};
 use crate::programs::run;
 
 /// Certificates in the files that libnbd and QEMU look for.
@@ -117,7 +118,10 @@ fn what_was_agreed_on_in_the_open_is_forgotten() {
     let mut client = greeted(&fixture.socket());
     client.ask(opt::STRUCTURED_REPLY, &[]);
     client.ask(opt::INFO, &question("past", &[]));
+    let export = || fixture.server.connections()[0].export.clone();
+    assert_eq!(export().as_deref(), Some("past"));
     let mut client = encrypt(client, papers.client(false));
+    eventually("the export is given up", || export().is_none());
     client.agree("disk", Headers::Simple, &[]);
     assert_eq!(client.read(0, 512), [0; 512], "by a simple reply");
     // Without TLS it goes as well.
@@ -139,6 +143,19 @@ fn plain_text_behind_the_wish_for_tls_ends_it() {
     let mut client = greeted(&fixture.socket());
     assert_eq!(client.ask(opt::STARTTLS, &[])[0].0, rep::ACK);
     client.stream.write_all(&[0xff; 100]).unwrap();
+    assert!(client.is_closed());
+    fixture.nobody_is_left();
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_tls_handshake() {
+    let papers = Papers::new();
+    let mut fixture = papers.server(TlsMode::Required, false);
+    let mut client = greeted(&fixture.socket());
+    assert_eq!(client.ask(opt::STARTTLS, &[])[0].0, rep::ACK);
+    let start = Instant::now();
+    assert_eq!(fixture.server.shutdown(DEADLINE), 0);
+    assert!(start.elapsed() < Duration::from_secs(3));
     assert!(client.is_closed());
     fixture.nobody_is_left();
 }
