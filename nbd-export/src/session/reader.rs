@@ -163,7 +163,7 @@ impl<T: Transport> Session<'_, T> {
             }
             _ => {}
         }
-        if !header.offset.is_multiple_of(self.view.block) || !header.length.is_multiple_of(self.view.block) {
+        if !self.is_whole(header.offset, header.length) {
             return refuse(Errno::Inval, "offset or length is no multiple of the minimum block size");
         }
         if !self.is_inside(header.offset, header.length) {
@@ -181,6 +181,11 @@ impl<T: Transport> Session<'_, T> {
 
     fn is_inside(&self, offset: u64, length: u64) -> bool {
         offset.checked_add(length).is_some_and(|end| end <= self.view.size)
+    }
+
+    /// Whether a part consists of whole blocks of the minimum size.
+    fn is_whole(&self, offset: u64, length: u64) -> bool {
+        offset.is_multiple_of(self.view.block) && length.is_multiple_of(self.view.block)
     }
 
     /// A block status request that says which contexts it wants.
@@ -243,19 +248,16 @@ impl<T: Transport> Session<'_, T> {
             }
             let parsed = parse_filter(&input.bytes()[..payload], ids.len() as u32);
             input.consume(payload);
-            match parsed {
-                Some((effect, wanted)) if effect > 0 && self.is_inside(header.offset, effect) => {
-                    (length, ids) = (effect, wanted);
-                }
-                _ => {
-                    self.refuse(
-                        whose,
-                        Errno::Inval,
-                        "the payload does not name a part and selected contexts",
-                    );
-                    return Ok(None);
-                }
-            }
+            let offset = header.offset;
+            let is_there = |(effect, _): &(u64, Vec<u32>)| {
+                *effect > 0 && self.is_inside(offset, *effect) && self.is_whole(offset, *effect)
+            };
+            let Some(asked) = parsed.filter(is_there) else {
+                let why = "the payload does not name whole blocks of the export and selected contexts";
+                self.refuse(whose, Errno::Inval, why);
+                return Ok(None);
+            };
+            (length, ids) = asked;
         }
         let one = header.has(command_flag::REQ_ONE);
         let ask = Ask { range: ByteRange::new(header.offset, length), one, headers: self.view.headers };

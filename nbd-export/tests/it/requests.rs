@@ -136,21 +136,30 @@ fn with_extended_headers_contexts_can_be_picked() {
     let fixture = Fixture::new();
     let contexts = ["base:allocation", "qemu:dirty-bitmap:since@mark"];
     let mut client = Client::ready(&fixture.socket(), "disk", Headers::Extended, &contexts);
-    let mut pick = |effect: u64, ids: &[u32]| {
+    let mut pick = |offset: u64, effect: u64, ids: &[u32]| {
         let mut payload = effect.to_be_bytes().to_vec();
         ids.iter().for_each(|id| payload.extend(id.to_be_bytes()));
         let length = payload.len() as u64;
-        let mut request = client.header(cmd::BLOCK_STATUS, flag::PAYLOAD_LEN, 0, length);
+        let mut request = client.header(cmd::BLOCK_STATUS, flag::PAYLOAD_LEN, offset, length);
         request.extend(payload);
         client.send(&request);
         client.reply()
     };
-    assert_eq!(pick(EXTENT, &[1]).status, [(1, vec![(EXTENT, 0)])]);
-    assert_eq!(pick(EXTENT, &[1, 0]).status.len(), 2);
-    for (effect, ids) in
-        [(EXTENT, &[][..]), (EXTENT, &[2]), (EXTENT, &[0, 0]), (0, &[0]), (CAPACITY + 1, &[0])]
-    {
-        assert_eq!(pick(effect, ids).error, INVAL, "{effect} {ids:?}");
+    assert_eq!(pick(0, EXTENT, &[1]).status, [(1, vec![(EXTENT, 0)])]);
+    assert_eq!(pick(0, EXTENT, &[1, 0]).status.len(), 2);
+    let (none, first): (&[u32], &[u32]) = (&[], &[0]);
+    for (offset, effect, ids) in [
+        (0, EXTENT, none),
+        (0, EXTENT, &[2]),
+        (0, EXTENT, &[0, 0]),
+        (0, 0, first),
+        (0, CAPACITY + 512, first),
+        (512, CAPACITY, first),
+        // Of blocks of 512 bytes no part has a status of its own.
+        (0, 513, first),
+        (1, 512, first),
+    ] {
+        assert_eq!(pick(offset, effect, ids).error, INVAL, "{effect} at {offset}, {ids:?}");
     }
     // A payload where none belongs.
     let mut request = client.header(cmd::READ, flag::PAYLOAD_LEN, 0, 100);
