@@ -66,7 +66,7 @@ pub enum TlsCredentials {
 pub struct Limits {
     /// Connections at one time; others are closed at once.
     pub connections: usize,
-    /// How long a client may take from its connection to its first request.
+    /// How long a client may take from its connection to the end of its handshake.
     pub handshake: Duration,
     /// Requests that one connection may have in flight; further ones are not read.
     pub requests: usize,
