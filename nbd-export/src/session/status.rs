@@ -45,6 +45,11 @@ impl<T: Transport> Session<'_, T> {
             while self.outbox.borrow().gathered_bytes() >= MAX_GATHERED {
                 self.queried.wait().await;
             }
+            // Nobody would hear the answer, and it can take long to find.
+            if self.mute.get() {
+                self.close_request();
+                continue;
+            }
             let contexts: Vec<_> =
                 ids.iter().filter_map(|&id| self.view.contexts.get(id as usize)).cloned().collect();
             let work = move || contexts.iter().map(|context| ask.of(context)).collect::<Result<Vec<_>, _>>();

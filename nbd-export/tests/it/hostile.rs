@@ -1,6 +1,7 @@
 //! Clients that mean no good, beside one that does.
 
 use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use crate::client::{Client, Headers, cmd, connect};
 use crate::fixture::{CAPACITY, Fixture, eventually, late};
 
 /// Sends until the socket takes no more for a while; how many requests that were.
-fn flood(client: &mut Client<std::os::unix::net::UnixStream>, request: &[u8], most: usize) -> usize {
+fn flood(client: &mut Client<UnixStream>, request: &[u8], most: usize) -> usize {
     client.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     for count in 0..most {
         match client.stream.write_all(request) {
@@ -65,10 +66,11 @@ fn small_replies_that_are_not_read_do_not_pile_up() {
     fixture.nobody_is_left();
 }
 
-#[test]
-fn status_that_is_not_read_is_not_looked_for() {
-    const QUERIES: usize = 1024;
-    let fixture = Fixture::limited(Limits { requests: QUERIES, ..Limits::default() });
+/// How often `curious` asks.
+const QUERIES: usize = 1024;
+
+/// A client that asks for the status of the whole disk again and again, in two contexts, and reads no answer.
+fn curious(fixture: &Fixture) -> Client<UnixStream> {
     let contexts = ["base:allocation", "qemu:dirty-bitmap:since@mark"];
     let mut deaf = Client::ready(&fixture.socket(), "disk", Headers::Extended, &contexts);
     let batch: Vec<u8> = (0..QUERIES).flat_map(|_| deaf.header(cmd::BLOCK_STATUS, 0, 0, CAPACITY)).collect();
@@ -77,6 +79,13 @@ fn status_that_is_not_read_is_not_looked_for() {
     // Each is 16 KiB of extents: two megabytes of replies, and the sockets' buffers.
     let looked = fixture.exports.looked.load(Ordering::SeqCst);
     assert!(looked < QUERIES, "{looked} of {} were looked for", 2 * QUERIES);
+    deaf
+}
+
+#[test]
+fn status_that_is_not_read_is_not_looked_for() {
+    let fixture = Fixture::limited(Limits { requests: QUERIES, ..Limits::default() });
+    let mut deaf = curious(&fixture);
     // All of it comes to one who reads.
     for _ in 0..QUERIES {
         let reply = deaf.reply();
@@ -84,6 +93,15 @@ fn status_that_is_not_read_is_not_looked_for() {
     }
     drop(deaf);
     fixture.nobody_is_left();
+}
+
+#[test]
+fn status_that_somebody_who_has_gone_had_asked_for_is_not_looked_for() {
+    let fixture = Fixture::limited(Limits { requests: QUERIES, ..Limits::default() });
+    drop(curious(&fixture));
+    fixture.nobody_is_left();
+    let looked = fixture.exports.looked.load(Ordering::SeqCst);
+    assert!(looked < QUERIES, "{looked} of {} were looked for", 2 * QUERIES);
 }
 
 #[test]
