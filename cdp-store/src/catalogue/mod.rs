@@ -14,7 +14,7 @@ use cdp_types::{BranchId, CheckpointId, Label, Ordinal, Seq, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::index::{Family, Kv, WriteBatch};
+use crate::index::{Family, IndexErrorKind, Kv, WriteBatch};
 use crate::log::Fence;
 
 pub use ledger::Ledger;
@@ -332,11 +332,17 @@ impl Catalogue {
         let mut catalogue = Self::default();
         let mut position = None;
         let mut sound = true;
-        kv.scan(Family::Rows, &[0], &[0xff], &mut |key, value| {
+        let scanned = kv.scan(Family::Rows, &[0], &[0xff], &mut |key, value| {
             sound = catalogue.load_row(key, value, &mut position).is_ok();
             sound
-        })
-        .map_err(|e| Error::new(ErrorKind::Io, "reading the catalogue").with(e))?;
+        });
+        match scanned {
+            Err(error) if error.kind() == IndexErrorKind::Corrupt => {
+                tracing::warn!("{error}; the catalogue is rebuilt from the store log");
+                return Ok(None);
+            }
+            scanned => scanned.map_err(|e| Error::new(ErrorKind::Io, "reading the catalogue").with(e))?,
+        }
         Ok(position.filter(|_| sound).map(|position| (catalogue, position)))
     }
 

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::index::SimKv;
+use crate::index::{RocksKv, SimKv};
 use crate::volume::Serving;
 use cdp_types::{EpochId, Generation, VolumeName};
 
@@ -374,4 +374,24 @@ fn what_is_forgotten_of_a_volume_is_not_there_again_once_it_is_destroyed() {
     let state = |branch| catalogue.branches[&BranchId(branch)].state;
     assert_eq!([3, 4, 5].map(state), [BranchState::Deleted, BranchState::Gone, BranchState::Deleted]);
     assert!(!catalogue.is_shared(VolumeId(2)), "nothing that is left inherits from it");
+}
+
+#[test]
+fn a_database_that_has_rotted_counts_as_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let kv = RocksKv::open_synced(directory.path()).unwrap();
+    let (catalogue, mut rows) = applied(&base());
+    let place = Position { ordinal: Ordinal(1), crc: 0, incarnation: 0, offset: 0, time_ns: 0, seq: Seq(1) };
+    put(&mut rows, POSITION_KEY, &(place, catalogue.last));
+    kv.write(&rows).unwrap();
+    kv.flush().unwrap();
+    assert!(Catalogue::load(&kv).unwrap().is_some());
+    drop(kv);
+    let mut files = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
+    let table = files.find(|path| path.extension().is_some_and(|e| e == "sst")).unwrap();
+    let mut bytes = std::fs::read(&table).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&table, bytes).unwrap();
+    let kv = RocksKv::open_synced(directory.path()).unwrap();
+    assert!(Catalogue::load(&kv).unwrap().is_none());
 }
