@@ -115,9 +115,24 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::os::unix::net::UnixStream;
     use std::sync::Barrier;
+    use std::sync::mpsc::channel;
 
     use super::*;
+
+    #[test]
+    fn somebody_who_listens_and_lets_clients_wait_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.sock");
+        let _first = bind(&path, 0o660, 0).unwrap();
+        // The only one who may wait.
+        let _waits = UnixStream::connect(&path).unwrap();
+        let (said, heard) = channel();
+        std::thread::spawn(move || said.send(bind(&path, 0o660, 0).unwrap_err().kind()));
+        let kind = heard.recv_timeout(Duration::from_secs(20)).expect("an answer");
+        assert_eq!(kind, io::ErrorKind::AddrInUse);
+    }
 
     #[test]
     fn the_file_has_its_mode_and_goes_with_the_socket() {
