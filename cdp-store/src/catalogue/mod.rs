@@ -380,7 +380,8 @@ impl Catalogue {
                 *position = Some(at);
                 self.last = last;
             }
-            _ => {}
+            // Of a newer version: the log has records of that kind, and nothing behind the position would show it.
+            _ => return Err(serde::de::Error::custom("a row of an unknown kind")),
         }
         Ok(())
     }

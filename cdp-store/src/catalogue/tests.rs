@@ -172,6 +172,14 @@ fn applied(changes: &[Change]) -> (Catalogue, WriteBatch) {
     (catalogue, rows)
 }
 
+/// The same, and the rows are as the database has them.
+fn stored(changes: &[Change]) -> (Catalogue, WriteBatch) {
+    let (catalogue, mut rows) = applied(changes);
+    let place = Position { ordinal: Ordinal(1), crc: 0, incarnation: 0, offset: 0, time_ns: 0, seq: Seq(1) };
+    put(&mut rows, POSITION_KEY, &(place, catalogue.last));
+    (catalogue, rows)
+}
+
 fn base() -> Vec<Change> {
     vec![volume(1, Stage::Visible), volume(2, Stage::Visible), volume(3, Stage::Memory)]
 }
@@ -189,9 +197,7 @@ proptest! {
         changes in prop::collection::vec(prop_oneof![changes(), volume_changes()], 0..60)
     ) {
         let changes: Vec<Change> = base().into_iter().chain(changes).collect();
-        let (catalogue, mut rows) = applied(&changes);
-        let place = Position { ordinal: Ordinal(1), crc: 0, incarnation: 0, offset: 0, time_ns: 0, seq: Seq(1) };
-        put(&mut rows, POSITION_KEY, &(place, catalogue.last));
+        let (catalogue, rows) = stored(&changes);
         let kv = SimKv::synced();
         kv.write(&rows).unwrap();
         let (loaded, _) = Catalogue::load(&kv).unwrap().unwrap();
@@ -380,10 +386,7 @@ fn what_is_forgotten_of_a_volume_is_not_there_again_once_it_is_destroyed() {
 fn a_database_that_has_rotted_counts_as_none() {
     let directory = tempfile::tempdir().unwrap();
     let kv = RocksKv::open_synced(directory.path()).unwrap();
-    let (catalogue, mut rows) = applied(&base());
-    let place = Position { ordinal: Ordinal(1), crc: 0, incarnation: 0, offset: 0, time_ns: 0, seq: Seq(1) };
-    put(&mut rows, POSITION_KEY, &(place, catalogue.last));
-    kv.write(&rows).unwrap();
+    kv.write(&stored(&base()).1).unwrap();
     kv.flush().unwrap();
     assert!(Catalogue::load(&kv).unwrap().is_some());
     drop(kv);
@@ -393,5 +396,16 @@ fn a_database_that_has_rotted_counts_as_none() {
     bytes[100] ^= 1;
     std::fs::write(&table, bytes).unwrap();
     let kv = RocksKv::open_synced(directory.path()).unwrap();
+    assert!(Catalogue::load(&kv).unwrap().is_none());
+}
+
+#[test]
+fn a_row_of_an_unknown_kind_has_the_log_asked() {
+    let kv = SimKv::synced();
+    kv.write(&stored(&base()).1).unwrap();
+    assert!(Catalogue::load(&kv).unwrap().is_some());
+    let mut newer = WriteBatch::new();
+    put(&mut newer, b"policy/00000000000000000001", &json!({"id": 1}));
+    kv.write(&newer).unwrap();
     assert!(Catalogue::load(&kv).unwrap().is_none());
 }
