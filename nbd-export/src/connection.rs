@@ -38,11 +38,13 @@ pub(crate) struct Arrival {
 /// Serves a client until it has gone. It stays registered until nothing of it is left.
 pub(crate) async fn run(shared: Arc<Shared>, pool: Rc<Pool>, arrival: Arrival) {
     let Arrival { socket, registered } = arrival;
+    let registered = Arc::new(registered);
     let control = Arc::clone(&registered.control);
     tracing::debug!(connection = control.id, peer = %control.peer, "a client has connected");
     let mut connection = Connection {
         shared: &shared,
         pool: &pool,
+        registered: &registered,
         control: &control,
         deadline: Instant::now() + shared.limits.handshake,
         opened: None,
@@ -74,6 +76,7 @@ pub(crate) async fn run(shared: Arc<Shared>, pool: Rc<Pool>, arrival: Arrival) {
             tracing::warn!(connection = id, peer, export, requests, "the connection has failed: {error}");
         }
     }
+    control.hang_up();
     // In this order: it stays registered until its export has gone.
     part_with(id, (opened, registered)).await;
 }
@@ -107,6 +110,7 @@ impl From<Ended> for Left {
 struct Connection<'a> {
     shared: &'a Shared,
     pool: &'a Rc<Pool>,
+    registered: &'a Arc<Registered>,
     control: &'a Control,
     /// Of the handshake.
     deadline: Instant,
@@ -151,7 +155,7 @@ impl Connection<'_> {
         let terms = Terms {
             exports: &self.shared.exports,
             limits: &self.shared.limits,
-            control: self.control,
+            registered: self.registered,
             tls: self.shared.tls.as_ref().map(|tls: &TlsSettings| -> TlsMode { tls.mode }),
             encrypted,
             opened: &mut self.opened,

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::control::Control;
+use crate::control::Registered;
 use crate::exports::{Export, ExportError, ExportErrorKind, Exports, StatusContext};
 use crate::input::Input;
 use crate::protocol::{
@@ -28,7 +28,8 @@ const _: () = assert!(MAX_OPTION_DATA as usize <= Input::CAPACITY);
 pub(crate) struct Terms<'a> {
     pub(crate) exports: &'a Arc<dyn Exports>,
     pub(crate) limits: &'a Limits,
-    pub(crate) control: &'a Control,
+    /// The connection's place among all, which what it has under way keeps.
+    pub(crate) registered: &'a Arc<Registered>,
     /// Whether TLS can be had, or must be, on this connection.
     pub(crate) tls: Option<TlsMode>,
     /// Whether TLS is on.
@@ -284,15 +285,15 @@ impl<T: Transport> Haggling<'_, T> {
         {
             return Ok(Arc::clone(&opened.export));
         }
-        self.terms.control.set_export(None);
+        self.terms.registered.control.set_export(None);
         let (exports, wanted, old) =
             (Arc::clone(self.terms.exports), name.to_owned(), self.terms.opened.take());
-        let export = blocking(move || {
+        let export = blocking(self.terms.registered, move || {
             drop(old);
             exports.open(&wanted)
         })
         .await?;
-        self.terms.control.set_export(Some(export.name()));
+        self.terms.registered.control.set_export(Some(export.name()));
         let opened = Opened { name: name.to_owned(), export: Arc::clone(&export), contexts: Vec::new() };
         *self.terms.opened = Some(opened);
         Ok(export)
@@ -307,7 +308,7 @@ impl<T: Transport> Haggling<'_, T> {
     async fn list(&mut self) -> io::Result<Next> {
         let exports = Arc::clone(self.terms.exports);
         let mut replies = OptionReplies::to(option::LIST);
-        match blocking(move || exports.list()).await {
+        match blocking(self.terms.registered, move || exports.list()).await {
             Ok(entries) => {
                 for entry in entries.iter().filter(|entry| entry.name.len() <= MAX_STRING) {
                     replies.server(&entry.name, &entry.description);
@@ -414,13 +415,18 @@ impl<T: Transport> Haggling<'_, T> {
             Err(error) => return self.refuse(option, reply_kind(error.kind()), error.message()).await,
         };
         let queries: Vec<String> = question.queries.iter().map(|&query| query.to_owned()).collect();
+        let registered = self.terms.registered;
         let found = match select {
-            true => blocking(move || select_contexts(&*export, &queries)).await.map(|contexts| {
-                let names = contexts.iter().map(|context| context.name().to_owned()).collect();
-                self.select(contexts);
-                names
-            }),
-            false => blocking(move || list_contexts(&*export, &queries)).await,
+            true => {
+                let selected = blocking(registered, move || select_contexts(&*export, &queries)).await;
+                selected.map(|contexts| {
+                    let names: Vec<String> =
+                        contexts.iter().map(|context| context.name().to_owned()).collect();
+                    self.select(contexts);
+                    names
+                })
+            }
+            false => blocking(registered, move || list_contexts(&*export, &queries)).await,
         };
         let mut replies = OptionReplies::to(option);
         match found {
@@ -499,12 +505,16 @@ fn reply_kind(kind: ExportErrorKind) -> u32 {
     }
 }
 
-/// Runs what may block on a thread that may.
+/// Runs what may block on a thread that may. The connection counts until that has come to its end, though its client may have
+/// been sent away by then: else there could be any number of them under way.
 async fn blocking<R: Send + 'static>(
+    registered: &Arc<Registered>,
     work: impl FnOnce() -> Result<R, ExportError> + Send + 'static,
 ) -> Result<R, ExportError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
+    let registered = Arc::clone(registered);
+    // In this order: what nobody waits for any more goes before the connection's place does.
+    match tokio::task::spawn_blocking(move || (work(), registered)).await {
+        Ok((result, _)) => result,
         Err(error) => {
             tracing::error!("an export's code has ended unexpectedly: {error}");
             Err(ExportError::new(ExportErrorKind::Failed, "an error inside of the server"))

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nbd_export::Limits;
 
 use crate::client::{Client, Headers, cmd, connect, flag, opt, option, queries, question, rep};
-use crate::fixture::{CAPACITY, Fixture};
+use crate::fixture::{CAPACITY, Fixture, eventually};
 
 const HAS_FLAGS: u16 = 1;
 const READ_ONLY: u16 = 2;
@@ -197,6 +197,17 @@ fn options_and_handshakes_are_bounded() {
         assert_eq!(eager.ask(77, &[])[0].0, rep::ERR_UNSUP);
     }
     assert!(eager.is_closed());
+}
+
+#[test]
+fn a_connection_counts_until_what_it_has_asked_for_has_come_to_its_end() {
+    let fixture = Fixture::limited(Limits { handshake: Duration::from_millis(300), ..Limits::default() });
+    let mut client = Client::greeted(&fixture.socket());
+    let start = Instant::now();
+    client.send(&option(opt::GO, &question("slow", &[])));
+    assert!(client.is_closed());
+    eventually("it ends", || fixture.server.connections().is_empty());
+    assert!(start.elapsed() >= Duration::from_secs(2), "as long as the export's code takes");
 }
 
 #[test]
