@@ -268,17 +268,17 @@ fn a_revert_during_another_one_of_the_same_volume_is_refused() {
     write(&volume, 4096);
 }
 
-/// Flips a bit in every row of the map that the index has of a branch.
-fn rot(index: &SimKv, branch: BranchId) {
+/// Flips a bit in every row that the index has of one number, a branch's or a volume's.
+fn rot(index: &SimKv, family: Family, number: u64) {
     let mut rotten = WriteBatch::new();
-    let (from, to) = (branch.0.to_be_bytes(), (branch.0 + 1).to_be_bytes());
+    let (from, to) = (number.to_be_bytes(), (number + 1).to_be_bytes());
     let visit = &mut |key: &[u8], value: &[u8]| {
         let mut value = value.to_vec();
         value[1] ^= 1;
-        rotten.put(Family::Map, key, &value);
+        rotten.put(family, key, &value);
         true
     };
-    index.scan(Family::Map, &from, &to, visit).unwrap();
+    index.scan(family, &from, &to, visit).unwrap();
     assert!(!rotten.is_empty());
     index.write(&rotten).unwrap();
 }
@@ -308,7 +308,7 @@ fn a_damaged_row_of_one_volume_does_not_keep_the_others_out_of_the_index() {
     };
     write_both();
     store.flush_index().unwrap();
-    rot(&index, volumes[0].row().branch);
+    rot(&index, Family::Map, volumes[0].row().branch.0);
     write_both();
     let error = store.index_step().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Io);
@@ -334,18 +334,50 @@ fn open_with(directory: &Path, catalogue: &SimKv, index: &SimKv) -> Result<Store
     Store::open_on(seams, options())
 }
 
+/// Makes a store with volumes of these names, each with one block written, and closes it. Returns their numbers, and those of
+/// their branches.
+fn make_with(
+    directory: &Path,
+    catalogue: &SimKv,
+    index: &SimKv,
+    names: &[&str],
+) -> Vec<(VolumeId, BranchId)> {
+    Store::create(directory, &options()).unwrap();
+    let store = open_with(directory, catalogue, index).unwrap();
+    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
+    let make = |name: &&str| {
+        let volume = store.create_volume(&name.parse().unwrap(), spec).unwrap();
+        write_stepping(&volume, 4096, &|| drop(store.pool_step()));
+        (volume.id(), volume.row().branch)
+    };
+    let made: Vec<(VolumeId, BranchId)> = names.iter().map(make).collect();
+    store.close().unwrap();
+    made
+}
+
+#[test]
+fn rot_of_a_watermark_or_of_a_flattening_is_no_reason_not_to_open() {
+    let directory = tempfile::tempdir().unwrap();
+    let (catalogue, index) = (SimKv::synced(), SimKv::new());
+    let made = make_with(directory.path(), &catalogue, &index, &["first", "second"]);
+    rot(&index, Family::Watermark, made[0].0.0);
+    let mut rotten = WriteBatch::new();
+    rotten.put(Family::Time, &[&made[1].1.0.to_be_bytes()[..], &[2]].concat(), b"rotten");
+    index.write(&rotten).unwrap();
+    index.flush().unwrap();
+    let store = open_with(directory.path(), &catalogue, &index).unwrap();
+    store.flush_index().unwrap();
+    let report = store.verify(&mut |_| ()).unwrap();
+    assert!(report.findings.is_empty(), "{report:?}");
+    assert_eq!(report.blocks_compared, 2);
+    store.close().unwrap();
+}
+
 #[test]
 fn rows_that_do_not_belong_to_the_log_go_with_the_watermark_or_not_at_all() {
     let directory = tempfile::tempdir().unwrap();
-    Store::create(directory.path(), &options()).unwrap();
     let (catalogue, index) = (SimKv::synced(), SimKv::new());
-    let store = open_with(directory.path(), &catalogue, &index).unwrap();
-    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
-    let volume = store.create_volume(&"web1".parse().unwrap(), spec).unwrap();
-    write_stepping(&volume, 4096, &|| drop(store.pool_step()));
-    store.close().unwrap();
-    let (id, branch) = (volume.id(), volume.row().branch);
-    drop((volume, store));
+    let (id, branch) = make_with(directory.path(), &catalogue, &index, &["web1"])[0];
     // As if the log had been put back from a copy: it has another batch there, and nothing was zeroed.
     let rows = TimeIndex::new(Arc::new(index.clone()));
     let mark = rows.watermark(id).unwrap().unwrap();

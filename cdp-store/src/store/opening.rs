@@ -13,7 +13,7 @@ use crate::catalogue::{BranchRow, BranchState, Catalogue, Change, Ledger, STORE_
 use crate::clock::StoreClock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BatchPlace, RecordKind, Superblock};
-use crate::index::{LogPos, TimeIndex, Watermark, WriteBatch};
+use crate::index::{IndexErrorKind, LogPos, TimeIndex, Watermark, WriteBatch};
 use crate::leaves::LeafBudget;
 use crate::lineage::{Branches, Flattening};
 use crate::loaders::Loaders;
@@ -238,9 +238,16 @@ impl Opening {
         let branches = Branches::default();
         for row in catalogue.branches.values().filter(|row| row.state != BranchState::Gone) {
             branches.insert(*row);
-            let flattening = index.flattening(row.id).map_err(|e| {
-                Error::new(ErrorKind::Io, format!("reading the time index of branch {}", row.id)).with(e)
-            })?;
+            let flattening = match index.flattening(row.id) {
+                // It only makes reads shorter, and is written again where they are long.
+                Err(error) if error.kind() == IndexErrorKind::Corrupt => {
+                    tracing::warn!("{error}; reads of branch {} go without", row.id);
+                    None
+                }
+                found => found.map_err(|e| {
+                    Error::new(ErrorKind::Io, format!("reading the time index of branch {}", row.id)).with(e)
+                })?,
+            };
             if let Some(numbers) = flattening {
                 branches.flatten(row.id, Flattening::from_numbers(numbers));
             }

@@ -11,7 +11,7 @@ use super::inspect::VerifyProgress;
 use super::opening::Mode;
 use crate::catalogue::{BranchRow, BranchState, VolumeRow};
 use crate::error::{Error, ErrorKind, Result};
-use crate::index::{TimeIndex, Watermark};
+use crate::index::{IndexErrorKind, TimeIndex, Watermark};
 use crate::leaves::LeafBudget;
 use crate::lineage::flattened;
 use crate::log::{BatchAt, Fence, Recovery, recover};
@@ -126,9 +126,17 @@ impl<'a> Replay<'a> {
 
     fn volume(&self, log: &Log) -> Result<Recovered> {
         let row = &log.row;
-        let failed =
-            |e| Error::new(ErrorKind::Io, format!("reading the time index of volume '{}'", row.name)).with(e);
-        let watermark = self.index.watermark(row.id).map_err(failed)?;
+        let watermark = match self.index.watermark(row.id) {
+            Err(error) if error.kind() == IndexErrorKind::Corrupt && self.mode == Mode::Write => {
+                tracing::warn!(volume = %row.name, "{error}; its index is rebuilt from the log");
+                self.forget_index(log)?;
+                None
+            }
+            found => found.map_err(|e| {
+                let text = format!("reading the time index of volume '{}'", row.name);
+                Error::new(ErrorKind::Io, text).with(e)
+            })?,
+        };
         // An opening syncs what it recovers before it says in the store log where that ends.
         let fenced = log.fence.last;
         match self.replay(log, watermark.as_ref(), fenced) {
