@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::extract::{Body, Params, invalid};
 use super::stream::orders;
-use super::{App, Peer, blocking};
+use super::{App, Peer, at_work, blocking};
 use crate::api::{
     ApiError, Checkpoint, CheckpointChange, Diagnosis, ErrorKind, NewCheckpoint, NewVm, NewVmClone, Reverted,
     Schedule, ServingStatus, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
@@ -180,7 +180,12 @@ async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> Result<T, ApiError> {
     let died = |_| Err(ApiError::new(ErrorKind::Internal, "the task of this request has died"));
-    tokio::spawn(work).await.unwrap_or_else(died)
+    let place = at_work();
+    let worked = tokio::spawn(async move {
+        let _place = place;
+        work.await
+    });
+    worked.await.unwrap_or_else(died)
 }
 
 fn forget_origin(app: &App, name: &VmName) -> Result<(), ApiError> {
@@ -302,7 +307,8 @@ pub(super) async fn take(
     Machine(name): Machine,
     Body(new): Body<NewCheckpoint>,
 ) -> Result<(StatusCode, Json<Checkpoint>), ApiError> {
-    let taken = Arc::clone(&app.machines).take(&app.servers, &name, new).await?;
+    let taken =
+        to_its_end(async move { Arc::clone(&app.machines).take(&app.servers, &name, new).await }).await?;
     Ok((StatusCode::CREATED, Json(taken.into())))
 }
 

@@ -87,6 +87,17 @@ impl App {
     }
 }
 
+tokio::task_local! {
+    /// The place of the request that this task answers among those at work.
+    static AT_WORK: Arc<OwnedSemaphorePermit>;
+}
+
+/// That place, for whatever works for the request and goes on when its client has gone: the future that answers a request
+/// is dropped with its connection, and with it its own hold on the place.
+pub(crate) fn at_work() -> Option<Arc<OwnedSemaphorePermit>> {
+    AT_WORK.try_with(Arc::clone).ok()
+}
+
 /// One of so many. It is waited for only so long that a client can follow one request with the next, which
 /// may begin before the thread of the first has ended; a queue of requests would hide the overload.
 async fn permit(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
@@ -101,8 +112,12 @@ async fn blocking<T: Send + 'static>(
     app: &Arc<App>,
     work: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let app = Arc::clone(app);
-    tokio::task::spawn_blocking(move || work(&app)).await.unwrap_or_else(|_| Err(thread_died()))
+    let (app, place) = (Arc::clone(app), at_work());
+    let worked = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        work(&app)
+    });
+    worked.await.unwrap_or_else(|_| Err(thread_died()))
 }
 
 fn thread_died() -> ApiError {
@@ -164,7 +179,7 @@ async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     };
     let response = match admitted {
         // A long answer goes on after this; its own permit counts it.
-        Ok(_permit) => next.run(request).await,
+        Ok(permit) => AT_WORK.scope(Arc::new(permit), next.run(request)).await,
         Err(refusal) => refusal.into_response(),
     };
     let (status, peer) = (response.status().as_u16(), peer.map(|peer| peer.to_string()));
@@ -192,5 +207,49 @@ impl IntoResponse for ApiError {
             tracing::warn!(kind = ?self.kind, error = self.message, "request failed");
         }
         (status, Json(self)).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use cdp_store::StoreOptions;
+    use cdp_types::VmControl;
+    use ckpt::gate::Gate;
+
+    use super::*;
+    use crate::config::VhostUser;
+
+    #[tokio::test]
+    async fn work_counts_until_its_end_even_if_its_client_has_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
+        Store::create(&path, &options).unwrap();
+        let store = Store::open(&path, options).unwrap();
+        let gate = Gate::new(store.clone());
+        let control = Arc::clone(&gate) as Arc<dyn VmControl>;
+        let servers = Servers::new(store.clone(), path.join("cdpd.sock"), VhostUser::default(), control);
+        let machines = Arc::new(Machines::new(store.clone(), gate, directory.path(), None));
+        let daemon = DaemonStatus { version: String::new(), pid: 0, started: String::new() };
+        let limits = Limits { requests: 1, ..Limits::default() };
+        let (_stop, stopping) = watch::channel(false);
+        let app = Arc::new(App::new(store.clone(), servers, machines, daemon, &limits, stopping));
+
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let work = blocking(&app, move |_: &App| {
+            let _ = ended.recv();
+            Ok(())
+        });
+        let place = Arc::new(permit(&app.requests).await.unwrap());
+        // Whoever has asked for it goes away.
+        let answer = tokio::time::timeout(Duration::from_millis(50), AT_WORK.scope(place, work)).await;
+        assert!(answer.is_err(), "it has ended by itself");
+        assert_eq!(permit(&app.requests).await.unwrap_err().kind, ErrorKind::Unavailable);
+        end.send(()).unwrap();
+        let next = Arc::clone(&app.requests).acquire_owned();
+        tokio::time::timeout(Duration::from_secs(20), next).await.unwrap().unwrap();
+        store.close().unwrap();
     }
 }

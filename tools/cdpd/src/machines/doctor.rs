@@ -10,6 +10,7 @@ use qmp_bridge::{Client, Error, ErrorKind as QmpError, Options, machine};
 
 use super::{Machines, ServerGuard, Settings};
 use crate::api::{ApiError, Diagnosis, ErrorKind};
+use crate::http::at_work;
 use crate::serving::Servers;
 
 /// A disk that is served: its socket, and the guard of its guest's memory.
@@ -26,8 +27,11 @@ impl Machines {
         let (mut checks, served) = self.volumes(servers, &info)?;
         let sockets: Vec<PathBuf> = served.iter().map(|(socket, _)| socket.clone()).collect();
         checks.extend(self.qemu(&info, &sockets).await);
-        let directory = self.directory.clone();
-        let host = tokio::task::spawn_blocking(move || guards(served, &directory));
+        let (directory, place) = (self.directory.clone(), at_work());
+        let host = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            guards(served, &directory)
+        });
         checks.extend(
             host.await.map_err(|_| {
                 ApiError::new(ErrorKind::Internal, "the thread that looks at the host has died")
