@@ -6,8 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use cdp_types::DeviceIdentity;
 use rustix::net::{Shutdown, shutdown};
 use tokio::sync::watch;
+
+use crate::exports::Export;
 
 /// A client's connection, for a list.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +21,8 @@ pub struct ConnectionInfo {
     pub peer: String,
     /// The canonical name of the export that it has opened; that may be during its handshake already.
     pub export: Option<String>,
+    /// Which disk's history that is, as of when it was opened: the name may be another's by now.
+    pub device: Option<DeviceIdentity>,
     /// Bytes that it has read from the export.
     pub read_bytes: u64,
     /// Bytes that it has written to the export.
@@ -36,7 +41,7 @@ pub(crate) struct Control {
     socket: OwnedFd,
     /// Whether it takes requests.
     serving: watch::Sender<bool>,
-    export: Mutex<Option<String>>,
+    export: Mutex<Option<(String, DeviceIdentity)>>,
     tls: AtomicBool,
     pub(crate) read_bytes: AtomicU64,
     pub(crate) written_bytes: AtomicU64,
@@ -78,8 +83,9 @@ impl Control {
         let _ = shutdown(&self.socket, Shutdown::Write);
     }
 
-    pub(crate) fn set_export(&self, name: Option<&str>) {
-        *locked(&self.export) = name.map(str::to_owned);
+    pub(crate) fn set_export(&self, export: Option<&dyn Export>) {
+        let opened = export.map(|export| (export.name().to_owned(), export.device().identity()));
+        *locked(&self.export) = opened;
     }
 
     pub(crate) fn set_tls(&self) {
@@ -98,10 +104,12 @@ impl Control {
     }
 
     pub(crate) fn info(&self) -> ConnectionInfo {
+        let (export, device) = locked(&self.export).clone().unzip();
         ConnectionInfo {
             id: self.id,
             peer: self.peer.clone(),
-            export: locked(&self.export).clone(),
+            export,
+            device,
             read_bytes: self.read_bytes.load(Ordering::Relaxed),
             written_bytes: self.written_bytes.load(Ordering::Relaxed),
             requests: self.requests.load(Ordering::Relaxed),

@@ -293,7 +293,7 @@ impl<T: Transport> Haggling<'_, T> {
             exports.open(&wanted)
         })
         .await?;
-        self.terms.registered.control.set_export(Some(export.name()));
+        self.terms.registered.control.set_export(Some(&*export));
         let opened = Opened { name: name.to_owned(), export: Arc::clone(&export), contexts: Vec::new() };
         *self.terms.opened = Some(opened);
         Ok(export)

@@ -101,7 +101,8 @@ pub(super) async fn revert(
         let free = || app.machines.check_disks(targets.iter().map(|(name, _)| name));
         let reverted = app.servers.revert(&targets, request.force, &free)?;
         // Those that have a head open get nothing but errors from it from now on.
-        app.nbd().disconnect_heads(&targets.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>());
+        let ids = reverted.iter().filter_map(|one| Some(app.store.volume(&one.volume).ok()?.id()));
+        app.nbd().disconnect_heads(&ids.collect::<Vec<_>>());
         Ok(reverted.into_iter().map(Reverted::from).collect())
     });
     reverted.await.map(Json)

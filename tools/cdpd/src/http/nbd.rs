@@ -15,6 +15,6 @@ pub(super) async fn connections(State(app): State<Arc<App>>) -> Result<Json<Vec<
 }
 
 fn view(client: ConnectionInfo) -> NbdConnection {
-    let ConnectionInfo { id, peer, export, read_bytes, written_bytes, requests, tls } = client;
+    let ConnectionInfo { id, peer, export, device: _, read_bytes, written_bytes, requests, tls } = client;
     NbdConnection { id, peer, export, read_bytes, written_bytes, requests, tls }
 }

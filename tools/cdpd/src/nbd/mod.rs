@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use cdp_types::VolumeName;
+use cdp_types::VolumeId;
 use nbd_export::{ConnectionInfo, Listen, Server, ServerConfig};
 
 use crate::http::App;
@@ -60,12 +60,9 @@ impl NbdServer {
     }
 
     /// Cuts off the clients of volumes' heads, for whom a revert would change the disk under their feet.
-    pub(crate) fn disconnect_heads(&self, volumes: &[VolumeName]) {
+    pub(crate) fn disconnect_heads(&self, volumes: &[VolumeId]) {
         let Some(server) = &self.server else { return };
-        let is_head = |client: &ConnectionInfo| {
-            client.export.as_ref().is_some_and(|export| volumes.iter().any(|name| name.as_str() == export))
-        };
-        let left = server.disconnect(is_head, PATIENCE);
+        let left = server.disconnect(|client| has_head(client, volumes), PATIENCE);
         if left > 0 {
             tracing::warn!("{left} NBD connections have requests in flight that do not end");
         }
@@ -77,4 +74,11 @@ impl NbdServer {
             server.shutdown(PATIENCE);
         }
     }
+}
+
+/// Whether a client has the head of one of these volumes open, whatever that is called now. The names of their past
+/// instants have an `@`.
+fn has_head(client: &ConnectionInfo, volumes: &[VolumeId]) -> bool {
+    let is_head = client.export.as_ref().is_some_and(|export| !export.contains('@'));
+    is_head && client.device.is_some_and(|device| volumes.contains(&device.volume))
 }

@@ -42,7 +42,7 @@ impl Bench {
         self.client.send(Method::POST, path, body)
     }
 
-    fn revert(&self, name: &str, at: &str, force: bool) -> Result<Reverted, ApiError> {
+    pub(crate) fn revert(&self, name: &str, at: &str, force: bool) -> Result<Reverted, ApiError> {
         let body = json!({ "volumes": [{ "name": name, "at": at }], "force": force });
         self.post::<Vec<Reverted>>("/v1/revert", &body).map(|mut one| one.remove(0))
     }

@@ -176,6 +176,33 @@ fn a_scratch_view_is_of_the_volume_that_has_the_name_now() {
     bench.stop();
 }
 
+#[test]
+fn a_head_that_is_reverted_by_force_loses_its_clients_whatever_it_was_called_when_they_came() {
+    let mut bench = Bench::with_nbd();
+    let at = bench.filled("web1");
+    let mut cut_off = bench.nbd("web1");
+    cut_off.write(0, &[1; 4096]);
+    let name = json!({ "name": "web0" });
+    let _: Volume = bench.client.send(Method::PATCH, "/v1/volumes/web1", &name).unwrap();
+    bench.create("web1", MIB).unwrap();
+    let (mut other, mut past) = (bench.nbd("web1"), bench.nbd("web0@head"));
+    other.write(0, &[2; 4096]);
+
+    bench.revert("web0", &format!("seq:{at}"), true).unwrap();
+    let left: Vec<u64> = bench.connections().iter().map(|one| one.id).collect();
+    assert_eq!(left, [2, 3]);
+    assert_eq!(other.read(0, 4096), [2; 4096]);
+    assert_eq!(past.read(0, 4096), [1; 4096]);
+    drop(cut_off);
+    assert_eq!(bench.nbd("web0").read(0, 4096), [7; 4096]);
+
+    // Those who came by the new volume's name are cut off with that one.
+    bench.revert("web1", "head", true).unwrap();
+    wait_until("its client is gone", || bench.connections().iter().all(|one| one.id != 2));
+    assert_eq!(past.read(0, 4096), [1; 4096]);
+    bench.stop();
+}
+
 /// Waits until a block that was just written is in the past of a second ago, asked for in words that nobody has used.
 fn wait_for_a_second(bench: &Bench, content: [u8; 4096], words: &mut u64) {
     wait_until("what was written is a second old", || {
