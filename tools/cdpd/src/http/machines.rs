@@ -382,6 +382,8 @@ async fn put_back(
     id: CheckpointId,
     disks_only: bool,
 ) -> Result<VmReverted, ApiError> {
+    let disks = info.volumes.clone();
+    blocking(app, move |app| check_clients(app, &disks)).await?;
     if !disks_only {
         // Before any disk is touched.
         app.machines.make_ready(&app.servers, &info, id).await?;
@@ -396,6 +398,18 @@ async fn put_back(
     }
     let volumes = volumes.into_iter().map(Reverted::from).collect();
     Ok(VmReverted { to: id, volumes, pages, still_frozen })
+}
+
+/// Refuses while somebody has a machine's disk open over NBD. The store would refuse as well, but only once the machine's
+/// QEMU has been ended to take the memory.
+fn check_clients(app: &App, disks: &[VolumeName]) -> Result<(), ApiError> {
+    for name in disks {
+        if app.nbd().has_head_open(&[app.store.volume(name)?.id()]) {
+            let text = format!("a client has volume '{name}' open over NBD: disconnect it first");
+            return Err(ApiError::new(ErrorKind::Busy, text));
+        }
+    }
+    Ok(())
 }
 
 /// What undoes the revert of disks whose memory could not be put back.

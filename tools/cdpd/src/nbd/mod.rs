@@ -59,6 +59,11 @@ impl NbdServer {
         self.server.as_ref().map(Server::connections).unwrap_or_default()
     }
 
+    /// Whether a client has one of these volumes' heads open, which keeps it from being reverted without force.
+    pub(crate) fn has_head_open(&self, volumes: &[VolumeId]) -> bool {
+        self.connections().iter().any(|client| has_head(client, volumes))
+    }
+
     /// Cuts off the clients of volumes' heads, for whom a revert would change the disk under their feet.
     pub(crate) fn disconnect_heads(&self, volumes: &[VolumeId]) {
         let Some(server) = &self.server else { return };

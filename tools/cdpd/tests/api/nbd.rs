@@ -3,14 +3,19 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use cdpd::api::{NbdConnection, Volume};
+use cdp_store::Store;
+use cdpd::api::{NbdConnection, Order, Supervised, Volume};
+use cdpd::client::{Client, Step};
+use cdpd::{Config, Daemon};
 use hyper::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::destruction::checkpoint;
 use crate::machines::wait_until;
-use crate::{Bench, MIB};
+use crate::{Bench, MIB, config};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 /// For so long a relative instant means the same, as docs/operations.md has it.
@@ -82,14 +87,16 @@ impl NbdClient {
     }
 }
 
+/// Has a daemon serve NBD, too; every head can be written to.
+fn serve_nbd(config: &mut Config) {
+    let address = format!("unix:{}", config.store.with_file_name("nbd.sock").display());
+    config.nbd.listen = vec![address.parse().unwrap()];
+    config.nbd.writable = vec!["*".to_owned()];
+}
+
 impl Bench {
-    /// A daemon that serves NBD, too; every head can be written to.
     pub(crate) fn with_nbd() -> Self {
-        Self::with(|config| {
-            let address = format!("unix:{}", config.store.with_file_name("nbd.sock").display());
-            config.nbd.listen = vec![address.parse().unwrap()];
-            config.nbd.writable = vec!["*".to_owned()];
-        })
+        Self::with(serve_nbd)
     }
 
     fn nbd_socket(&self) -> PathBuf {
@@ -200,6 +207,47 @@ fn a_head_that_is_reverted_by_force_loses_its_clients_whatever_it_was_called_whe
     bench.revert("web1", "head", true).unwrap();
     wait_until("its client is gone", || bench.connections().iter().all(|one| one.id != 2));
     assert_eq!(past.read(0, 4096), [1; 4096]);
+    bench.stop();
+}
+
+#[test]
+fn no_qemu_is_ended_for_a_revert_that_a_client_of_its_disk_prevents() {
+    let mut bench = Bench::with_nbd();
+    bench.create("web1", MIB).unwrap();
+    bench.register("vm", "web1");
+    bench.stop();
+    let mut config = config(bench.root.path());
+    let store = Store::open(&config.store, config.options).unwrap();
+    let to = checkpoint(&store, &"vm".parse().unwrap(), false);
+    store.close().unwrap();
+    drop(store);
+    serve_nbd(&mut config);
+    bench.daemon = Some(bench.runtime.block_on(Daemon::start(config)).unwrap());
+
+    // Gone as soon as it is asked to end its QEMU.
+    let at = bench.store();
+    let supervisor = thread::spawn(move || {
+        let client = Client::find(&at).unwrap().unwrap();
+        let stays = &mut |step: Step<Order>| !matches!(step, Step::Item(Order::Restart));
+        client.lines::<Order, ()>(Method::POST, "/v1/vms/vm/supervisor", stays)
+    });
+    wait_until("it is attached", || bench.vm("vm").supervised == Some(Supervised::Starting));
+    let revert = |disks_only: bool| {
+        let body = json!({ "to": to.to_string(), "disks_only": disks_only });
+        bench.client.send::<Value>(Method::POST, "/v1/vms/vm/revert", &body)
+    };
+    let client = bench.nbd("web1");
+    for disks_only in [false, true] {
+        let refused = revert(disks_only).unwrap_err();
+        assert!(refused.message.contains("volume 'web1' open over NBD"), "{refused}");
+    }
+    assert_eq!(bench.vm("vm").supervised, Some(Supervised::Starting));
+    let past = bench.nbd("web1@head");
+    drop(client);
+    wait_until("only the past is open", || bench.connections().len() == 1);
+    assert!(revert(false).unwrap_err().message.contains("has ended"));
+    supervisor.join().unwrap().unwrap();
+    drop(past);
     bench.stop();
 }
 
