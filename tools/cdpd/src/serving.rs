@@ -340,10 +340,12 @@ impl Servers {
         }
     }
 
-    /// What every server that runs has done.
+    /// What the servers have done: nothing, and nobody is connected, where the socket could not be made. Whoever waits for a
+    /// machine to be connected must not miss that.
     pub(crate) fn stats(&self) -> BTreeMap<VolumeId, ServerStats> {
         let running = lock(&self.running);
-        running.iter().filter_map(|(id, entry)| Some((*id, entry.outcome.as_ref().ok()?.stats()))).collect()
+        let stats = |entry: &Entry| entry.outcome.as_ref().map(Server::stats).unwrap_or_default();
+        running.iter().map(|(id, entry)| (*id, stats(entry))).collect()
     }
 
     /// Stops every server, side by side: each waits for its own guest's requests. None is started after that: a guest

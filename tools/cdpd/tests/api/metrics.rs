@@ -109,3 +109,18 @@ fn counters_move_by_what_was_done() {
     drop(guest);
     bench.stop();
 }
+
+#[test]
+fn nobody_is_connected_where_the_socket_could_not_be_made() {
+    let mut bench = Bench::new();
+    let directory = bench.root.path().join("run");
+    std::fs::create_dir(&directory).unwrap();
+    bench.create("web1", MIB).unwrap();
+    bench.serve("web1", &directory.join("web1.sock")).unwrap();
+    bench.stop();
+    std::fs::remove_dir_all(&directory).unwrap();
+    bench.start_again();
+    let shown = bench.metrics();
+    assert_eq!(shown.samples.get("cdpd_vhost_connected{volume=\"web1\"}"), Some(&0.0));
+    bench.stop();
+}
