@@ -227,6 +227,10 @@ impl Config {
     }
 
     fn check(&self, allow_remote: bool) -> anyhow::Result<()> {
+        let Limits { connections, requests, streams } = self.limits;
+        if [connections, requests, streams].contains(&0) {
+            bail!("[limits]: connections, requests and streams must each be 1 at the least");
+        }
         if let Some(address) = self.http.filter(|address| !address.ip().is_loopback() && !allow_remote) {
             bail!(
                 "others could reach the API on {address}, and it asks nobody who they are: \
@@ -364,6 +368,16 @@ mod tests {
         let flags = Overrides { file: Some("/nonexistent/x.toml".into()), ..Overrides::default() };
         let refusal = format!("{:#}", load("", &flags).unwrap_err());
         assert!(refusal.contains("cannot read /nonexistent/x.toml"), "{refusal}");
+    }
+
+    #[test]
+    fn limits_that_let_nobody_in_are_refused() {
+        for limit in ["connections", "requests", "streams"] {
+            let with = |count: u32| load(&format!("[limits]\n{limit} = {count}"), &Overrides::default());
+            let refusal = with(0).unwrap_err().to_string();
+            assert!(refusal.contains("[limits]") && refusal.contains(limit), "{refusal}");
+            assert!(with(1).is_ok());
+        }
     }
 
     #[test]
