@@ -325,7 +325,13 @@ impl Machines {
         mut order: Order,
         hold: Hold,
     ) -> Result<CheckpointInfo, ApiError> {
-        let qmp = self.connect(&info).await?;
+        let qmp = tokio::select! {
+            connected = self.connect(&info) => connected?,
+            // A QEMU that is being started may take long, and nothing is begun yet.
+            () = given_up(hold.cancel.clone()) => {
+                return Err(ApiError::new(ErrorKind::Unavailable, "no checkpoint was taken: it was cancelled"));
+            }
+        };
         let machine = Machine {
             store: self.store.clone(),
             name: info.name.clone(),
@@ -492,6 +498,11 @@ impl Machines {
     }
 }
 
+/// Ends when a checkpoint is to be given up.
+async fn given_up(mut cancel: watch::Receiver<bool>) {
+    let _ = cancel.wait_for(|cancel| *cancel).await;
+}
+
 fn ends() -> ApiError {
     ApiError::new(ErrorKind::Unavailable, "cdpd is stopping")
 }
@@ -638,6 +649,35 @@ mod tests {
         assert!(machines.begin(&other, Work::Returning).is_err_and(|e| e.kind == ErrorKind::Unavailable));
         drop(returning);
         stopping.await;
+        store.close().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_checkpoint_that_waits_for_its_qemu_to_start_can_be_given_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
+        Store::create(&path, &options).unwrap();
+        let store = Store::open(&path, options).unwrap();
+        let disk: VolumeName = "web1".parse().unwrap();
+        store.create_volume(&disk, VolumeSpec { size_bytes: 4096, logical_block_size: 512 }).unwrap();
+        let vm: VmName = "web1".parse().unwrap();
+        let qmp = Some(directory.path().join("qmp").display().to_string());
+        let spec = VmSpec { volumes: vec![disk], qmp, settings: serde_json::Value::Null };
+        let info = store.create_vm(&vm, &spec).unwrap();
+        let gate = Gate::new(store.clone());
+        let machines = Machines::new(store.clone(), gate, directory.path(), None);
+
+        let _starting = machines.supervisors.attach(vm).unwrap();
+        let order = machines.order(&info, NewCheckpoint::default()).unwrap();
+        let (cancel, cancelled) = watch::channel(false);
+        let hold = Hold { cancel: cancelled, progress: watch::Sender::new(Taking::default()) };
+        let mut taking = std::pin::pin!(machines.take_from(info, Vec::new(), order, hold));
+        let soon = Duration::from_millis(100);
+        assert!(tokio::time::timeout(soon, &mut taking).await.is_err(), "its QEMU may come yet");
+        cancel.send_replace(true);
+        let outcome = tokio::time::timeout(STARTING / 3, taking).await.unwrap();
+        assert!(outcome.unwrap_err().message.contains("cancelled"));
         store.close().unwrap();
     }
 
