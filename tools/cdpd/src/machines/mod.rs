@@ -136,7 +136,7 @@ impl Machines {
     /// `Busy`: something else is being done with it; `Unavailable`: the daemon is stopping.
     pub(crate) fn begin(self: &Arc<Self>, vm: &VmName, work: Work) -> Result<Working, ApiError> {
         let mut all = self.work();
-        if *self.stopping.borrow() {
+        if self.is_ending() {
             return Err(ends());
         }
         if let Some(other) = all.get(vm) {
@@ -187,6 +187,10 @@ impl Machines {
             }
             Work::Returning => None,
         }
+    }
+
+    fn is_ending(&self) -> bool {
+        *self.stopping.borrow()
     }
 
     /// Ends when the daemon stops.
@@ -275,12 +279,7 @@ impl Machines {
     ) -> Result<CheckpointInfo, ApiError> {
         let info = self.store.vm(vm)?;
         let order = self.order(&info, new)?;
-        if self.store.unfinished_checkpoints().iter().any(|left| left.vm == info.id) {
-            let text = format!(
-                "the checkpoint of '{vm}' that was being taken when cdpd ended is still being undone; try again"
-            );
-            return Err(ApiError::new(ErrorKind::Busy, text));
-        }
+        self.check_undone(&info)?;
         let disks = self.disks(servers, &info)?;
         let (cancel, cancelled) = watch::channel(false);
         let (tell, progress) = watch::channel(Taking::default());
@@ -295,6 +294,29 @@ impl Machines {
         task.await.unwrap_or_else(|_| {
             Err(ApiError::new(ErrorKind::Internal, "the task of the checkpoint has died"))
         })
+    }
+
+    /// Refuses a machine of which a dead daemon has left a checkpoint that is not undone yet.
+    fn check_undone(&self, info: &VmInfo) -> Result<(), ApiError> {
+        if !self.store.unfinished_checkpoints().iter().any(|left| left.vm == info.id) {
+            return Ok(());
+        }
+        let text = format!(
+            "the checkpoint of '{}' that was being taken when cdpd ended is still being undone; try again",
+            info.name
+        );
+        Err(ApiError::new(ErrorKind::Busy, text))
+    }
+
+    /// Waits for that, which mostly takes no longer than a QEMU's start, but not for one that hangs.
+    async fn wait_until_undone(&self, info: &VmInfo) -> Result<(), ApiError> {
+        let by = Instant::now() + LEFT_BEHIND;
+        loop {
+            match self.check_undone(info) {
+                Err(_) if Instant::now() < by && !self.is_ending() => tokio::time::sleep(LOOK_EVERY).await,
+                outcome => return outcome,
+            }
+        }
     }
 
     /// What a request means for a machine.
@@ -422,13 +444,16 @@ impl Machines {
     /// another machine than the checkpoint's, with both values. A running QEMU is ended only if it is the same machine.
     ///
     /// # Errors
-    /// It is another machine, does not wait, or cannot be asked.
+    /// It is another machine, does not wait, or cannot be asked; `Busy` if a checkpoint of it that a dead daemon has left cannot
+    /// be undone.
     pub(crate) async fn make_ready(
         &self,
         servers: &Servers,
         info: &VmInfo,
         to: CheckpointId,
     ) -> Result<(), ApiError> {
+        // The store would not put its disks back. And what undoes the checkpoint takes any QEMU for the one that it was taken of.
+        self.wait_until_undone(info).await?;
         if self.supervisors.state(&info.name) == Some(Supervised::Running) {
             let qmp = self.connect(info).await?;
             let differences = ckpt::restore::differences(&self.store, to, &qmp).await.map_err(refused)?;

@@ -1,14 +1,18 @@
 //! Machines: what is remembered of them, and who looks after them. Their checkpoints need a QEMU: see the crate `e2e`.
 
-use std::thread;
+use std::os::unix::net::UnixListener;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use cdp_store::{CheckpointMode, CheckpointSpec, Store};
+use cdp_types::{CheckpointId, VmName};
 use cdpd::api::{ApiError, ErrorKind, Order, Schedule, Supervised, Vm};
 use cdpd::client::{Client, Step};
 use hyper::Method;
 use serde_json::{Value, json};
 
-use crate::{Bench, MIB};
+use crate::destruction::checkpoint;
+use crate::{Bench, MIB, config};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -20,6 +24,24 @@ impl Bench {
 
     pub(crate) fn vm(&self, name: &str) -> Vm {
         self.client.get(&format!("/v1/vms/{name}")).unwrap()
+    }
+
+    /// Has somebody look after the machine `vm`, who is gone as soon as he is asked to end its QEMU.
+    pub(crate) fn supervise(&self) -> JoinHandle<Result<Option<()>, ApiError>> {
+        let store = self.store();
+        let supervisor = thread::spawn(move || {
+            let client = Client::find(&store).unwrap().unwrap();
+            let stays = &mut |step: Step<Order>| !matches!(step, Step::Item(Order::Restart));
+            client.lines::<Order, ()>(Method::POST, "/v1/vms/vm/supervisor", stays)
+        });
+        wait_until("it is attached", || self.vm("vm").supervised == Some(Supervised::Starting));
+        supervisor
+    }
+
+    /// A revert of the machine `vm` that cannot come to its end.
+    pub(crate) fn try_to_go_back(&self, to: CheckpointId, disks_only: bool) -> ApiError {
+        let body = json!({ "to": to.to_string(), "disks_only": disks_only });
+        self.client.send::<Value>(Method::POST, "/v1/vms/vm/revert", &body).unwrap_err()
     }
 }
 
@@ -108,4 +130,32 @@ fn one_supervisor_at_a_time_is_heard_and_missed() {
     assert_eq!(second.kind, ErrorKind::Busy);
     bench.stop();
     assert!(listening.join().unwrap().is_err(), "a daemon that stops ends the connection");
+}
+
+#[test]
+fn no_qemu_is_ended_while_a_checkpoint_of_a_dead_daemon_is_undone() {
+    let mut bench = Bench::new();
+    bench.create("web1", MIB).unwrap();
+    bench.register("vm", "web1");
+    bench.stop();
+    // A QEMU that hangs.
+    let qmp = bench.root.path().join("qmp");
+    let _listener = UnixListener::bind(&qmp).unwrap();
+    let config = config(bench.root.path());
+    let store = Store::open(&config.store, config.options).unwrap();
+    let vm: VmName = "vm".parse().unwrap();
+    let to = checkpoint(&store, &vm, false);
+    let restore = json!({ "qmp": qmp });
+    let spec = CheckpointSpec { mode: CheckpointMode::Pause, label: None, restore };
+    store.begin_checkpoint(&vm, spec).unwrap();
+    store.close().unwrap();
+    drop(store);
+    bench.start_again();
+
+    let supervisor = bench.supervise();
+    let refused = bench.try_to_go_back(to, false);
+    assert!(refused.kind == ErrorKind::Busy && refused.message.contains("still being undone"), "{refused}");
+    assert_eq!(bench.vm("vm").supervised, Some(Supervised::Starting));
+    bench.stop();
+    assert!(supervisor.join().unwrap().is_err(), "it was asked to end its QEMU");
 }

@@ -3,15 +3,13 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use cdp_store::Store;
-use cdpd::api::{NbdConnection, Order, Supervised, Volume};
-use cdpd::client::{Client, Step};
+use cdpd::api::{NbdConnection, Supervised, Volume};
 use cdpd::{Config, Daemon};
 use hyper::Method;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::destruction::checkpoint;
 use crate::machines::wait_until;
@@ -224,28 +222,17 @@ fn no_qemu_is_ended_for_a_revert_that_a_client_of_its_disk_prevents() {
     serve_nbd(&mut config);
     bench.daemon = Some(bench.runtime.block_on(Daemon::start(config)).unwrap());
 
-    // Gone as soon as it is asked to end its QEMU.
-    let at = bench.store();
-    let supervisor = thread::spawn(move || {
-        let client = Client::find(&at).unwrap().unwrap();
-        let stays = &mut |step: Step<Order>| !matches!(step, Step::Item(Order::Restart));
-        client.lines::<Order, ()>(Method::POST, "/v1/vms/vm/supervisor", stays)
-    });
-    wait_until("it is attached", || bench.vm("vm").supervised == Some(Supervised::Starting));
-    let revert = |disks_only: bool| {
-        let body = json!({ "to": to.to_string(), "disks_only": disks_only });
-        bench.client.send::<Value>(Method::POST, "/v1/vms/vm/revert", &body)
-    };
+    let supervisor = bench.supervise();
     let client = bench.nbd("web1");
     for disks_only in [false, true] {
-        let refused = revert(disks_only).unwrap_err();
+        let refused = bench.try_to_go_back(to, disks_only);
         assert!(refused.message.contains("volume 'web1' open over NBD"), "{refused}");
     }
     assert_eq!(bench.vm("vm").supervised, Some(Supervised::Starting));
     let past = bench.nbd("web1@head");
     drop(client);
     wait_until("only the past is open", || bench.connections().len() == 1);
-    assert!(revert(false).unwrap_err().message.contains("has ended"));
+    assert!(bench.try_to_go_back(to, false).message.contains("has ended"));
     supervisor.join().unwrap().unwrap();
     drop(past);
     bench.stop();
