@@ -352,7 +352,7 @@ pub(super) async fn delete(
 ) -> Result<StatusCode, ApiError> {
     blocking(&app, move |app| {
         let found = app.store.find_checkpoint(&vm, &which)?;
-        app.store.delete_checkpoint(found.id)?;
+        app.machines.delete_checkpoint(&vm, found.id)?;
         tracing::info!(vm = %vm, checkpoint = %found.id, "checkpoint deleted");
         Ok(StatusCode::NO_CONTENT)
     })
@@ -367,8 +367,11 @@ pub(super) async fn revert(
 ) -> Result<Json<VmReverted>, ApiError> {
     let VmRevert { to, disks_only } = request;
     let working = app.machines.begin(&name, Work::Returning)?;
-    let (info, found) =
-        blocking(&app, move |app| Ok((app.store.vm(&name)?, app.store.find_checkpoint(&name, &to)?))).await?;
+    let (info, found) = blocking(&app, move |app| {
+        let found = app.machines.between_deletions(|| app.store.find_checkpoint(&name, &to))?;
+        Ok((app.store.vm(&name)?, found))
+    })
+    .await?;
     to_its_end(async move {
         let _working = working;
         put_back(&app, info, found.id, disks_only).await.map(Json)

@@ -74,6 +74,8 @@ pub(crate) struct Machines {
     stopping: watch::Sender<bool>,
     /// Held while a machine's settings are read and written again.
     settings: Mutex<()>,
+    /// Held while a checkpoint is deleted.
+    deleting: Mutex<()>,
     /// What checkpoints have learned of each.
     firsts: Mutex<BTreeMap<VmName, Arc<Firsts>>>,
     /// Who can start a machine's QEMU anew.
@@ -120,6 +122,7 @@ impl Machines {
             work: Mutex::default(),
             stopping: watch::Sender::new(false),
             settings: Mutex::default(),
+            deleting: Mutex::default(),
             firsts: Mutex::default(),
             supervisors: Arc::default(),
             schedules_changed: Notify::new(),
@@ -166,6 +169,26 @@ impl Machines {
     /// To be held by whoever reads a machine's settings, or what is said of a checkpoint, and writes them again.
     pub(crate) fn settings(&self) -> MutexGuard<'_, ()> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Deletes a checkpoint of a machine, unless that is being put back to one: it may be this one, without which the machine
+    /// would have its old disks and no memory.
+    ///
+    /// # Errors
+    /// `Busy`: it is being put back; the store's.
+    pub(crate) fn delete_checkpoint(&self, vm: &VmName, id: CheckpointId) -> Result<(), ApiError> {
+        let _deleting = self.deleting.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_returning(vm) {
+            return Err(busy(vm, &Work::Returning));
+        }
+        Ok(self.store.delete_checkpoint(id)?)
+    }
+
+    /// Looks for the checkpoint to which a machine that has been taken for it is to be put back: a deletion that was under way
+    /// has ended by then, and another one is refused.
+    pub(crate) fn between_deletions<T>(&self, look: impl FnOnce() -> T) -> T {
+        let _deleting = self.deleting.lock().unwrap_or_else(PoisonError::into_inner);
+        look()
     }
 
     /// Forgets what checkpoints have learned of a machine that is not there any more.

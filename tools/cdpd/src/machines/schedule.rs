@@ -121,7 +121,7 @@ async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) {
 /// Deletes the oldest scheduled checkpoints of a machine.
 fn thin_out(app: &App, vm: &VmName, keep: u64) {
     for old in surplus(complete(app, vm), keep) {
-        match app.store.delete_checkpoint(old.id) {
+        match app.machines.delete_checkpoint(vm, old.id) {
             Ok(()) => tracing::info!(%vm, checkpoint = %old.id, "scheduled checkpoint deleted"),
             Err(error) => tracing::warn!(%vm, checkpoint = %old.id, "cannot be deleted: {error}"),
         }

@@ -26,12 +26,18 @@ impl Bench {
         self.client.get(&format!("/v1/vms/{name}")).unwrap()
     }
 
-    /// Has somebody look after the machine `vm`, who is gone as soon as he is asked to end its QEMU.
-    pub(crate) fn supervise(&self) -> JoinHandle<Result<Option<()>, ApiError>> {
+    /// Has somebody look after the machine `vm`, who is gone when he is asked to end its QEMU and has done this.
+    pub(crate) fn supervise(&self, last: fn(&Client)) -> JoinHandle<Result<Option<()>, ApiError>> {
         let store = self.store();
         let supervisor = thread::spawn(move || {
             let client = Client::find(&store).unwrap().unwrap();
-            let stays = &mut |step: Step<Order>| !matches!(step, Step::Item(Order::Restart));
+            let stays = &mut |step: Step<Order>| {
+                let is_last = matches!(step, Step::Item(Order::Restart));
+                if is_last {
+                    last(&client);
+                }
+                !is_last
+            };
             client.lines::<Order, ()>(Method::POST, "/v1/vms/vm/supervisor", stays)
         });
         wait_until("it is attached", || self.vm("vm").supervised == Some(Supervised::Starting));
@@ -152,10 +158,34 @@ fn no_qemu_is_ended_while_a_checkpoint_of_a_dead_daemon_is_undone() {
     drop(store);
     bench.start_again();
 
-    let supervisor = bench.supervise();
+    let supervisor = bench.supervise(|_| ());
     let refused = bench.try_to_go_back(to, false);
     assert!(refused.kind == ErrorKind::Busy && refused.message.contains("still being undone"), "{refused}");
     assert_eq!(bench.vm("vm").supervised, Some(Supervised::Starting));
     bench.stop();
     assert!(supervisor.join().unwrap().is_err(), "it was asked to end its QEMU");
+}
+
+#[test]
+fn a_checkpoint_is_not_deleted_while_its_machine_goes_back() {
+    let mut bench = Bench::new();
+    bench.create("web1", MIB).unwrap();
+    bench.register("vm", "web1");
+    bench.stop();
+    let config = config(bench.root.path());
+    let store = Store::open(&config.store, config.options).unwrap();
+    let to = checkpoint(&store, &"vm".parse().unwrap(), false);
+    store.close().unwrap();
+    drop(store);
+    bench.start_again();
+
+    let supervisor = bench.supervise(|client| {
+        let refused = client.delete::<()>("/v1/vms/vm/checkpoints/1").unwrap_err();
+        assert!(refused.kind == ErrorKind::Busy && refused.message.contains("being put back"), "{refused}");
+    });
+    assert!(bench.try_to_go_back(to, false).message.contains("has ended"));
+    supervisor.join().unwrap().unwrap();
+    bench.client.delete::<()>("/v1/vms/vm/checkpoints/1").unwrap();
+    assert!(bench.try_to_go_back(to, false).message.contains("no checkpoint"));
+    bench.stop();
 }

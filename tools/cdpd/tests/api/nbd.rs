@@ -222,7 +222,7 @@ fn no_qemu_is_ended_for_a_revert_that_a_client_of_its_disk_prevents() {
     serve_nbd(&mut config);
     bench.daemon = Some(bench.runtime.block_on(Daemon::start(config)).unwrap());
 
-    let supervisor = bench.supervise();
+    let supervisor = bench.supervise(|_| ());
     let client = bench.nbd("web1");
     for disks_only in [false, true] {
         let refused = bench.try_to_go_back(to, disks_only);
