@@ -179,12 +179,17 @@ mod tests {
         let callback = section("callback = [\"/bin/x\", \"y\"]\ncallback_timeout_s = 9").unwrap().unwrap();
         assert_eq!(callback.whom, Whom::Program("/bin/x".into(), vec!["y".into()]));
         assert_eq!((callback.timeout, callback.required), (Duration::from_secs(9), false));
+        for url in ["http://h", "http://h:/", "http://h:8080/x", "http://[::1]", "http://[::1]:80/"] {
+            assert!(section(&format!("callback_url = \"{url}\"")).is_ok(), "{url}");
+        }
         for (text, part) in [
             ("callback = []", "names no program"),
             ("callback = [\"x\"]", "no absolute path"),
             ("callback = [\"/x\"]\ncallback_url = \"http://h/\"", "only one"),
             ("callback_url = \"https://h/\"", "http only"),
             ("callback_url = \"h\"", "http only"),
+            ("callback_url = \"http://h:80800/\"", "no port ':80800'"),
+            ("callback_url = \"http://[::1]:8o80/\"", "no port ':8o80'"),
             ("callback_required = true", "without a callback"),
             ("callback = [\"/x\"]\ncallback_timeout_s = 0", "1 to 600"),
             ("callbak = 1", "unknown field"),

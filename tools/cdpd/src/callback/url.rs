@@ -28,6 +28,12 @@ impl FromStr for Url {
         ensure!(uri.scheme_str() == Some("http"), "'{text}': http only, as in http://127.0.0.1:8000/cut");
         let authority = uri.authority().with_context(|| format!("'{text}' names no host"))?;
         ensure!(!authority.as_str().contains('@'), "'{text}': passwords are not sent");
+        // One that is no number, or too large a one, is none to `port_u16`, which must not mean 80.
+        let port = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
+        ensure!(
+            matches!(port, "" | ":") || authority.port_u16().is_some(),
+            "'{text}': there is no port '{port}'"
+        );
         Ok(Self {
             authority: authority.to_string(),
             host: authority.host().trim_matches(['[', ']']).to_owned(),
