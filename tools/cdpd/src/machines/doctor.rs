@@ -62,11 +62,16 @@ impl Machines {
         Ok((checks, served))
     }
 
-    /// What QEMU says.
-    async fn qemu(&self, info: &VmInfo, sockets: &[PathBuf]) -> Vec<Check> {
+    /// What QEMU says. It takes one client at a time, and another one may wait, so that nobody else gets through to it: while
+    /// something is done with the machine it is left alone.
+    pub(super) async fn qemu(&self, info: &VmInfo, sockets: &[PathBuf]) -> Vec<Check> {
         if self.taking(&info.name).is_some() {
             let found = "a checkpoint is being taken, which has QEMU's socket for itself";
             return vec![Check::unknown("QMP", found, "ask again when it is complete")];
+        }
+        if self.is_returning(&info.name) {
+            let found = "the machine is being put back to a checkpoint, which has QEMU's socket for itself";
+            return vec![Check::unknown("QMP", found, "ask again when that is done")];
         }
         let Some(path) = info.qmp.as_deref() else {
             let cure = format!("cdp-tool vm register {} --qmp SOCKET …", info.name);

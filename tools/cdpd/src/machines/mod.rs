@@ -635,26 +635,33 @@ async fn disks_are_back(app: &App, vm: VmId) {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::os::unix::net::UnixListener;
+
     use cdp_store::{StoreOptions, VmSpec, VolumeSpec};
+    use ckpt::doctor::Verdict;
 
     use super::*;
+
+    /// The machines of a new store in a directory, and one of them, whose QMP socket would be `qmp` there.
+    fn one_machine(directory: &Path) -> (Store, Arc<Machines>, VmInfo) {
+        let path = directory.join("store");
+        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
+        Store::create(&path, &options).unwrap();
+        let store = Store::open(&path, options).unwrap();
+        let disk: VolumeName = "web1".parse().unwrap();
+        store.create_volume(&disk, VolumeSpec { size_bytes: 4096, logical_block_size: 512 }).unwrap();
+        let qmp = Some(directory.join("qmp").display().to_string());
+        let spec = VmSpec { volumes: vec![disk], qmp, settings: serde_json::Value::Null };
+        let info = store.create_vm(&"web1".parse().unwrap(), &spec).unwrap();
+        let gate = Gate::new(store.clone());
+        (store.clone(), Arc::new(Machines::new(store, gate, directory, None)), info)
+    }
 
     #[test]
     fn a_machine_that_is_being_put_back_and_its_disks_are_left_alone() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("store");
-        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
-        Store::create(&path, &options).unwrap();
-        let store = Store::open(&path, options).unwrap();
+        let (store, machines, VmInfo { name: vm, .. }) = one_machine(directory.path());
         let [disk, other]: [VolumeName; 2] = ["web1", "other"].map(|name| name.parse().unwrap());
-        for name in [&disk, &other] {
-            store.create_volume(name, VolumeSpec { size_bytes: 4096, logical_block_size: 512 }).unwrap();
-        }
-        let vm: VmName = "web1".parse().unwrap();
-        let spec = VmSpec { volumes: vec![disk.clone()], qmp: None, settings: serde_json::Value::Null };
-        store.create_vm(&vm, &spec).unwrap();
-        let gate = Gate::new(store.clone());
-        let machines = Arc::new(Machines::new(store.clone(), gate, directory.path(), None));
 
         let (cancel, _) = watch::channel(false);
         let (_, progress) = watch::channel(Taking::default());
@@ -676,12 +683,7 @@ mod tests {
     #[tokio::test]
     async fn a_stop_gives_checkpoints_up_and_waits_for_machines_that_are_being_put_back() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("store");
-        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
-        Store::create(&path, &options).unwrap();
-        let store = Store::open(&path, options).unwrap();
-        let gate = Gate::new(store.clone());
-        let machines = Arc::new(Machines::new(store.clone(), gate, directory.path(), None));
+        let (store, machines, _) = one_machine(directory.path());
         let [one, other]: [VmName; 2] = ["web1", "web2"].map(|name| name.parse().unwrap());
 
         let returning = machines.begin(&one, Work::Returning).unwrap();
@@ -703,20 +705,8 @@ mod tests {
     #[tokio::test]
     async fn a_checkpoint_that_waits_for_its_qemu_to_start_can_be_given_up() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("store");
-        let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
-        Store::create(&path, &options).unwrap();
-        let store = Store::open(&path, options).unwrap();
-        let disk: VolumeName = "web1".parse().unwrap();
-        store.create_volume(&disk, VolumeSpec { size_bytes: 4096, logical_block_size: 512 }).unwrap();
-        let vm: VmName = "web1".parse().unwrap();
-        let qmp = Some(directory.path().join("qmp").display().to_string());
-        let spec = VmSpec { volumes: vec![disk], qmp, settings: serde_json::Value::Null };
-        let info = store.create_vm(&vm, &spec).unwrap();
-        let gate = Gate::new(store.clone());
-        let machines = Machines::new(store.clone(), gate, directory.path(), None);
-
-        let _starting = machines.supervisors.attach(vm).unwrap();
+        let (store, machines, info) = one_machine(directory.path());
+        let _starting = machines.supervisors.attach(info.name.clone()).unwrap();
         let order = machines.order(&info, NewCheckpoint::default()).unwrap();
         let (cancel, cancelled) = watch::channel(false);
         let hold = Hold { cancel: cancelled, progress: watch::Sender::new(Taking::default()) };
@@ -726,6 +716,20 @@ mod tests {
         cancel.send_replace(true);
         let outcome = tokio::time::timeout(STARTING / 3, taking).await.unwrap();
         assert!(outcome.unwrap_err().message.contains("cancelled"));
+        store.close().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_qemu_is_not_asked_while_its_machine_is_put_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, machines, info) = one_machine(directory.path());
+        let qmp = UnixListener::bind(directory.path().join("qmp")).unwrap();
+        qmp.set_nonblocking(true).unwrap();
+        let returning = machines.begin(&info.name, Work::Returning).unwrap();
+        let checks = machines.qemu(&info, &[]).await;
+        assert!(matches!(&checks[..], [only] if only.verdict == Verdict::Unknown), "{checks:?}");
+        assert!(qmp.accept().is_err(), "who waits for QEMU's socket is in the way of the restore");
+        drop(returning);
         store.close().unwrap();
     }
 
