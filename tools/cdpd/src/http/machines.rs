@@ -17,7 +17,7 @@ use super::stream::orders;
 use super::{App, Peer, at_work, blocking};
 use crate::api::{
     ApiError, Checkpoint, CheckpointChange, Diagnosis, ErrorKind, NewCheckpoint, NewVm, NewVmClone, Reverted,
-    Schedule, ServingStatus, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
+    Schedule, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
 };
 use crate::machines::{Settings, Work, copies};
 
@@ -51,10 +51,7 @@ impl<S: Send + Sync> FromRequestParts<S> for OfMachine {
 /// A machine as it is now.
 fn view(app: &App, info: VmInfo) -> Result<Vm, ApiError> {
     let (taking, supervised) = (app.machines.taking(&info.name), app.machines.supervisors.state(&info.name));
-    let is_connected = |name| {
-        app.store.volume(name).is_ok_and(|volume| app.servers.status(volume.id()) == ServingStatus::Connected)
-    };
-    let connected = info.volumes.iter().any(is_connected);
+    let connected = app.is_connected(&info);
     Vm::new(info, taking, supervised, connected)
 }
 

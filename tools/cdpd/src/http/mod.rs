@@ -20,10 +20,10 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
-use cdp_store::Store;
+use cdp_store::{Store, VmInfo};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use crate::api::{ApiError, DaemonStatus, ErrorKind};
+use crate::api::{ApiError, DaemonStatus, ErrorKind, ServingStatus};
 use crate::config::Limits;
 use crate::machines::Machines;
 use crate::nbd::NbdServer;
@@ -74,6 +74,12 @@ impl App {
 
     fn nbd(&self) -> MutexGuard<'_, NbdServer> {
         self.nbd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a QEMU is connected to one of a machine's disks.
+    pub(crate) fn is_connected(&self, vm: &VmInfo) -> bool {
+        let status = |name| self.store.volume(name).map(|volume| self.servers.status(volume.id()));
+        vm.volumes.iter().any(|name| status(name).is_ok_and(|status| status == ServingStatus::Connected))
     }
 
     /// Hands over the NBD server.

@@ -3,6 +3,7 @@
 //! Scheduled checkpoints are told from others by their labels alone: `auto-` and the time. One that is pinned, or given
 //! another label, is kept.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -13,13 +14,18 @@ use jiff::fmt::strtime;
 use tokio::task::JoinSet;
 
 use super::Settings;
-use crate::api::{ApiError, ErrorKind, NewCheckpoint, Schedule};
+use crate::api::{ApiError, ErrorKind, NewCheckpoint, Schedule, Supervised};
 use crate::http::App;
 
 /// What the labels of scheduled checkpoints begin with.
 const PREFIX: &str = "auto-";
 /// How often machines are looked at: how late a checkpoint may be.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// One that came to nothing is tried again after a tenth of the time between two, but not before ten times what it took, since
+/// it may have sent all of the machine's memory over and over.
+const TENTH: u32 = 10;
+/// Nor within this time.
+const RETRY: Duration = Duration::from_secs(60);
 /// The shortest time between scheduled checkpoints, in seconds.
 const SHORTEST_S: u64 = 10;
 /// The longest: a year.
@@ -42,16 +48,42 @@ impl Schedule {
     }
 }
 
+/// A machine that has a schedule.
+struct Scheduled {
+    info: VmInfo,
+    schedule: Schedule,
+    runs: bool,
+}
+
+/// The last attempt at a scheduled checkpoint of a machine.
+#[derive(Clone, Copy, Debug)]
+struct Attempt {
+    began: Instant,
+    /// How long it took, if it came to nothing.
+    failed_after: Option<Duration>,
+}
+
+impl Attempt {
+    /// How long after its beginning the next one is due.
+    fn pause(&self, every: Duration) -> Duration {
+        let Some(took) = self.failed_after else { return every };
+        let rest = RETRY.max(every / TENTH).max(took.saturating_mul(TENTH));
+        every.min(took.saturating_add(rest))
+    }
+}
+
 /// Takes scheduled checkpoints until it is dropped.
 pub(crate) async fn keep_to_schedules(app: Arc<App>) {
-    let mut taking: JoinSet<VmName> = JoinSet::new();
-    let mut tried = std::collections::BTreeMap::new();
-    let mut busy = std::collections::BTreeSet::new();
+    let mut taking: JoinSet<(VmName, bool)> = JoinSet::new();
+    let mut attempts: BTreeMap<VmName, Attempt> = BTreeMap::new();
+    let mut busy = BTreeSet::new();
     loop {
         while let Some(done) = taking.try_join_next() {
-            if let Ok(vm) = done {
-                busy.remove(&vm);
+            let Ok((vm, taken)) = done else { continue };
+            if let Some(attempt) = attempts.get_mut(&vm).filter(|_| !taken) {
+                attempt.failed_after = Some(attempt.began.elapsed());
             }
+            busy.remove(&vm);
         }
         let scheduled = scheduled(&app).await;
         if scheduled.is_empty() && busy.is_empty() {
@@ -59,17 +91,17 @@ pub(crate) async fn keep_to_schedules(app: Arc<App>) {
             app.machines.schedules_changed.notified().await;
             continue;
         }
-        for (info, schedule) in scheduled {
-            let last = tried.get(&info.name).copied();
-            if busy.contains(&info.name) || !is_due(&app, &info, &schedule, last) {
+        for Scheduled { info, schedule, runs } in scheduled {
+            let last = attempts.get(&info.name).copied();
+            if !runs || busy.contains(&info.name) || !is_due(&app, &info, &schedule, last) {
                 continue;
             }
-            tried.insert(info.name.clone(), Instant::now());
+            attempts.insert(info.name.clone(), Attempt { began: Instant::now(), failed_after: None });
             busy.insert(info.name.clone());
             let (app, vm) = (Arc::clone(&app), info.name);
             taking.spawn(async move {
-                take(&app, &vm, &schedule).await;
-                vm
+                let taken = take(&app, &vm, &schedule).await;
+                (vm, taken)
             });
         }
         tokio::time::sleep(LOOK_EVERY).await;
@@ -77,21 +109,32 @@ pub(crate) async fn keep_to_schedules(app: Arc<App>) {
 }
 
 /// The machines that have a schedule. Reading them takes the store's lock, so not on the runtime's thread.
-async fn scheduled(app: &Arc<App>) -> Vec<(VmInfo, Schedule)> {
+async fn scheduled(app: &Arc<App>) -> Vec<Scheduled> {
     let app = Arc::clone(app);
     let read = move || {
-        let schedule = |info: VmInfo| Some((Settings::of(&info).ok()?.schedule?, info));
-        app.store.vms().into_iter().filter_map(schedule).map(|(schedule, info)| (info, schedule)).collect()
+        let schedule = |info: VmInfo| {
+            let schedule = Settings::of(&info).ok()?.schedule?;
+            Some(Scheduled { runs: runs(&app, &info), info, schedule })
+        };
+        app.store.vms().into_iter().filter_map(schedule).collect()
     };
     tokio::task::spawn_blocking(read).await.unwrap_or_default()
 }
 
+/// Whether a machine runs, as far as can be told from here. While it does not, for weeks perhaps, nothing is tried, so that
+/// what is due is taken once it does. Nor is a QEMU disturbed that is being started, or waits for memory: whoever is about
+/// to give it that would be refused.
+fn runs(app: &App, info: &VmInfo) -> bool {
+    let looked_after = app.machines.supervisors.state(&info.name);
+    looked_after.is_none_or(|state| state == Supervised::Running) && app.is_connected(info)
+}
+
 /// Whether it is time, by the last attempt at a scheduled checkpoint, or after a start of the daemon by the last one that was
 /// taken: as if it had not been away.
-fn is_due(app: &App, info: &VmInfo, schedule: &Schedule, tried: Option<Instant>) -> bool {
+fn is_due(app: &App, info: &VmInfo, schedule: &Schedule, last: Option<Attempt>) -> bool {
     let every = Duration::from_secs(schedule.every_s);
-    match tried {
-        Some(tried) => tried.elapsed() >= every,
+    match last {
+        Some(last) => last.began.elapsed() >= last.pause(every),
         None => {
             let newest = complete(app, &info.name).iter().map(|one| one.created_ns).max();
             newest.is_none_or(|newest| has_passed(every, newest, now_ns()))
@@ -104,18 +147,19 @@ fn has_passed(every: Duration, since_ns: u64, now_ns: u64) -> bool {
     now_ns.checked_sub(since_ns).is_none_or(|ns| Duration::from_nanos(ns) >= every)
 }
 
-async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) {
+/// Takes one, and says whether there is one.
+async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) -> bool {
     let (mode, label) = (schedule.mode, label_of(now_ns()));
     let new = NewCheckpoint { mode, label, ..NewCheckpoint::default() };
     let taken = Arc::clone(&app.machines).take(&app.servers, vm, new).await;
     if let Err(error) = taken {
-        // It may be switched off, for weeks.
         tracing::info!(%vm, "no scheduled checkpoint: {}", error.message);
-        return;
+        return false;
     }
     let (app, vm, keep) = (Arc::clone(app), vm.clone(), schedule.keep);
     // The thread cannot fail but by a panic, which ends the process.
     let _ = tokio::task::spawn_blocking(move || thin_out(&app, &vm, keep)).await;
+    true
 }
 
 /// Deletes the oldest scheduled checkpoints of a machine.
@@ -199,6 +243,18 @@ mod tests {
         assert!(!has_passed(minute, 100 * second, 159 * second));
         assert!(has_passed(minute, 100 * second, 160 * second));
         assert!(has_passed(minute, 100 * second, 40 * second), "the last one lies in the future");
+    }
+
+    #[test]
+    fn one_that_came_to_nothing_is_tried_again_sooner_but_not_all_the_time() {
+        let [minute, hour] = [60, 3600].map(Duration::from_secs);
+        let pause = |every, failed_after| Attempt { began: Instant::now(), failed_after }.pause(every);
+        assert_eq!(pause(24 * hour, None), 24 * hour);
+        assert_eq!(pause(24 * hour, Some(Duration::ZERO)), 24 * hour / 10);
+        assert_eq!(pause(5 * minute, Some(Duration::ZERO)), minute);
+        assert_eq!(pause(minute / 6, Some(Duration::ZERO)), minute / 6);
+        assert_eq!(pause(24 * hour, Some(hour)), 11 * hour);
+        assert_eq!(pause(hour, Some(Duration::MAX)), hour);
     }
 
     #[test]

@@ -12,9 +12,12 @@ use hyper::Method;
 use serde_json::{Value, json};
 
 use crate::destruction::checkpoint;
+use crate::guest::Guest;
 use crate::{Bench, MIB, config};
 
 const LIMIT: Duration = Duration::from_secs(30);
+/// Within this time the schedules have been looked at.
+const LOOKED_AT: Duration = Duration::from_millis(2500);
 
 impl Bench {
     fn put_vm(&self, name: &str, volumes: &[&str], launch: &Value) -> Result<Vm, ApiError> {
@@ -188,4 +191,31 @@ fn a_checkpoint_is_not_deleted_while_its_machine_goes_back() {
     bench.client.delete::<()>("/v1/vms/vm/checkpoints/1").unwrap();
     assert!(bench.try_to_go_back(to, false).message.contains("no checkpoint"));
     bench.stop();
+}
+
+#[test]
+fn a_scheduled_checkpoint_waits_until_its_machine_runs() {
+    let mut bench = Bench::new();
+    bench.create("web1", MIB).unwrap();
+    let disk = bench.serve_here("web1");
+    let path = bench.root.path().join("qmp");
+    let body = json!({ "name": "vm", "volumes": ["web1"], "qmp": path });
+    bench.client.send::<Vm>(Method::POST, "/v1/vms", &body).unwrap();
+    let qmp = UnixListener::bind(&path).unwrap();
+    qmp.set_nonblocking(true).unwrap();
+    let schedule = json!({ "every_s": 3600, "keep": 1 });
+    bench.client.send::<Vm>(Method::PUT, "/v1/vms/vm/schedule", &schedule).unwrap();
+    thread::sleep(LOOKED_AT);
+    assert!(qmp.accept().is_err(), "nobody is connected to its disk");
+
+    let supervisor = bench.supervise(|_| ());
+    let guest = Guest::start(&disk);
+    thread::sleep(LOOKED_AT);
+    assert!(qmp.accept().is_err(), "its QEMU is being started");
+    let report = json!({ "state": "running" });
+    bench.client.send::<()>(Method::PUT, "/v1/vms/vm/supervisor", &report).unwrap();
+    wait_until("its QEMU is asked", || qmp.accept().is_ok());
+    drop(guest);
+    bench.stop();
+    assert!(supervisor.join().unwrap().is_err(), "the connection ends with the daemon");
 }
