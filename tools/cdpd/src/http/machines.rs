@@ -101,7 +101,12 @@ pub(super) async fn put(
             let spec = VmSpec { volumes: new.volumes, qmp: Some(new.qmp), settings: settings.to_json() };
             return view(app, app.store.create_vm(&name, &spec)?);
         };
-        if old.volumes != new.volumes && old.checkpoints > 0 {
+        // Not while a checkpoint is taken, of which the store does not know before QEMU has answered.
+        let others = old.volumes != new.volumes;
+        let _working = others.then(|| app.machines.begin(&name, Work::Returning)).transpose()?;
+        // One may have been complete just before.
+        let old = app.store.vm(&name)?;
+        if others && old.checkpoints > 0 {
             let disks: Vec<&str> = old.volumes.iter().map(VolumeName::as_str).collect();
             let text = format!(
                 "machine '{name}' has the disks {}, and {} checkpoints of them: give it the same, or remove it (vm remove)",

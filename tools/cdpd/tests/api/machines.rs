@@ -219,3 +219,27 @@ fn a_scheduled_checkpoint_waits_until_its_machine_runs() {
     bench.stop();
     assert!(supervisor.join().unwrap().is_err(), "the connection ends with the daemon");
 }
+
+#[test]
+fn a_machine_keeps_its_disks_while_a_checkpoint_waits_for_its_qemu() {
+    let mut bench = Bench::new();
+    bench.create("web1", MIB).unwrap();
+    bench.create("data", MIB).unwrap();
+    bench.put_vm("vm", &["web1"], &Value::Null).unwrap();
+    bench.serve_here("web1");
+    let supervisor = bench.supervise(|_| ());
+    let store = bench.store();
+    let taking = thread::spawn(move || {
+        let client = Client::find(&store).unwrap().unwrap();
+        client.send::<Value>(Method::POST, "/v1/vms/vm/checkpoints", &json!({}))
+    });
+    wait_until("it is being taken", || bench.vm("vm").taking.is_some());
+    let others = ["web1", "data"];
+    assert_eq!(bench.put_vm("vm", &others, &Value::Null).unwrap_err().kind, ErrorKind::Busy);
+    bench.put_vm("vm", &["web1"], &Value::Null).unwrap();
+    bench.client.delete::<()>("/v1/vms/vm/taking").unwrap();
+    assert!(taking.join().unwrap().unwrap_err().message.contains("cancelled"));
+    bench.put_vm("vm", &others, &Value::Null).unwrap();
+    bench.stop();
+    assert!(supervisor.join().unwrap().is_err(), "the connection ends with the daemon");
+}
