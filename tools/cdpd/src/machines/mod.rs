@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, Store, VmInfo};
-use cdp_types::{CheckpointId, VmId, VmName, VolumeId, VolumeName};
+use cdp_types::{CheckpointId, Label, VmId, VmName, VolumeId, VolumeName};
 use ckpt::firsts::{Ahead, Firsts};
 use ckpt::gate::{DiskGuard, Gate, OnTrouble, Unguarded};
 use ckpt::take::{Disk, GIVE_UP_AFTER, Hold, Machine, Order, Taking};
@@ -344,6 +344,7 @@ impl Machines {
 
     /// What a request means for a machine.
     fn order(&self, info: &VmInfo, new: NewCheckpoint) -> Result<Order, ApiError> {
+        new.label.as_ref().map_or(Ok(()), |label| self.check_label(info, label))?;
         let agent = Settings::of(info)?.agent;
         if new.quiesce && agent.is_none() {
             let text = format!(
@@ -361,6 +362,24 @@ impl Machines {
             quiesce: agent.filter(|_| new.quiesce).map(PathBuf::from),
             at_cut: self.callback.as_ref().map(|callback| callback.for_machine(info)),
         })
+    }
+
+    /// Refuses a label that the store would refuse, once QEMU had been asked: whoever is told only that no checkpoint was taken
+    /// would try again.
+    fn check_label(&self, info: &VmInfo, label: &Label) -> Result<(), ApiError> {
+        if label.as_str().bytes().all(|byte| byte.is_ascii_digit()) {
+            let text = format!("'{label}' would be taken for a checkpoint's number");
+            return Err(ApiError::new(ErrorKind::Invalid, text));
+        }
+        let lives = |one: &&CheckpointInfo| !matches!(one.state, CheckpointState::Aborted { .. });
+        let all = self.store.checkpoints(&info.name)?;
+        match all.iter().filter(lives).find(|one| one.label.as_ref() == Some(label)) {
+            Some(other) => {
+                let text = format!("checkpoint {} has the label '{label}' already", other.id);
+                Err(ApiError::new(ErrorKind::Exists, text))
+            }
+            None => Ok(()),
+        }
     }
 
     async fn take_from(

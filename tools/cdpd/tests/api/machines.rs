@@ -5,7 +5,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointMode, CheckpointSpec, Store};
-use cdp_types::{CheckpointId, VmName};
+use cdp_types::{CheckpointId, Label, VmName};
 use cdpd::api::{ApiError, ErrorKind, Order, Schedule, Supervised, Vm};
 use cdpd::client::{Client, Step};
 use hyper::Method;
@@ -242,4 +242,36 @@ fn a_machine_keeps_its_disks_while_a_checkpoint_waits_for_its_qemu() {
     bench.put_vm("vm", &others, &Value::Null).unwrap();
     bench.stop();
     assert!(supervisor.join().unwrap().is_err(), "the connection ends with the daemon");
+}
+
+#[test]
+fn a_label_that_cannot_be_is_no_reason_to_try_again() {
+    let mut bench = Bench::new();
+    bench.create("web1", MIB).unwrap();
+    bench.register("vm", "web1");
+    bench.stop();
+    let config = config(bench.root.path());
+    let store = Store::open(&config.store, config.options).unwrap();
+    let vm: VmName = "vm".parse().unwrap();
+    let label = |text: &str| Some(text.parse::<Label>().unwrap());
+    let first = checkpoint(&store, &vm, false);
+    store.edit_checkpoint(first, label("before"), false).unwrap();
+    let spec = CheckpointSpec { mode: CheckpointMode::Pause, label: label("lost"), restore: Value::Null };
+    let lost = store.begin_checkpoint(&vm, spec).unwrap();
+    store.abort_checkpoint(lost.id, "as a test").unwrap();
+    store.close().unwrap();
+    drop(store);
+    bench.start_again();
+
+    for (label, kind, part) in [
+        ("12", ErrorKind::Invalid, "a checkpoint's number"),
+        ("before", ErrorKind::Exists, "checkpoint 1 has the label"),
+        ("lost", ErrorKind::Invalid, "is not served"),
+    ] {
+        let body = json!({ "label": label });
+        let refused = bench.client.send::<Value>(Method::POST, "/v1/vms/vm/checkpoints", &body).unwrap_err();
+        assert_eq!(refused.kind, kind, "{label}: {refused}");
+        assert!(refused.message.contains(part), "{label}: {refused}");
+    }
+    bench.stop();
 }
