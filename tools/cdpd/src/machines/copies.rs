@@ -1,5 +1,7 @@
 //! Copies of machines: their disks as clones, and their memory as of a checkpoint.
 
+use std::collections::BTreeSet;
+
 use cdp_store::{CheckpointInfo, CloneSpec, Store, VmInfo, VmSpec};
 use cdp_types::{Instant, VmName, VolumeName};
 
@@ -42,12 +44,23 @@ fn clones(original: &VmInfo, at: &CheckpointInfo, name: &VmName) -> Result<Vec<C
         let text = format!("checkpoint {} of '{}' is not complete", at.id, original.name);
         return Err(ApiError::new(ErrorKind::Invalid, text));
     };
-    let spec = |source: &VolumeName| {
-        let name = clone_name(original.name.as_str(), name.as_str(), source.as_str());
+    let names = clone_names(original.name.as_str(), name.as_str(), &at.volumes);
+    let spec = |(source, name): (&VolumeName, String)| {
         let name = name.parse().map_err(|error| ApiError::new(ErrorKind::Invalid, format!("{error}")))?;
         Ok(CloneSpec { source: source.clone(), at: Instant::Epoch(epoch), name })
     };
-    at.volumes.iter().map(spec).collect()
+    at.volumes.iter().zip(names).map(spec).collect()
+}
+
+/// What all disks of a copy are called: as [`clone_name`] has it, unless two would be called the same (of machine `web1`,
+/// `web1-data` and `data`).
+fn clone_names(original: &str, copy: &str, volumes: &[VolumeName]) -> Vec<String> {
+    let names: Vec<String> =
+        volumes.iter().map(|volume| clone_name(original, copy, volume.as_str())).collect();
+    if names.iter().collect::<BTreeSet<_>>().len() == names.len() {
+        return names;
+    }
+    volumes.iter().map(|volume| format!("{copy}-{volume}")).collect()
 }
 
 /// What a disk of a copy is called: `web1` of machine `web1` becomes `web2` of `web2`, `web1-data` becomes `web2-data`,
@@ -93,6 +106,8 @@ pub(crate) fn forget_origin(store: &Store, info: &VmInfo) -> Result<(), ApiError
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     #[test]
@@ -106,5 +121,11 @@ mod tests {
         ] {
             assert_eq!(clone_name("web1", "web2", volume), clone);
         }
+        let names = |volumes: [&str; 2]| {
+            let volumes = volumes.map(|volume| volume.parse::<VolumeName>().unwrap());
+            clone_names("web1", "web2", &volumes)
+        };
+        assert_eq!(names(["web1", "data"]), ["web2", "web2-data"]);
+        assert_eq!(names(["web1-data", "data"]), ["web2-web1-data", "web2-data"]);
     }
 }
