@@ -159,6 +159,11 @@ pub(super) fn check_origin(peer: Option<Peer>, headers: &HeaderMap) -> Result<()
     if headers.get("sec-fetch-site").is_some_and(|site| site == "cross-site" || site == "same-site") {
         return refuse("requests from other sites' pages are refused");
     }
+    // The header above goes only to addresses that browsers trust, https and this machine's own; this one goes with whatever
+    // a page may send without asking first, a GET excepted. There are no pages of ours.
+    if headers.contains_key(header::ORIGIN) {
+        return refuse("requests from web pages are refused");
+    }
     // A page can have its own name resolve to this address; it cannot choose the Host header.
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let name = match host.rsplit_once(':') {
@@ -196,6 +201,9 @@ mod tests {
         assert!(!checked(remote, &[]));
         assert!(!checked(remote, &[("host", "localhost"), ("sec-fetch-site", "cross-site")]));
         assert!(checked(remote, &[("host", "localhost"), ("sec-fetch-site", "none")]));
+        for origin in ["http://evil.example", "http://192.0.2.7", "null"] {
+            assert!(!checked(remote, &[("host", "192.0.2.7:80"), ("origin", origin)]), "{origin}");
+        }
     }
 
     #[test]
