@@ -94,6 +94,10 @@ impl Supervisors {
     /// # Errors
     /// Nobody looks after it (any more), or it takes too long.
     pub(crate) async fn restart(&self, vm: &VmName) -> Result<(), ApiError> {
+        self.restart_within(vm, RESTART).await
+    }
+
+    async fn restart_within(&self, vm: &VmName, limit: Duration) -> Result<(), ApiError> {
         let gone = || {
             let text =
                 format!("the cdp-tool vm run that looked after machine '{vm}' has ended: see what it said");
@@ -106,15 +110,16 @@ impl Supervisors {
         if *state.borrow() == Supervised::Waiting {
             return Ok(());
         }
-        orders.send(Order::Restart).await.map_err(|_| gone())?;
-        match tokio::time::timeout(RESTART, state.wait_for(|state| *state == Supervised::Waiting)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(_)) => Err(gone()),
-            Err(_) => {
-                let text = format!("QEMU of machine '{vm}' was not started anew within {RESTART:?}");
-                Err(ApiError::new(ErrorKind::Unavailable, text))
-            }
-        }
+        let restarted = async {
+            // One that hangs takes no orders, and after a few there is no room for more.
+            orders.send(Order::Restart).await.map_err(|_| gone())?;
+            let waiting = state.wait_for(|state| *state == Supervised::Waiting).await;
+            waiting.map(drop).map_err(|_| gone())
+        };
+        tokio::time::timeout(limit, restarted).await.unwrap_or_else(|_| {
+            let text = format!("QEMU of machine '{vm}' was not started anew within {limit:?}");
+            Err(ApiError::new(ErrorKind::Unavailable, text))
+        })
     }
 }
 
@@ -165,6 +170,19 @@ mod tests {
         // It waits already: there is nothing to do.
         supervisors.restart(&vm()).await.unwrap();
         assert!(place.orders.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_supervisor_that_hangs_is_not_waited_for() {
+        let supervisors = Arc::new(Supervisors::default());
+        let _place = supervisors.attach(vm()).unwrap();
+        supervisors.report(&vm(), Supervised::Running).unwrap();
+        // More often than there is room for orders.
+        for _ in 0..10 {
+            let restart = supervisors.restart_within(&vm(), Duration::from_millis(10));
+            let refused = tokio::time::timeout(RESTART / 3, restart).await.unwrap().unwrap_err();
+            assert!(refused.message.contains("not started anew"), "{refused}");
+        }
     }
 
     #[tokio::test]
