@@ -138,12 +138,14 @@ impl Servers {
     /// Stops serving a volume, once the requests in flight have ended.
     ///
     /// # Errors
-    /// No such volume, or the store cannot forget that it is served; it is then served at the next start.
+    /// No such volume, or the store cannot forget that it is served; it is served on then.
     pub(crate) fn unserve(&self, name: &VolumeName) -> Result<(), ApiError> {
         let _changing = lock(&self.changing);
         let id = self.store.volume(name)?.id();
-        self.stop(id);
+        // 1. Forget it. Crash: the next start does not serve it.
         self.store.set_serving(name, None)?;
+        // 2. Let its guest go.
+        self.stop(id);
         tracing::info!(volume = %name, "no longer served");
         Ok(())
     }
@@ -444,10 +446,9 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn what_comes_after_the_shutdown_is_not_served() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("store");
+    /// The servers of a new store in a directory, and a volume that they serve.
+    fn serving_one(directory: &Path) -> (Store, Servers, VolumeName, Serving) {
+        let path = directory.join("store");
         let options = StoreOptions { segment_bytes: 1 << 20, reserve_bytes: 0, ..StoreOptions::default() };
         Store::create(&path, &options).unwrap();
         let store = Store::open(&path, options).unwrap();
@@ -455,11 +456,29 @@ mod tests {
         store.create_volume(&name, VolumeSpec { size_bytes: 4096, logical_block_size: 512 }).unwrap();
         let reserved = path.join("cdpd.sock");
         let servers = Servers::new(store.clone(), reserved, VhostUser::default(), Gate::new(store.clone()));
-
-        let socket = directory.path().join("web1.sock");
-        let serving = Serving { socket: socket.display().to_string(), queues: 1 };
+        let serving = Serving { socket: directory.join("web1.sock").display().to_string(), queues: 1 };
         servers.serve(&name, serving.clone()).unwrap();
-        assert!(socket.exists());
+        assert!(Path::new(&serving.socket).exists());
+        (store, servers, name, serving)
+    }
+
+    #[test]
+    fn what_cannot_be_forgotten_is_served_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, servers, name, serving) = serving_one(directory.path());
+        store.close().unwrap();
+        assert_eq!(servers.unserve(&name).unwrap_err().kind, ErrorKind::Unavailable);
+        let id = store.volume(&name).unwrap().id();
+        assert_eq!(servers.status(id), ServingStatus::Listening);
+        assert!(Path::new(&serving.socket).exists());
+        servers.shutdown();
+    }
+
+    #[test]
+    fn what_comes_after_the_shutdown_is_not_served() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, servers, name, serving) = serving_one(directory.path());
+        let socket = PathBuf::from(&serving.socket);
         servers.shutdown();
         let refusal = servers.serve(&name, serving).unwrap_err();
         assert_eq!(refusal.kind, ErrorKind::Unavailable, "{refusal}");
