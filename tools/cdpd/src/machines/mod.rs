@@ -141,7 +141,7 @@ impl Machines {
     /// `Busy`: something else is being done with it; `Unavailable`: the daemon is stopping.
     pub(crate) fn begin(self: &Arc<Self>, vm: &VmName, work: Work) -> Result<Working, ApiError> {
         let mut all = self.work();
-        if self.is_ending() {
+        if *self.stopping.borrow() {
             return Err(ends());
         }
         if let Some(other) = all.get(vm) {
@@ -212,10 +212,6 @@ impl Machines {
             }
             Work::Returning => None,
         }
-    }
-
-    fn is_ending(&self) -> bool {
-        *self.stopping.borrow()
     }
 
     /// Ends when the daemon stops.
@@ -338,7 +334,7 @@ impl Machines {
         let by = Instant::now() + LEFT_BEHIND;
         loop {
             match self.check_undone(info) {
-                Err(_) if Instant::now() < by && !self.is_ending() => tokio::time::sleep(LOOK_EVERY).await,
+                Err(_) if Instant::now() < by => tokio::time::sleep(LOOK_EVERY).await,
                 outcome => return outcome,
             }
         }
@@ -489,8 +485,20 @@ impl Machines {
     ///
     /// # Errors
     /// It is another machine, does not wait, or cannot be asked; `Busy` if a checkpoint of it that a dead daemon has left cannot
-    /// be undone.
+    /// be undone; `Unavailable` as soon as the daemon stops: nothing of the disks is changed yet.
     pub(crate) async fn make_ready(
+        &self,
+        servers: &Servers,
+        info: &VmInfo,
+        to: CheckpointId,
+    ) -> Result<(), ApiError> {
+        tokio::select! {
+            ready = self.wait_until_ready(servers, info, to) => ready,
+            () = self.ending() => Err(ends()),
+        }
+    }
+
+    async fn wait_until_ready(
         &self,
         servers: &Servers,
         info: &VmInfo,
@@ -507,11 +515,7 @@ impl Machines {
         let off = self.write_caches_off(servers, info, to)?;
         let _expected: Vec<_> = off.iter().map(|cache| cache.expect_off()).collect();
         if self.supervisors.state(&info.name).is_some() {
-            tokio::select! {
-                restarted = self.supervisors.restart(&info.name) => restarted?,
-                // Nobody would hear the supervisor any more. Nothing of the disks is changed yet.
-                () = self.ending() => return Err(ends()),
-            }
+            self.supervisors.restart(&info.name).await?;
         }
         let qmp = self.connect(info).await?;
         ckpt::restore::check_waiting(&qmp).await.map_err(|error| {

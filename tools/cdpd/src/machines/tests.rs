@@ -4,10 +4,11 @@
 
 use std::os::unix::net::UnixListener;
 
-use cdp_store::{StoreOptions, VmSpec, VolumeSpec};
+use cdp_store::{CheckpointSpec, StoreOptions, VmSpec, VolumeSpec};
 use ckpt::doctor::Verdict;
 
 use super::*;
+use crate::config::VhostUser;
 
 /// The machines of a new store in a directory, and one of them, whose QMP socket would be `qmp` there.
 fn one_machine(directory: &Path) -> (Store, Arc<Machines>, VmInfo) {
@@ -83,6 +84,27 @@ async fn a_checkpoint_that_waits_for_its_qemu_to_start_can_be_given_up() {
     cancel.send_replace(true);
     let outcome = tokio::time::timeout(STARTING / 3, taking).await.unwrap();
     assert!(outcome.unwrap_err().message.contains("cancelled"));
+    store.close().unwrap();
+}
+
+#[tokio::test]
+async fn a_stop_does_not_wait_for_a_qemu_that_is_to_be_given_memory() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, machines, info) = one_machine(directory.path());
+    let restore = serde_json::Value::Null;
+    let spec = CheckpointSpec { mode: CheckpointMode::Pause, label: None, restore };
+    let to = store.begin_checkpoint(&info.name, spec).unwrap().id;
+    let gate = Gate::new(store.clone());
+    let servers = Servers::new(store.clone(), PathBuf::new(), VhostUser::default(), gate);
+    // Its supervisor has started it, by its own word, and its socket is not there yet.
+    let _place = machines.supervisors.attach(info.name.clone()).unwrap();
+    machines.supervisors.report(&info.name, Supervised::Waiting).unwrap();
+    let mut ready = std::pin::pin!(machines.make_ready(&servers, &info, to));
+    let soon = Duration::from_millis(100);
+    assert!(tokio::time::timeout(soon, &mut ready).await.is_err(), "it may come yet");
+    machines.stop().await;
+    let outcome = tokio::time::timeout(STARTING / 3, ready).await.unwrap();
+    assert_eq!(outcome.unwrap_err().kind, ErrorKind::Unavailable);
     store.close().unwrap();
 }
 
