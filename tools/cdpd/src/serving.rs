@@ -97,10 +97,12 @@ impl Servers {
         for volume in self.store.volumes() {
             let failed = lock(&self.running).get(&volume.id).is_some_and(|entry| entry.outcome.is_err());
             let Some(serving) = volume.serving.filter(|_| failed) else { continue };
-            if let Ok(server) = self.start(&volume.name, volume.id, &serving) {
+            let outcome = self.start(&volume.name, volume.id, &serving).map_err(|error| error.message);
+            if outcome.is_ok() {
                 tracing::info!(volume = %volume.name, socket = serving.socket, "serving after all");
-                lock(&self.running).insert(volume.id, Entry { serving, outcome: Ok(server) });
             }
+            // What is in the way now may be something else than before.
+            self.note(volume.id, Entry { serving, outcome });
         }
     }
 
@@ -460,6 +462,37 @@ mod tests {
         servers.serve(&name, serving.clone()).unwrap();
         assert!(Path::new(&serving.socket).exists());
         (store, servers, name, serving)
+    }
+
+    #[test]
+    fn what_is_in_the_way_of_a_socket_is_said_as_of_the_last_attempt() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, servers, name, _) = serving_one(directory.path());
+        servers.unserve(&name).unwrap();
+        let run = directory.path().join("run");
+        std::fs::create_dir(&run).unwrap();
+        let serving = Serving { socket: run.join("web1.sock").display().to_string(), queues: 1 };
+        servers.serve(&name, serving).unwrap();
+        servers.shutdown();
+        std::fs::remove_dir_all(&run).unwrap();
+
+        let gate = Gate::new(store.clone());
+        let servers = Servers::new(store.clone(), PathBuf::new(), VhostUser::default(), gate);
+        servers.resume();
+        let reason = || match servers.status(store.volume(&name).unwrap().id()) {
+            ServingStatus::Failed(reason) => reason,
+            status => panic!("{status}"),
+        };
+        assert!(reason().contains("No such file"), "{}", reason());
+        std::fs::write(&run, "").unwrap();
+        servers.retry();
+        assert!(reason().contains("Not a directory"), "{}", reason());
+        std::fs::remove_file(&run).unwrap();
+        std::fs::create_dir(&run).unwrap();
+        servers.retry();
+        assert_eq!(servers.status(store.volume(&name).unwrap().id()), ServingStatus::Listening);
+        servers.shutdown();
+        store.close().unwrap();
     }
 
     #[test]
