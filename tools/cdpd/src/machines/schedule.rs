@@ -181,7 +181,18 @@ fn complete(app: &App, vm: &VmName) -> Vec<CheckpointInfo> {
 }
 
 fn is_scheduled(one: &CheckpointInfo) -> bool {
-    one.label.as_ref().is_some_and(|label| label.as_str().starts_with(PREFIX))
+    let time = one.label.as_ref().and_then(|label| label.as_str().strip_prefix(PREFIX));
+    time.is_some_and(is_time)
+}
+
+/// Whether a label goes on as [`label_of`] has it: somebody may give other labels that begin so.
+fn is_time(text: &str) -> bool {
+    let fits = |(place, byte): (usize, u8)| match place {
+        8 => byte == b'T',
+        15 => byte == b'Z',
+        _ => byte.is_ascii_digit(),
+    };
+    text.len() == 16 && text.bytes().enumerate().all(fits)
 }
 
 /// Those beyond the newest `keep`. A pinned one stays and does not count.
@@ -261,9 +272,12 @@ mod tests {
     fn labels_say_when_and_are_names() {
         assert_eq!(label_of(1_793_357_100_000_000_000).unwrap().as_str(), "auto-20261030T104500Z");
         assert!(is_scheduled(&checkpoint(7, false)));
-        let renamed =
-            CheckpointInfo { label: Some("before-upgrade".parse().unwrap()), ..checkpoint(7, false) };
-        assert!(!is_scheduled(&renamed));
+        for label in
+            ["before-upgrade", "auto-before-upgrade", "auto-20261030T104500", "auto-20261030-104500Z"]
+        {
+            let renamed = CheckpointInfo { label: Some(label.parse().unwrap()), ..checkpoint(7, false) };
+            assert!(!is_scheduled(&renamed), "{label}");
+        }
     }
 
     #[test]
