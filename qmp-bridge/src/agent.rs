@@ -107,15 +107,16 @@ impl Agent {
     }
 
     /// Stills all file systems of the guest. If that fails in whatever way, or this future is dropped, thawing is
-    /// tried, for nobody knows how far it came.
+    /// tried, for nobody knows how far it came. A guest that somebody else has frozen is left so.
     ///
     /// # Errors
-    /// `Deadline` (no agent runs, or the guest is too busy), `Refused` (some file system cannot), `Unreachable`,
-    /// `Gone`, `Nonsense`.
+    /// `Deadline` (no agent runs, or the guest is too busy), `Refused` (some file system cannot, or they stand still
+    /// already), `UnknownCommand` (the agent may not, or not now), `Unreachable`, `Gone`, `Nonsense`.
     pub async fn freeze(mut self) -> Result<Frozen> {
         const FREEZE: &str = "guest-fsfreeze-freeze";
         // An agent that never answers gets no freeze that it might carry out when nobody waits any more.
         self.sync().await?;
+        self.refuse_frozen(FREEZE).await?;
         let within = self.options.freeze_deadline;
         let mut frozen = Frozen { agent: self, filesystems: 0, thawed: false };
         match frozen.agent.ask(FREEZE, within).await.and_then(|count| number(FREEZE, &count)) {
@@ -123,12 +124,35 @@ impl Agent {
                 frozen.filesystems = filesystems;
                 Ok(frozen)
             }
+            // It has not begun: should anything stand still, somebody else wants that.
+            Err(error) if error.kind() == ErrorKind::UnknownCommand => {
+                frozen.thawed = true;
+                Err(error)
+            }
             Err(error) => {
                 if let Err(failed) = frozen.thaw().await {
                     tracing::warn!(%failed, "a guest that could not be frozen could not be thawed either");
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// Refuses a guest that somebody else has frozen: its agent takes no second freeze, and the thaw that follows ours would
+    /// end the first.
+    async fn refuse_frozen(&mut self, name: &str) -> Result<()> {
+        match self.freeze_status().await {
+            Ok(status) if status == "frozen" => {
+                let detail = "its file systems stand still already, and not for us: whoever has frozen them has to let them \
+                              go first (guest-fsfreeze-thaw)";
+                Err(Error::new(ErrorKind::Refused, name, detail))
+            }
+            Ok(_) => Ok(()),
+            // An agent that does not say may freeze all the same.
+            Err(error) => match error.kind() {
+                ErrorKind::Refused | ErrorKind::UnknownCommand | ErrorKind::Unexpected => Ok(()),
+                _ => Err(error),
+            },
         }
     }
 

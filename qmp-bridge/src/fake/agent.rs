@@ -23,6 +23,8 @@ pub enum AgentConduct {
     FreezesSlowly(Duration),
     /// It refuses to freeze.
     RefusesToFreeze,
+    /// It does not say whether file systems stand still.
+    SaysNoStatus,
     /// The port is closed at the first attempt to thaw, which is not carried out.
     HangsUpAtThaw,
 }
@@ -62,6 +64,11 @@ impl GuestAgent {
     #[must_use]
     pub fn is_frozen(&self) -> bool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).frozen
+    }
+
+    /// Has somebody else still the guest's file systems.
+    pub fn freeze(&self) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).frozen = true;
     }
 
     /// How often thawing was asked for.
@@ -115,6 +122,10 @@ enum Said {
 fn answer(name: &str, arguments: &Value, conduct: AgentConduct, guest: &mut Guest) -> Said {
     let line = |value: Value| Said::Line(format!("{value}\n").into_bytes());
     let refuse = |desc: &str| line(json!({ "error": { "class": "GenericError", "desc": desc } }));
+    let disabled = |why: &str| {
+        let desc = format!("Command {name} has been disabled: {why}");
+        line(json!({ "error": { "class": "CommandNotFound", "desc": desc } }))
+    };
     match (name, conduct) {
         (_, AgentConduct::Absent) => Said::Nothing,
         ("guest-sync-delimited", _) => {
@@ -125,6 +136,7 @@ fn answer(name: &str, arguments: &Value, conduct: AgentConduct, guest: &mut Gues
         ("guest-fsfreeze-freeze", AgentConduct::RefusesToFreeze) => {
             refuse("failed to freeze /: not supported")
         }
+        ("guest-fsfreeze-freeze", _) if guest.frozen => disabled("the agent is in frozen state"),
         ("guest-fsfreeze-freeze", _) => {
             guest.frozen = true;
             match conduct {
@@ -141,6 +153,7 @@ fn answer(name: &str, arguments: &Value, conduct: AgentConduct, guest: &mut Gues
             guest.frozen = false;
             line(json!({ "return": thawed }))
         }
+        ("guest-fsfreeze-status", AgentConduct::SaysNoStatus) => disabled("the command is not allowed"),
         ("guest-fsfreeze-status", _) => {
             line(json!({ "return": if guest.frozen { "frozen" } else { "thawed" } }))
         }

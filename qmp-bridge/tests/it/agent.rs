@@ -104,6 +104,25 @@ async fn a_guest_that_refuses_says_why_and_is_thawed_all_the_same() {
 }
 
 #[tokio::test]
+async fn what_somebody_else_has_frozen_is_left_so() {
+    for (conduct, kind) in [
+        (AgentConduct::Obeys, ErrorKind::Refused),
+        // Then the agent itself refuses the second freeze.
+        (AgentConduct::SaysNoStatus, ErrorKind::UnknownCommand),
+    ] {
+        let (_dir, guest, agent) = guest(conduct);
+        guest.freeze();
+        let error = timely(agent.freeze()).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(guest.is_frozen() && guest.thaws() == 0, "{conduct:?}");
+    }
+    let (_dir, guest, agent) = guest(AgentConduct::SaysNoStatus);
+    let frozen = timely(agent.freeze()).await.unwrap();
+    timely(frozen.thaw()).await.unwrap();
+    assert!(!guest.is_frozen());
+}
+
+#[tokio::test]
 async fn a_thaw_is_tried_again_on_a_new_connection() {
     let (_dir, guest, agent) = guest(AgentConduct::HangsUpAtThaw);
     let frozen = timely(agent.freeze()).await.unwrap();
