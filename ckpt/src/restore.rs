@@ -97,7 +97,7 @@ fn socket_of_its_own(directory: &Path) -> PathBuf {
 /// It was not, or cannot be asked.
 pub async fn check_waiting(qmp: &Client) -> Result<(), RestoreError> {
     let state = control::run_state(qmp).await.map_err(error)?;
-    if state.status == "inmigrate" {
+    if state.is_incoming() {
         return Ok(());
     }
     let status = state.status;

@@ -23,6 +23,14 @@ pub struct RunState {
     pub status: String,
 }
 
+impl RunState {
+    /// Whether QEMU waits for a machine (`-incoming`), or is taking one in.
+    #[must_use]
+    pub fn is_incoming(&self) -> bool {
+        self.status == "inmigrate"
+    }
+}
+
 /// Whether the machine runs, and if not, why.
 ///
 /// # Errors

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, Store};
 use qmp_bridge::migration::{self, Saved};
-use qmp_bridge::{Agent, AgentOptions, Client, ErrorKind, Options, Version};
+use qmp_bridge::{Agent, AgentOptions, Client, ErrorKind, Options, Version, control};
 
 use super::prepare::Undo;
 use super::{TakeError, on_thread, whole};
@@ -65,13 +65,18 @@ async fn lift(process: Process) {
 }
 
 /// Undoes what an earlier process has left of a checkpoint that it began: QEMU's settings are put back and the machine
-/// runs again; file systems that may stand still are let go; then the checkpoint is aborted. `qmp` is none if QEMU has ended.
+/// runs again; file systems that may stand still are let go; then the checkpoint is aborted. `qmp` is none if QEMU has ended;
+/// one that waits for a machine is left alone, since the one that was being saved has ended then, too.
 ///
 /// # Errors
 /// If QEMU cannot be put back as it was, or the store does not take the abort: the checkpoint is still begun then, and this
 /// can be tried again. An agent that does not answer is no error: it may have ended with the guest's last boot.
 pub async fn recover(store: &Store, left: &CheckpointInfo, qmp: Option<&Client>) -> Result<(), TakeError> {
-    let undo = Undo::of(left);
+    let is_another = match qmp {
+        Some(client) => control::run_state(client).await.map_err(|error| whole(&error))?.is_incoming(),
+        None => false,
+    };
+    let undo = Undo::of(left).filter(|_| !is_another);
     if let (Some(client), Some(undo)) = (qmp, &undo) {
         migration::wind_down(client, &undo.settings).await.map_err(|error| {
             TakeError::new(format!("QEMU could not be put back as it was: {}", whole(&error)))

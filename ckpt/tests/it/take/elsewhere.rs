@@ -1,12 +1,15 @@
 //! Going back into another QEMU.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use cdp_store::CheckpointMode;
+use cdp_store::{CheckpointMode, CheckpointSpec};
 use ckpt::restore::{check_waiting, differences, restore};
-use qmp_bridge::fake::{Fake, Say};
+use ckpt::take::recover;
+use qmp_bridge::fake::{AgentConduct, Fake, GuestAgent, Say};
+use qmp_bridge::migration::{Mode, Plan, Settings};
 use qmp_bridge::{Client, Options};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Bed;
 
@@ -90,4 +93,34 @@ async fn machines_that_are_given_one_checkpoint_at_a_time_do_not_share_a_socket(
     let (one, other) = (told_to_listen(&bed, "one").await, told_to_listen(&bed, "other").await);
     assert!(one.starts_with("unix:") && one.ends_with(".sock"), "{one}");
     assert_ne!(one, other);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_waits_for_a_machine_is_not_put_back_as_the_one_before_it_was() {
+    let bed = Bed::new().await;
+    let client = Client::connect(&bed.directory.path().join("qmp"), Options::default()).await.unwrap();
+    let before = Settings::read(&client).await.unwrap();
+    let plan = Plan::new(Mode::Pause, Duration::from_millis(20));
+    let settings = plan.changes(&client, &before, true).unwrap();
+    let (path, port) = (bed.directory.path().join("waiting"), bed.directory.path().join("agent"));
+    let agent = GuestAgent::start(&port, AgentConduct::Obeys).unwrap();
+    let restore = json!({ "qmp": path, "settings": settings, "agent": port });
+    let spec = CheckpointSpec { mode: CheckpointMode::Pause, label: None, restore };
+    let left = bed.store.begin_checkpoint(&bed.vm, spec).unwrap();
+
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let hears = Arc::clone(&heard);
+    let answer = move |name: &str, _: &Value| {
+        hears.lock().unwrap().push(name.to_owned());
+        match name {
+            "query-status" => vec![Say::Return(json!({ "running": false, "status": "inmigrate" }))],
+            _ => vec![Say::Return(json!({}))],
+        }
+    };
+    let _fake = Fake::answering(&path, (10, 0, 2), answer).unwrap();
+    let waiting = Client::connect(&path, Options::default()).await.unwrap();
+    recover(&bed.store, &left, Some(&waiting)).await.unwrap();
+    assert_eq!(*heard.lock().unwrap(), ["query-status"]);
+    assert_eq!(agent.thaws(), 0, "there is no guest yet");
+    bed.assert_aborted("the daemon ended");
 }
