@@ -40,6 +40,8 @@ pub struct Received {
 #[derive(Debug, Default)]
 struct Shared {
     cancel: AtomicBool,
+    /// What came could not be taken in, whatever QEMU says of it.
+    failed: AtomicBool,
     received_pages: AtomicU64,
     total_pages: AtomicU64,
     stream: Mutex<Option<UnixStream>>,
@@ -92,10 +94,16 @@ impl Receiver {
         (read(&self.shared.received_pages), read(&self.shared.total_pages))
     }
 
-    /// Whether it has ended, well or not.
+    /// Whether it has ended, well or not; or is about to, having failed.
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+        self.has_failed() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Whether it has failed by itself, so that there is nothing to wait for. One that drains has not.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.shared.failed.load(Ordering::Acquire)
     }
 
     /// Stores nothing more.
@@ -152,11 +160,25 @@ fn receive(
     stream.set_read_timeout(Some(SETUP)).map_err(failed)?;
     *shared.stream() = Some(stream.try_clone().map_err(failed)?);
     let stored = save(&stream, shared, store, vm, facts, watch);
-    if drains && stored.is_err() {
-        // What it says does not matter any more, nor that it breaks off.
-        let _ = io::copy(&mut &stream, &mut io::sink());
+    match &stored {
+        Ok(_) => {}
+        Err(_) if drains => {
+            // What it says does not matter any more, nor that it breaks off.
+            let _ = io::copy(&mut &stream, &mut io::sink());
+        }
+        Err(error) => {
+            // First, so that whoever hears of QEMU's failure finds the cause of it.
+            shared.failed.store(is_ours(error.kind()), Ordering::Release);
+            // `Shared` keeps the socket open, and nobody reads: QEMU would wait for room in it, and the guest for QEMU.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
     }
     stored
+}
+
+/// Whether a receiver that failed so is the cause, rather than a witness of what QEMU did.
+pub(crate) fn is_ours(kind: ErrorKind) -> bool {
+    !matches!(kind, ErrorKind::Truncated | ErrorKind::Stream | ErrorKind::Cancelled)
 }
 
 /// Stores what comes over a connection.

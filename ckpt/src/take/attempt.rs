@@ -16,11 +16,11 @@ use super::seen::{Seen, why_ended};
 use super::stillness::Stillness;
 use super::told::Told;
 use super::{CutNotice, Hold, Machine, Order, TakeError, Taking, on_thread, whole};
+use crate::PAGE_SIZE;
 use crate::doctor;
 use crate::firsts::{Ahead, Watch};
 use crate::gate::{Arming, GateEvent, Ticket};
-use crate::receiver::{Received, Receiver};
-use crate::{ErrorKind, PAGE_SIZE};
+use crate::receiver::{Received, Receiver, is_ours};
 
 /// Between two looks at the receiver while nothing is told.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -185,6 +185,10 @@ impl<'a> Attempt<'a> {
             if self.seen.completed {
                 return Ok(());
             }
+            if receiver.has_failed() {
+                // The guest may be waiting. Why, the receiver says at its end.
+                return Err(TakeError::new("what came could not be stored"));
+            }
             if receiver.has_ended() {
                 return tokio::select! {
                     ended = self.ended_early() => ended,
@@ -343,9 +347,4 @@ impl<'a> Attempt<'a> {
         }
         outcome
     }
-}
-
-/// Whether a receiver that failed so is the cause, rather than a witness of what QEMU did.
-fn is_ours(kind: ErrorKind) -> bool {
-    !matches!(kind, ErrorKind::Truncated | ErrorKind::Stream | ErrorKind::Cancelled)
 }

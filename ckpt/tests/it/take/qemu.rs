@@ -34,6 +34,8 @@ pub enum Act {
     SendHalf,
     /// All pages are sent, whether or not they have been before; never together with the halves of a stream.
     SendRound,
+    /// Something is sent that is no memory.
+    SendNonsense,
     /// What is left of the stream is sent, and the socket closed.
     SendRest,
     /// The socket is closed.
@@ -308,6 +310,7 @@ impl Qemu {
                     let bytes = [std::mem::take(&mut beginning), round(&machine)].concat();
                     stream.as_mut().map(|stream| stream.write_all(&bytes))
                 }
+                Act::SendNonsense => stream.as_mut().map(|stream| stream.write_all(&[0xff; 64])),
                 Act::SendRest => stream.take().map(|mut stream| stream.write_all(rest)),
                 Act::Close => {
                     stream = None;
@@ -393,7 +396,7 @@ impl Qemu {
                     cancel.send_replace(true);
                 }
             }
-            Act::SendHalf | Act::SendRound | Act::SendRest | Act::Close => {}
+            Act::SendHalf | Act::SendRound | Act::SendNonsense | Act::SendRest | Act::Close => {}
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What QEMU, its operators, its guest and its disks do in the wrong moment.
 
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use cdp_store::CheckpointMode::{self, Hot, Live, Pause};
 use cdp_store::CheckpointState;
@@ -176,6 +177,25 @@ async fn a_stream_that_is_cut_short_makes_no_checkpoint_whatever_qemu_says() {
         });
         refused(&bed, mode, cut.collect(), "cut short").await;
         bed.take(&Bed::order(mode), &[]).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_whose_memory_cannot_be_taken_in_goes_on_at_once() {
+    let bed = Bed::new().await;
+    // More than there is room for in a socket that nobody reads.
+    bed.qemu.state().pages = (1..=4096).collect();
+    for mode in MODES {
+        let script = undisturbed(mode).into_iter().map(|act| match act {
+            Act::SendHalf => Act::SendNonsense,
+            act => act,
+        });
+        let (script, began): (Vec<Act>, _) = (script.collect(), Instant::now());
+        let error = bed.take(&Bed::order(mode), &[script]).await.unwrap_err();
+        assert!(error.contains("QEVM"), "{mode:?}: {error}");
+        assert!(began.elapsed() < Duration::from_secs(10), "{mode:?}: it took {:?}", began.elapsed());
+        bed.assert_aborted("QEVM");
+        bed.assert_put_back(&format!("{mode:?}"));
     }
 }
 
