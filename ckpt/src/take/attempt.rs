@@ -127,6 +127,19 @@ impl<'a> Attempt<'a> {
         let receiver = Receiver::listen(&path, store, name, facts, self.drains(), watch);
         self.receiver =
             Some(receiver.map_err(|error| TakeError::new(format!("{}: {error}", path.display())))?);
+        let ready = self.make_ready(hold).await;
+        let runs = self.must_run().await;
+        ready.and(runs)?;
+        self.arm(epoch);
+        if self.mode() == Mode::Pause && self.saved.running {
+            control::stop(&self.machine.qmp).await.map_err(|e| whole(&e))?;
+        }
+        migration::start(&self.machine.qmp, &path).await.map_err(|e| whole(&e))?;
+        self.follow(hold).await
+    }
+
+    /// Sets QEMU up and stills the guest's file systems, which may take long.
+    async fn make_ready(&mut self, hold: &mut Hold) -> Result<(), TakeError> {
         self.prepared.plan.apply(&self.machine.qmp, &self.before).await.map_err(|e| whole(&e))?;
         if let Some(agent) = &self.order.quiesce {
             self.stillness = Stillness::begin(agent, self.saved.running)?;
@@ -135,12 +148,20 @@ impl<'a> Attempt<'a> {
                 error = hold.cancelled() => return Err(error),
             }
         }
-        self.arm(epoch);
-        if self.mode() == Mode::Pause && self.saved.running {
-            control::stop(&self.machine.qmp).await.map_err(|e| whole(&e))?;
+        Ok(())
+    }
+
+    /// Looks whether somebody else has stopped a machine that ran: nothing of ours has yet.
+    async fn must_run(&mut self) -> Result<(), TakeError> {
+        if !self.saved.running {
+            return Ok(());
         }
-        migration::start(&self.machine.qmp, &path).await.map_err(|e| whole(&e))?;
-        self.follow(hold).await
+        let state = control::run_state(&self.machine.qmp).await.map_err(|e| whole(&e))?;
+        if state.running {
+            return Ok(());
+        }
+        self.seen.stopped_by_others = true;
+        Err(TakeError::new(format!("somebody else has stopped the machine (it is '{}')", state.status)))
     }
 
     fn arm(&mut self, epoch: cdp_store::Epoch) {
@@ -239,8 +260,14 @@ impl<'a> Attempt<'a> {
         if self.mode() != Mode::Hot {
             self.heard(hold).await?;
         }
-        if self.saved.running {
-            control::run_again(&self.machine.qmp).await.map_err(|e| whole(&e))?;
+        let was_running = self.saved.running;
+        if was_running {
+            // Hot, QEMU itself has had it go on, before the first page.
+            if self.mode() != Mode::Hot {
+                control::run_again(&self.machine.qmp).await.map_err(|e| whole(&e))?;
+            }
+            // Whoever stops it from here on wants it so.
+            self.saved.running = false;
             self.note_resume().await;
         }
         self.stillness.let_go();
@@ -250,7 +277,7 @@ impl<'a> Attempt<'a> {
         if progress.status != MigrationStatus::Completed {
             return Err(why_ended(&self.machine.qmp, &progress.status).await);
         }
-        let cut = self.seen.cut_of(self.saved.running)?;
+        let cut = self.seen.cut_of(was_running)?;
         self.heard(hold).await?;
         Ok(Complete { cut, image_bytes: received.image_bytes, figures: self.figures(received) })
     }
@@ -294,6 +321,12 @@ impl<'a> Attempt<'a> {
         figures
     }
 
+    /// Whether QEMU has had the machine go on by itself, as it does in mode hot before it sends the first page
+    /// (`bg_migration_thread`, migration/migration.c). If it stands still then, somebody else has stopped it since.
+    fn went_on(&self, receiver: Option<&Receiver>) -> bool {
+        self.mode() == Mode::Hot && receiver.is_some_and(|receiver| receiver.pages().0 > 0)
+    }
+
     /// Whatever has come of it: the machine runs on, with its settings as they were, and nothing is held any more.
     async fn put_back(mut self, outcome: Result<Complete, TakeError>) -> Result<Complete, TakeError> {
         let mut outcome = outcome;
@@ -308,7 +341,7 @@ impl<'a> Attempt<'a> {
             }
             receiver.cancel();
         }
-        if outcome.is_err() && self.seen.stopped_by_others {
+        if outcome.is_err() && (self.seen.stopped_by_others || self.went_on(receiver.as_ref())) {
             self.saved.running = false;
         }
         if self.mode() == Mode::Hot {

@@ -344,7 +344,7 @@ impl Qemu {
         self.say(Say::Event("MIGRATION", json!({ "status": status })));
     }
 
-    fn act(&self, act: Act) {
+    pub fn act(&self, act: Act) {
         match act {
             Act::State(status) => {
                 self.state().migration = status;

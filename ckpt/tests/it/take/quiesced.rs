@@ -79,6 +79,31 @@ async fn a_freeze_that_is_given_up_is_over_when_the_checkpoint_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_somebody_stops_while_its_guest_is_being_stilled_stays_so() {
+    let bed = Bed::new().await;
+    let (agent, path) = agent(&bed, "agent", AgentConduct::FreezesSlowly(Duration::from_millis(1500)));
+    for mode in MODES {
+        for gives_up in [false, true] {
+            let order = order(mode, &path);
+            let others = async {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                bed.qemu.act(Act::OthersStop);
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                if gives_up {
+                    bed.qemu.state().cancel.as_ref().unwrap().send_replace(true);
+                }
+            };
+            let (taken, ()) = tokio::join!(bed.take(&order, &[]), others);
+            let what = format!("{mode:?}, gives up: {gives_up}: {}", taken.unwrap_err());
+            assert!(!bed.qemu.state().running, "{what}: it was not we who stopped it");
+            assert!(!agent.is_frozen(), "{what}");
+            bed.qemu.answer("cont", &json!({}));
+            bed.assert_put_back(&what);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_not_there_or_refuses_is_told_in_words() {
     let bed = Bed::new().await;
     let (refusing, path) = agent(&bed, "refuses", AgentConduct::RefusesToFreeze);

@@ -117,6 +117,23 @@ async fn a_machine_that_somebody_stops_before_us_is_saved_as_it_stands_and_stays
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_somebody_stops_while_it_is_saved_hot_is_saved_as_it_stands_and_stays_so() {
+    let bed = Bed::new().await;
+    // Half of it is more than a socket holds, so some of it has come.
+    bed.qemu.state().pages = (1..=4096).collect();
+    let hot = undisturbed(Hot);
+    for uses_disk in [true, false] {
+        bed.qemu.use_disk(uses_disk);
+        let script = with(&hot, after(&hot, "SendHalf"), &[Act::OthersStop]);
+        let taken = bed.take(&Bed::order(Hot), &[script]).await.unwrap();
+        assert!(matches!(taken.state, CheckpointState::Committed(_)));
+        assert!(!bed.qemu.state().running, "uses disk: {uses_disk}: it was not we who stopped it");
+        bed.qemu.answer("cont", &json!({}));
+        bed.assert_put_back("stopped while it was saved");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_migration_of_somebody_else_is_left_alone() {
     let bed = Bed::new().await;
     for mode in MODES {
