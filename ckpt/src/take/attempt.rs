@@ -1,5 +1,6 @@
 //! One try: QEMU is set up, the epoch armed, memory taken in, and everything put back.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -119,23 +120,30 @@ impl<'a> Attempt<'a> {
     async fn save(&mut self, hold: &mut Hold) -> Result<(), TakeError> {
         let (store, id) = (self.machine.store.clone(), self.begun.id);
         let epoch = on_thread(move || store.new_epoch(id).map_err(|e| whole(&e))).await?;
-        let path = self.machine.directory.join(format!("checkpoint-{id}.sock"));
-        let (store, name) = (self.machine.store.clone(), self.machine.name.clone());
-        let facts = self.prepared.facts.clone();
-        let watch = (self.mode() == Mode::Hot && self.saved.running)
-            .then(|| Watch::new(Arc::clone(&self.machine.firsts)));
-        let receiver = Receiver::listen(&path, store, name, facts, self.drains(), watch);
-        self.receiver =
-            Some(receiver.map_err(|error| TakeError::new(format!("{}: {error}", path.display())))?);
         let ready = self.make_ready(hold).await;
         let runs = self.must_run().await;
         ready.and(runs)?;
+        // Last, since it waits for QEMU from now on, and not for as long as a guest may take to be stilled.
+        let path = self.machine.directory.join(format!("checkpoint-{id}.sock"));
+        self.listen(&path)?;
         self.arm(epoch);
         if self.mode() == Mode::Pause && self.saved.running {
             control::stop(&self.machine.qmp).await.map_err(|e| whole(&e))?;
         }
         migration::start(&self.machine.qmp, &path).await.map_err(|e| whole(&e))?;
         self.follow(hold).await
+    }
+
+    /// Waits for QEMU's connection at this path, and for what comes over it.
+    fn listen(&mut self, path: &Path) -> Result<(), TakeError> {
+        let (store, name) = (self.machine.store.clone(), self.machine.name.clone());
+        let facts = self.prepared.facts.clone();
+        let watch = (self.mode() == Mode::Hot && self.saved.running)
+            .then(|| Watch::new(Arc::clone(&self.machine.firsts)));
+        let receiver = Receiver::listen(path, store, name, facts, self.drains(), watch);
+        self.receiver =
+            Some(receiver.map_err(|error| TakeError::new(format!("{}: {error}", path.display())))?);
+        Ok(())
     }
 
     /// Sets QEMU up and stills the guest's file systems, which may take long.

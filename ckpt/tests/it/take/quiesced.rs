@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointMode, CheckpointSpec, CheckpointState};
 use ckpt::take::{Order, recover};
@@ -76,6 +76,27 @@ async fn a_freeze_that_is_given_up_is_over_when_the_checkpoint_is() {
     // A daemon that ends now leaves nothing behind.
     assert!(agent.thaws() > 0 && !agent.is_frozen());
     bed.assert_put_back("given up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_may_take_longer_to_be_stilled_than_qemu_to_connect() {
+    let bed = Bed::new().await;
+    let (_agent, path) = agent(&bed, "agent", AgentConduct::FreezesSlowly(Duration::from_millis(1500)));
+    let listens = || {
+        let mut entries = std::fs::read_dir(bed.directory.path()).unwrap().flatten();
+        entries.any(|entry| entry.file_name().to_string_lossy().starts_with("checkpoint-"))
+    };
+    let listens_early = async {
+        let by = Instant::now() + Duration::from_millis(1200);
+        while Instant::now() < by && !listens() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Instant::now() < by
+    };
+    let order = order(CheckpointMode::Hot, &path);
+    let (taken, listens_early) = tokio::join!(bed.take(&order, &[]), listens_early);
+    taken.unwrap();
+    assert!(!listens_early, "whoever listens waits 20 s for QEMU, and a guest may take 30 s to be stilled");
 }
 
 #[tokio::test(flavor = "multi_thread")]
