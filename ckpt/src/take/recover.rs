@@ -12,23 +12,43 @@ use super::{TakeError, on_thread, whole};
 use crate::doctor;
 use crate::protection::Process;
 
+/// How long a QEMU may hang that is to go on as it was: once its checkpoint is aborted, nobody tells it any more.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// How long the agent of a dead process's checkpoint is asked again to thaw.
 const THAW_PATIENCE: Duration = Duration::from_secs(120);
 /// Between two looks at what QEMU has still protected.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Has QEMU go on as it was; on a new connection if the old one has ended.
+/// Has QEMU go on as it was; on a new connection if the old one has ended, and once more if it hung.
 pub(super) async fn wind_down(
     qmp: &Client,
     saved: &Saved,
     process: Option<Process>,
 ) -> Result<(), qmp_bridge::Error> {
     let winding_down = async {
-        let Err(first) = migration::wind_down(qmp, saved).await else { return Ok(()) };
+        let mut wound = migration::wind_down(qmp, saved).await;
+        if wound.as_ref().is_err_and(|error| error.kind() == ErrorKind::Deadline) {
+            wait_for_answer(qmp).await;
+            wound = migration::wind_down(qmp, saved).await;
+        }
+        let Err(first) = wound else { return Ok(()) };
         let again = Client::connect(qmp.path(), Options::default()).await.map_err(|_| first)?;
         migration::wind_down(&again, saved).await.map(drop)
     };
     with_unprotected(&saved.version, process, winding_down).await
+}
+
+/// Waits until QEMU answers anything at all, for good or ill.
+async fn wait_for_answer(qmp: &Client) {
+    let by = Instant::now() + PATIENCE;
+    while Instant::now() < by {
+        match control::run_state(qmp).await {
+            Err(error) if error.kind() == ErrorKind::Deadline => {
+                tracing::warn!("QEMU is not put back as it was yet: {error}");
+            }
+            _ => return,
+        }
+    }
 }
 
 /// Does something with the QEMU of a checkpoint that a dead process has left, and sees to it that it does not hang in

@@ -36,6 +36,8 @@ pub(super) struct Bed {
     /// That of its disk.
     pub(super) write_cache_off: Arc<AtomicBool>,
     qmp: PathBuf,
+    /// How long QEMU may take to answer whoever takes a checkpoint.
+    pub(super) command_deadline: Duration,
     pub(super) directory: tempfile::TempDir,
     _fake: Fake,
 }
@@ -71,7 +73,8 @@ impl Bed {
             Fake::speaking(&qmp, (10, 0, 2), move |name, arguments| answers.answer(name, arguments)).unwrap();
         *qemu.voice.lock().unwrap() = Some(voice);
         let (windows, write_cache_off) = Default::default();
-        Self { store, qemu, vm, windows, write_cache_off, qmp, directory, _fake: fake }
+        let Options { command_deadline, .. } = Options::default();
+        Self { store, qemu, vm, windows, write_cache_off, qmp, command_deadline, directory, _fake: fake }
     }
 
     pub(super) fn order(mode: CheckpointMode) -> Order {
@@ -89,7 +92,8 @@ impl Bed {
             state.cancel = Some(cancel);
             state.commands.clear();
         }
-        let client = Client::connect(&self.qmp, Options::default()).await.unwrap();
+        let options = Options { command_deadline: self.command_deadline, ..Options::default() };
+        let client = Client::connect(&self.qmp, options).await.unwrap();
         let guard = Arc::new(Windows(Arc::clone(&self.windows)));
         let machine = Machine {
             store: self.store.clone(),

@@ -54,6 +54,8 @@ pub enum Act {
     Fail(&'static str),
     /// QEMU's QMP connection ends.
     HangUp,
+    /// QEMU takes so long to answer the next command.
+    Hang(Duration),
     /// Whoever takes the checkpoint is told to give it up.
     Cancel,
 }
@@ -101,6 +103,8 @@ pub struct State {
     pub mode: cdp_store::CheckpointMode,
     /// The connection ends at this command, counted from now, and whether it is carried out before.
     pub hang_up: Option<(usize, bool)>,
+    /// It takes so long to answer the next command.
+    hang: Option<Duration>,
     /// So many events come before the settings are changed.
     pub flood: usize,
     /// Somebody else migrates it.
@@ -136,6 +140,7 @@ impl Qemu {
             scripts: VecDeque::new(),
             mode: cdp_store::CheckpointMode::Hot,
             hang_up: None,
+            hang: None,
             flood: 0,
             others_migrate: false,
             cancel: None,
@@ -188,6 +193,10 @@ impl Qemu {
 
     /// What it does with a command.
     pub fn answer(&self, name: &str, arguments: &Value) -> Vec<Say> {
+        let hang = self.state().hang.take();
+        if let Some(time) = hang {
+            return [Say::Wait(time)].into_iter().chain(self.answer(name, arguments)).collect();
+        }
         self.state().commands.push(name.to_owned());
         let hang_up = match &mut self.state().hang_up {
             Some((0, carried_out)) => Some(*carried_out),
@@ -391,6 +400,7 @@ impl Qemu {
             }
             Act::Event(name, data) => self.say(Say::Event(name, data)),
             Act::HangUp => self.say(Say::Fault(Fault::HangUp)),
+            Act::Hang(time) => self.state().hang = Some(time),
             Act::Cancel => {
                 if let Some(cancel) = &self.state().cancel {
                     cancel.send_replace(true);

@@ -267,3 +267,16 @@ async fn qemu_s_connection_may_end_at_every_command() {
         bed.take(&Bed::order(mode), &[]).await.unwrap();
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_hangs_is_put_back_once_it_answers() {
+    let mut bed = Bed::new().await;
+    bed.command_deadline = Duration::from_secs(1);
+    // Longer than all that it is asked before somebody might take it for dead.
+    let hang = [Act::Hang(Duration::from_secs(5)), Act::Cancel];
+    let script = [&undisturbed(Pause)[..2], &hang[..]].concat();
+    let error = bed.take(&Bed::order(Pause), &[script]).await.unwrap_err();
+    assert!(error.contains("it was cancelled"), "{error}");
+    bed.assert_aborted("it was cancelled");
+    bed.assert_put_back("it has hung");
+}
