@@ -3,13 +3,15 @@
 use cdp_types::ByteRange;
 
 use super::format::{DATA_START, MAX_SLOTS};
-use crate::stream::RamBlock;
+use crate::stream::{DEVICE_BYTES, RamBlock};
 use crate::{Error, ErrorKind, PAGE_SIZE, Place};
 
 /// What slots begin at, and their least size: one leaf of the volume's map.
 const SLOT_UNIT: u64 = 2 << 20;
 /// No machine has more memory, so no sum of lengths overflows.
 const MAX_LENGTH: u64 = 1 << 48;
+/// What is not memory is read in one piece.
+const MAX_OPAQUE: u64 = DEVICE_BYTES as u64;
 
 /// What a slot is for; the numbers are those of the format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -23,6 +25,11 @@ pub(super) enum SlotKind {
 impl SlotKind {
     pub(super) fn from_byte(byte: u8) -> Option<Self> {
         [Self::Ram, Self::Head, Self::Commands, Self::Tail].into_iter().find(|&kind| kind as u8 == byte)
+    }
+
+    /// The most bytes that one may have.
+    fn max_length(self) -> u64 {
+        if self == Self::Ram { MAX_LENGTH } else { MAX_OPAQUE }
     }
 }
 
@@ -57,7 +64,7 @@ impl Slot {
         aligned(self.offset)
             && self.offset >= DATA_START
             && aligned(self.reserved)
-            && self.length <= self.reserved
+            && self.length <= self.reserved.min(self.kind.max_length())
             && (self.present || self.length == 0)
             && (self.kind == SlotKind::Ram) != self.name.is_empty()
             && (self.kind != SlotKind::Ram || self.length.is_multiple_of(PAGE_SIZE as u64))
@@ -145,7 +152,7 @@ impl Layout {
         length: u64,
         stale: &mut Vec<ByteRange>,
     ) -> Result<&mut Slot, Error> {
-        if length > MAX_LENGTH {
+        if length > kind.max_length() {
             return Err(Error::new(ErrorKind::Limit, Place::Nowhere, format!("'{name}' of {length} bytes")));
         }
         let known = self.slots.iter().position(|slot| slot.kind == kind && slot.name == name);
@@ -293,6 +300,18 @@ mod tests {
         assert_eq!(Layout::from_slots(slots.clone()), None);
         // Nor is one that has no end.
         slots[0].offset = u64::MAX - (SLOT_UNIT - 1);
+        assert_eq!(Layout::from_slots(slots), None);
+    }
+
+    #[test]
+    fn what_is_not_memory_is_bounded() {
+        let mut layout = Layout::default();
+        let length = layout.place(SlotKind::Tail, "", MAX_OPAQUE, &mut Vec::new()).unwrap().length;
+        assert_eq!(Layout::from_slots(layout.slots().to_vec()), Some(layout.clone()));
+        let longer = layout.place(SlotKind::Tail, "", length + 1, &mut Vec::new());
+        assert_eq!(longer.unwrap_err().kind(), ErrorKind::Limit);
+        let mut slots = layout.slots().to_vec();
+        (slots[0].length, slots[0].reserved) = (length + 1, 1 << 40);
         assert_eq!(Layout::from_slots(slots), None);
     }
 

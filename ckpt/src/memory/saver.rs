@@ -182,8 +182,9 @@ fn write_header<S: PageStore>(store: &mut S, image: &Image, control: &Control<'_
 impl Image {
     /// Reads the header of a volume's image; nothing if the volume begins with zeroes.
     pub(super) fn read<S: PageStore>(store: &mut S, control: &Control<'_>) -> Result<Option<Self>, Error> {
-        if store.capacity() < DATA_START {
-            let what = format!("a volume of {} bytes holds no image", store.capacity());
+        let capacity = store.capacity();
+        if capacity < DATA_START {
+            let what = format!("a volume of {capacity} bytes holds no image");
             return Err(Error::new(ErrorKind::NoSpace, Place::Volume(0), what));
         }
         let mut read = |len: usize| {
@@ -196,6 +197,12 @@ impl Image {
             return Ok(None);
         }
         let rest = Self::header_bytes(&first)?;
-        Self::decode(&read(rest.next_multiple_of(PAGE_SIZE))?).map(Some)
+        let image = Self::decode(&read(rest.next_multiple_of(PAGE_SIZE))?)?;
+        let end = image.layout.end();
+        if end > capacity {
+            let what = format!("it reaches to byte {end}, behind the volume's end");
+            return Err(Error::new(ErrorKind::Damaged, Place::Volume(capacity), what));
+        }
+        Ok(Some(image))
     }
 }

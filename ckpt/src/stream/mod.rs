@@ -108,6 +108,9 @@ pub(crate) mod flag {
     pub(crate) const MASK: u64 = 0xfff;
 }
 
+/// The most that state of devices may be, in bytes, unless a reader is told otherwise; and in any case if it is to be kept.
+pub(crate) const DEVICE_BYTES: usize = 256 << 20;
+
 /// What a stream may make its reader hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -121,7 +124,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { blocks: 2048, ram_bytes: 16 << 40, device_bytes: 256 << 20 }
+        Self { blocks: 2048, ram_bytes: 16 << 40, device_bytes: DEVICE_BYTES }
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use cdp_types::{MemoryConfig, MemoryDevice, MemoryFaults};
+use cdp_types::{IoBuf, MemoryConfig, MemoryDevice, MemoryFaults};
 use ckpt::ErrorKind;
 use ckpt::memory::{
     Completion, Control, MachineFacts, MemoryPages, PageStore, Progress, QueueStore, Request, Restorer,
@@ -215,6 +215,21 @@ fn what_the_volume_holds_is_checked() {
         pages.rot(at);
         assert_eq!(restore(pages).unwrap_err().kind(), kind, "byte {at}");
     }
+}
+
+#[test]
+fn an_image_that_reaches_behind_its_volume_is_damaged() {
+    let (mut pages, _) = save(&hot(&some()), blank()).unwrap();
+    let header = IoBuf::zeroed(2 << 20);
+    pages.submit(0, Request::Read { offset: 0, into: header.share() });
+    let cut_off = || {
+        let mut pages = MemoryPages::new(4 << 20);
+        pages.submit(0, Request::Write { offset: 0, from: header.share() });
+        pages.completed(Duration::ZERO, &mut Vec::new()).unwrap();
+        pages
+    };
+    assert_eq!(restore(cut_off()).unwrap_err().kind(), ErrorKind::Damaged);
+    assert_eq!(save(&hot(&some()), cut_off()).unwrap_err().kind(), ErrorKind::Damaged);
 }
 
 #[test]
