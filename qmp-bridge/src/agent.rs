@@ -1,6 +1,7 @@
 //! The agent inside a guest (qemu-ga), on the socket of its virtio-serial port: stilling its file systems for a
 //! checkpoint.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -111,7 +112,8 @@ impl Agent {
     ///
     /// # Errors
     /// `Deadline` (no agent runs, or the guest is too busy), `Refused` (some file system cannot, or they stand still
-    /// already), `UnknownCommand` (the agent may not, or not now), `Unreachable`, `Gone`, `Nonsense`.
+    /// already), `UnknownCommand` (the agent may not, or not now), `Unreachable`, `Held` (its socket has another client),
+    /// `Gone`, `Nonsense`.
     pub async fn freeze(mut self) -> Result<Frozen> {
         const FREEZE: &str = "guest-fsfreeze-freeze";
         // An agent that never answers gets no freeze that it might carry out when nobody waits any more.
@@ -234,12 +236,14 @@ impl Agent {
 impl Connection {
     async fn open(path: &Path, max_line_bytes: usize) -> Result<Self> {
         let stream = UnixStream::connect(path).await.map_err(|error| {
-            Error::because(
-                ErrorKind::Unreachable,
-                path.display(),
-                "nobody listens for the guest agent",
-                error,
-            )
+            let (kind, detail) = match error.kind() {
+                // As many wait as may: QEMU accepts nobody while it has a client.
+                io::ErrorKind::WouldBlock => {
+                    (ErrorKind::Held, "somebody else talks to the guest agent, or QEMU hangs")
+                }
+                _ => (ErrorKind::Unreachable, "nobody listens for the guest agent"),
+            };
+            Error::because(kind, path.display(), detail, error)
         })?;
         let (reader, writer) = stream.into_split();
         Ok(Self { lines: Lines::new(reader, max_line_bytes), writer })
@@ -338,7 +342,10 @@ impl Drop for Counted {
 async fn keep_thawing(mut agent: Agent) {
     let by = Instant::now() + THAW_PATIENCE;
     while let Err(error) = agent.thaw().await {
-        let is_there = matches!(error.kind(), ErrorKind::Deadline | ErrorKind::Gone | ErrorKind::Nonsense);
+        let is_there = matches!(
+            error.kind(),
+            ErrorKind::Deadline | ErrorKind::Held | ErrorKind::Gone | ErrorKind::Nonsense
+        );
         if !is_there || Instant::now() >= by {
             tracing::error!(%error, "a guest may still be frozen");
             return;

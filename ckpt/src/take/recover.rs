@@ -122,7 +122,9 @@ async fn thaw_at_last(agent: &Path) -> Result<(), qmp_bridge::Error> {
         match error.kind() {
             // The guest has ended, and with it whatever stood still.
             ErrorKind::Unreachable => return Ok(()),
-            ErrorKind::Deadline | ErrorKind::Gone | ErrorKind::Nonsense if Instant::now() < by => {
+            ErrorKind::Deadline | ErrorKind::Held | ErrorKind::Gone | ErrorKind::Nonsense
+                if Instant::now() < by =>
+            {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
             _ => return Err(error),

@@ -141,3 +141,18 @@ async fn a_guest_without_agent_is_not_asked_to_freeze() {
     let nobody = Agent::new(&_dir.path().join("none"), options());
     assert_eq!(timely(nobody.freeze()).await.unwrap_err().kind(), ErrorKind::Unreachable);
 }
+
+#[tokio::test]
+async fn a_socket_that_somebody_else_holds_is_not_taken_for_one_that_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("agent");
+    let socket = tokio::net::UnixSocket::new_stream().unwrap();
+    socket.bind(&path).unwrap();
+    // As QEMU does, which accepts nobody while it has a client; and it does not notice who gives up.
+    let _listener = socket.listen(1).unwrap();
+    let mut kinds = Vec::new();
+    for _ in 0..4 {
+        kinds.push(timely(Agent::new(&path, options()).freeze()).await.unwrap_err().kind());
+    }
+    assert_eq!((kinds[0], kinds[3]), (ErrorKind::Deadline, ErrorKind::Held));
+}
