@@ -83,12 +83,18 @@ async fn negotiate(
     let arguments = oob.then(|| serde_json::json!({ "enable": ["oob"] }));
     let command = command_line(NEGOTIATION, arguments.as_ref(), 0, false);
     writer.write_all(&command).await.map_err(|error| ended(path, NoLine::Io(error)))?;
-    let line = lines.next().await.map_err(|end| ended(path, end))?;
-    match Message::parse(&line) {
-        Ok(Message::Reply { answer: Ok(_), .. }) => Ok(()),
-        Ok(Message::Reply { answer: Err(refusal), .. }) => Err(Error::refused(NEGOTIATION, refusal)),
-        Ok(Message::Event { .. }) => Err(nonsense(path, "an event before anything was negotiated")),
-        Err(wrong) => Err(nonsense(path, &format!("{wrong}: '{}'", excerpt(&line)))),
+    loop {
+        let line = lines.next().await.map_err(|end| ended(path, end))?;
+        match Message::parse(&line) {
+            Ok(Message::Reply { answer: Ok(_), .. }) => return Ok(()),
+            Ok(Message::Reply { answer: Err(refusal), .. }) => {
+                return Err(Error::refused(NEGOTIATION, refusal));
+            }
+            // QEMU takes us for negotiated before it says so, and its threads do not wait for that. Nobody here is told: what
+            // was before a connection is up, nobody has seen.
+            Ok(Message::Event { .. }) => {}
+            Err(wrong) => return Err(nonsense(path, &format!("{wrong}: '{}'", excerpt(&line)))),
+        }
     }
 }
 

@@ -78,6 +78,19 @@ async fn a_qemu_that_ends_before_or_after_its_greeting_is_gone() {
 }
 
 #[tokio::test]
+async fn an_event_that_overtakes_the_end_of_the_negotiation_does_no_harm() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let mut lines: Vec<&str> = GREETING.lines().collect();
+    lines.insert(2, r#"{"qemu": {"event": "MIGRATION_PASS", "data": {"pass": 2}}}"#);
+    lines.push(r#"{"client": {"execute": "query-status", "id": 1}}"#);
+    lines.push(r#"{"qemu": {"return": {"running": true, "status": "running"}, "id": 1}}"#);
+    let _fake = Fake::replay(&path, vec![Transcript::parse(&lines.join("\n")).unwrap()]).unwrap();
+    let client = hasty(&path).await.unwrap();
+    assert!(timely(qmp_bridge::control::run_state(&client)).await.unwrap().running);
+}
+
+#[tokio::test]
 async fn nonsense_instead_of_an_answer_is_called_that() {
     let long = format!("{{\"fault\": \"say\", \"text\": \"{}\"}}", "x".repeat(150_000));
     for rest in [
