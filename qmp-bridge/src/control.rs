@@ -58,7 +58,8 @@ pub async fn cont(client: &Client) -> Result<()> {
 }
 
 /// Lets the machine run unless it does, and sees to it that it does: QEMU refuses for a moment while a migration ends.
-/// A guest that has switched itself off, or panicked, is left as it is.
+/// A guest that has switched itself off, or panicked, is left as it is, and so is one that sleeps (S3), which QEMU does not
+/// wake for this.
 ///
 /// # Errors
 /// As [`cont`]; `Refused` if QEMU goes on refusing.
@@ -66,7 +67,7 @@ pub async fn run_again(client: &Client) -> Result<()> {
     let by = Instant::now() + RUN_DEADLINE;
     loop {
         let state = run_state(client).await?;
-        if state.running || matches!(state.status.as_str(), "shutdown" | "guest-panicked") {
+        if state.running || matches!(state.status.as_str(), "shutdown" | "guest-panicked" | "suspended") {
             return Ok(());
         }
         match cont(client).await {

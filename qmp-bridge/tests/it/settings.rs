@@ -220,3 +220,19 @@ async fn a_qemu_that_lacks_the_capability_of_a_mode_is_told_apart() {
     assert_eq!(error.kind(), ErrorKind::UnknownCommand);
     assert!(error.to_string().contains("background-snapshot"), "{error}");
 }
+
+#[tokio::test]
+async fn a_guest_that_goes_to_sleep_meanwhile_is_left_asleep_and_nobody_waits_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let asks = Arc::clone(&asked);
+    let _fake = Fake::answering(&path, (10, 0, 2), move |name, _| {
+        asks.lock().unwrap().push(name.to_owned());
+        vec![Say::Return(json!({ "running": false, "status": "suspended" }))]
+    })
+    .unwrap();
+    let client = hasty(&path).await.unwrap();
+    timely(control::run_again(&client)).await.unwrap();
+    assert_eq!(*asked.lock().unwrap(), ["query-status"]);
+}
