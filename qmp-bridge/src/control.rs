@@ -29,6 +29,13 @@ impl RunState {
     pub fn is_incoming(&self) -> bool {
         self.status == "inmigrate"
     }
+
+    /// Whether somebody has stopped it. For a migration's end QEMU stops it in another state, `finish-migrate`, but for a
+    /// background snapshot in this one, too.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.status == "paused"
+    }
 }
 
 /// Whether the machine runs, and if not, why.

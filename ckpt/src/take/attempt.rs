@@ -271,7 +271,7 @@ impl<'a> Attempt<'a> {
         let was_running = self.saved.running;
         if was_running {
             // Hot, QEMU itself has had it go on, before the first page.
-            if self.mode() != Mode::Hot {
+            if self.mode() != Mode::Hot && !self.seen.was_paused().await {
                 control::run_again(&self.machine.qmp).await.map_err(|e| whole(&e))?;
             }
             // Whoever stops it from here on wants it so.
@@ -335,6 +335,13 @@ impl<'a> Attempt<'a> {
         self.mode() == Mode::Hot && receiver.is_some_and(|receiver| receiver.pages().0 > 0)
     }
 
+    /// Whether somebody else has stopped the machine, live, before the migration came to that.
+    async fn is_paused(&self) -> bool {
+        self.mode() == Mode::Live
+            && self.seen.was_stopped()
+            && control::run_state(&self.machine.qmp).await.is_ok_and(|state| state.is_paused())
+    }
+
     /// Whatever has come of it: the machine runs on, with its settings as they were, and nothing is held any more.
     async fn put_back(mut self, outcome: Result<Complete, TakeError>) -> Result<Complete, TakeError> {
         let mut outcome = outcome;
@@ -349,7 +356,8 @@ impl<'a> Attempt<'a> {
             }
             receiver.cancel();
         }
-        if outcome.is_err() && (self.seen.stopped_by_others || self.went_on(receiver.as_ref())) {
+        let stays = self.seen.stopped_by_others || self.went_on(receiver.as_ref());
+        if outcome.is_err() && (stays || self.is_paused().await) {
             self.saved.running = false;
         }
         if self.mode() == Mode::Hot {

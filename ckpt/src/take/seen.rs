@@ -6,7 +6,8 @@
 
 use cdp_store::EpochCut;
 use qmp_bridge::migration::{self, Mode};
-use qmp_bridge::{Client, EventKind, MigrationStatus, Notice};
+use qmp_bridge::{Client, EventKind, MigrationStatus, Notice, control};
+use tokio::task::JoinHandle;
 
 use super::{TakeError, whole};
 use crate::gate::GateEvent;
@@ -22,6 +23,8 @@ pub(super) struct Seen {
     begun: bool,
     active: bool,
     stops: u32,
+    /// Whether somebody else stopped the machine, live: QEMU was asked when it had told of the stop.
+    paused: Option<JoinHandle<bool>>,
     pub(super) completed: bool,
     /// The machine stands still, and somebody else wanted that.
     pub(super) stopped_by_others: bool,
@@ -39,6 +42,7 @@ impl Seen {
             begun: false,
             active: false,
             stops: 0,
+            paused: None,
             completed: false,
             stopped_by_others: false,
             stopped_us: None,
@@ -76,7 +80,11 @@ impl Seen {
             None => return Err(TakeError::new("the connection to QEMU has ended")),
         };
         match event.kind {
-            EventKind::Stop => self.note_stop(event.time_us),
+            EventKind::Stop => {
+                self.note_stop(event.time_us)?;
+                self.ask_who_stopped_it(qmp);
+                Ok(())
+            }
             EventKind::Resume => self.note_resume(event.time_us),
             EventKind::Reset { .. } => Err(TakeError::new("the machine was reset")),
             EventKind::Shutdown { .. } => Err(TakeError::new("the machine was switched off")),
@@ -93,6 +101,25 @@ impl Seen {
         self.stops += 1;
         self.stopped_us = self.stopped_us.or(time_us);
         Ok(())
+    }
+
+    /// Live, the stop may be the migration's, or come at any time before that: the machine's state says which. Nobody waits
+    /// for the answer, since the machine stands still.
+    fn ask_who_stopped_it(&mut self, qmp: &Client) {
+        if self.mode == Mode::Live {
+            let qmp = qmp.clone();
+            let is_paused =
+                async move { control::run_state(&qmp).await.is_ok_and(|state| state.is_paused()) };
+            self.paused = Some(tokio::spawn(is_paused));
+        }
+    }
+
+    /// Whether the stop, which was the only one, was somebody else's.
+    pub(super) async fn was_paused(&mut self) -> bool {
+        match self.paused.take() {
+            Some(paused) => paused.await.unwrap_or(false),
+            None => false,
+        }
     }
 
     fn note_resume(&mut self, time_us: Option<u64>) -> Result<(), TakeError> {

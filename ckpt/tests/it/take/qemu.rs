@@ -175,6 +175,7 @@ impl Qemu {
         if std::mem::replace(&mut self.state().running, true) {
             return false;
         }
+        self.state().stopped_by_migration = false;
         if self.state().uses_disk {
             self.gate.ring_started(&self.disk, 0);
         }
@@ -267,7 +268,12 @@ impl Qemu {
 
     fn query(&self, name: &str, arguments: &Value) -> Value {
         let state = self.state();
-        let status = if state.running { "running" } else { "paused" };
+        let finishes = state.stopped_by_migration && state.mode == cdp_store::CheckpointMode::Live;
+        let status = match () {
+            () if state.running => "running",
+            () if finishes => "finish-migrate",
+            () => "paused",
+        };
         match name {
             "query-status" => json!({ "running": state.running, "status": status }),
             "query-migrate" => json!({ "status": state.migration, "error-desc": state.error }),

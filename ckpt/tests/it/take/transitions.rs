@@ -134,6 +134,25 @@ async fn a_machine_that_somebody_stops_while_it_is_saved_hot_is_saved_as_it_stan
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_somebody_stops_while_it_is_copied_stays_so() {
+    let bed = Bed::new().await;
+    let live = undisturbed(Live);
+    let stopped = with(&live, after(&live, "active"), &[Act::OthersStop]);
+    let taken = bed.take(&Bed::order(Live), std::slice::from_ref(&stopped)).await.unwrap();
+    assert!(matches!(taken.state, CheckpointState::Committed(_)));
+    assert!(!bed.qemu.state().running, "saved: it was not we who stopped it");
+    bed.qemu.answer("cont", &json!({}));
+    bed.assert_put_back("saved");
+
+    let given_up = [&stopped[..=after(&stopped, "OthersStop")], &[Act::Fail("dev/x refuses")]].concat();
+    let error = bed.take(&Bed::order(Live), &[given_up]).await.unwrap_err();
+    assert!(error.contains("dev/x refuses"), "{error}");
+    assert!(!bed.qemu.state().running, "given up: it was not we who stopped it");
+    bed.qemu.answer("cont", &json!({}));
+    bed.assert_put_back("given up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_migration_of_somebody_else_is_left_alone() {
     let bed = Bed::new().await;
     for mode in MODES {
