@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::patience::Patience;
-use super::prepare::Prepared;
+use super::prepare::{Prepared, refuse_beside_another};
 use super::recover::wind_down;
 use super::seen::{Seen, why_ended};
 use super::stillness::Stillness;
@@ -46,6 +46,8 @@ pub(super) struct Attempt<'a> {
     begun: &'a CheckpointInfo,
     before: Settings,
     saved: Saved,
+    /// Something of QEMU may have been changed.
+    changed: bool,
     ticket: Option<Ticket>,
     receiver: Option<Receiver>,
     events: Subscription,
@@ -81,6 +83,7 @@ impl<'a> Attempt<'a> {
             begun,
             before,
             saved,
+            changed: false,
             ticket: None,
             receiver: None,
             events,
@@ -120,9 +123,10 @@ impl<'a> Attempt<'a> {
     async fn save(&mut self, hold: &mut Hold) -> Result<(), TakeError> {
         let (store, id) = (self.machine.store.clone(), self.begun.id);
         let epoch = on_thread(move || store.new_epoch(id).map_err(|e| whole(&e))).await?;
-        let ready = self.make_ready(hold).await;
-        let runs = self.must_run().await;
-        ready.and(runs)?;
+        self.still(hold).await?;
+        self.refuse_others().await?;
+        self.changed = true;
+        self.prepared.plan.apply(&self.machine.qmp, &self.before).await.map_err(|e| whole(&e))?;
         // Last, since it waits for QEMU from now on, and not for as long as a guest may take to be stilled.
         let path = self.machine.directory.join(format!("checkpoint-{id}.sock"));
         self.listen(&path)?;
@@ -146,30 +150,25 @@ impl<'a> Attempt<'a> {
         Ok(())
     }
 
-    /// Sets QEMU up and stills the guest's file systems, which may take long.
-    async fn make_ready(&mut self, hold: &mut Hold) -> Result<(), TakeError> {
-        self.prepared.plan.apply(&self.machine.qmp, &self.before).await.map_err(|e| whole(&e))?;
-        if let Some(agent) = &self.order.quiesce {
-            self.stillness = Stillness::begin(agent, self.saved.running)?;
-            tokio::select! {
-                frozen = self.stillness.frozen() => frozen?,
-                error = hold.cancelled() => return Err(error),
-            }
+    /// Stills the guest's file systems, if they are to be.
+    async fn still(&mut self, hold: &mut Hold) -> Result<(), TakeError> {
+        let Some(agent) = &self.order.quiesce else { return Ok(()) };
+        self.stillness = Stillness::begin(agent, self.saved.running)?;
+        tokio::select! {
+            frozen = self.stillness.frozen() => frozen,
+            error = hold.cancelled() => Err(error),
         }
-        Ok(())
     }
 
-    /// Looks whether somebody else has stopped a machine that ran: nothing of ours has yet.
-    async fn must_run(&mut self) -> Result<(), TakeError> {
-        if !self.saved.running {
-            return Ok(());
-        }
+    /// Refuses what somebody else has begun with the machine since it was looked at, which may be half a minute ago. It is left
+    /// so, since nothing of QEMU is changed yet.
+    async fn refuse_others(&self) -> Result<(), TakeError> {
         let state = control::run_state(&self.machine.qmp).await.map_err(|e| whole(&e))?;
-        if state.running {
-            return Ok(());
+        if self.saved.running && !state.running {
+            let text = format!("somebody else has stopped the machine (it is '{}')", state.status);
+            return Err(TakeError::new(text));
         }
-        self.seen.stopped_by_others = true;
-        Err(TakeError::new(format!("somebody else has stopped the machine (it is '{}')", state.status)))
+        refuse_beside_another(self.machine).await
     }
 
     fn arm(&mut self, epoch: cdp_store::Epoch) {
@@ -342,6 +341,22 @@ impl<'a> Attempt<'a> {
             && control::run_state(&self.machine.qmp).await.is_ok_and(|state| state.is_paused())
     }
 
+    /// Has QEMU go on as it was, if it was changed. Whether that is so.
+    async fn wind_down(&self) -> bool {
+        if !self.changed {
+            return true;
+        }
+        let wound = wind_down(&self.machine.qmp, &self.saved, self.prepared.undo.process).await;
+        let Err(error) = wound else { return true };
+        let vm = &self.machine.name;
+        if matches!(error.kind(), qmp_bridge::ErrorKind::Gone | qmp_bridge::ErrorKind::Unreachable) {
+            tracing::warn!(%vm, "QEMU has ended, so there is nothing to put back: {error}");
+        } else {
+            tracing::error!(%vm, "QEMU could not be put back as it was: {error}");
+        }
+        false
+    }
+
     /// Whatever has come of it: the machine runs on, with its settings as they were, and nothing is held any more.
     async fn put_back(mut self, outcome: Result<Complete, TakeError>) -> Result<Complete, TakeError> {
         let mut outcome = outcome;
@@ -363,13 +378,7 @@ impl<'a> Attempt<'a> {
         if self.mode() == Mode::Hot {
             self.stillness.let_go();
         }
-        if let Err(error) = wind_down(&self.machine.qmp, &self.saved, self.prepared.undo.process).await {
-            let vm = &self.machine.name;
-            if matches!(error.kind(), qmp_bridge::ErrorKind::Gone | qmp_bridge::ErrorKind::Unreachable) {
-                tracing::warn!(%vm, "QEMU has ended, so there is nothing to put back: {error}");
-            } else {
-                tracing::error!(%vm, "QEMU could not be put back as it was: {error}");
-            }
+        if !self.wind_down().await {
             outcome = outcome.map_err(|error| TakeError { again: false, ..error });
         }
         // A machine that stands still could not have answered before.

@@ -135,7 +135,7 @@ async fn refuse(
 
 /// Refuses a machine that somebody else migrates: QEMU does one migration at a time, and what fails of ours is put back by
 /// ending the one that runs.
-async fn refuse_beside_another(machine: &Machine) -> Result<(), TakeError> {
+pub(super) async fn refuse_beside_another(machine: &Machine) -> Result<(), TakeError> {
     let status = migration::progress(&machine.qmp).await.map_err(|e| whole(&e))?.status;
     if status.has_ended() {
         return Ok(());

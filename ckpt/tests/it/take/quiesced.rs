@@ -125,6 +125,26 @@ async fn a_machine_that_somebody_stops_while_its_guest_is_being_stilled_stays_so
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_somebody_begins_while_the_guest_is_being_stilled_is_left_alone() {
+    let bed = Bed::new().await;
+    let (agent, path) = agent(&bed, "agent", AgentConduct::FreezesSlowly(Duration::from_millis(1500)));
+    for mode in MODES {
+        let order = order(mode, &path);
+        let others = async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            bed.qemu.state().migration = "active";
+        };
+        let (taken, ()) = tokio::join!(bed.take(&order, &[]), others);
+        let why = taken.unwrap_err();
+        assert!(why.contains("somebody else migrates"), "{mode:?}: {why}");
+        assert_eq!(bed.qemu.state().migration, "active", "{mode:?}");
+        let commands = bed.qemu.state().commands.clone();
+        assert!(!commands.iter().any(|name| name.starts_with("migrate")), "{mode:?}: {commands:?}");
+        assert!(!agent.is_frozen(), "{mode:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_not_there_or_refuses_is_told_in_words() {
     let bed = Bed::new().await;
     let (refusing, path) = agent(&bed, "refuses", AgentConduct::RefusesToFreeze);
