@@ -126,7 +126,8 @@ impl<'a> Attempt<'a> {
         self.still(hold).await?;
         self.refuse_others().await?;
         self.changed = true;
-        self.prepared.plan.apply(&self.machine.qmp, &self.before).await.map_err(|e| whole(&e))?;
+        let applied = self.prepared.plan.apply(&self.machine.qmp, &self.before).await;
+        applied.map_err(|error| TakeError { hot_alone: self.refuses_hot(&error), ..whole(&error) })?;
         // Last, since it waits for QEMU from now on, and not for as long as a guest may take to be stilled.
         let path = self.machine.directory.join(format!("checkpoint-{id}.sock"));
         self.listen(&path)?;
@@ -136,6 +137,12 @@ impl<'a> Attempt<'a> {
         }
         migration::start(&self.machine.qmp, &path).await.map_err(|e| whole(&e))?;
         self.follow(hold).await
+    }
+
+    /// Whether QEMU does not take the settings of mode hot: only then does it look whether its host and the guest's memory can
+    /// be protected (`migrate_caps_check`, migration/options.c).
+    fn refuses_hot(&self, error: &qmp_bridge::Error) -> bool {
+        self.mode() == Mode::Hot && error.kind() == qmp_bridge::ErrorKind::Refused
     }
 
     /// Waits for QEMU's connection at this path, and for what comes over it.

@@ -55,7 +55,7 @@ pub struct TakeError {
     why: String,
     /// Nothing is wrong, and it may work at once.
     again: bool,
-    /// It was refused for what is in the way of its mode alone, and not of mode live. Nothing was begun.
+    /// It was refused for what is in the way of its mode alone, and not of mode live.
     hot_alone: bool,
 }
 

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use cdp_store::{CheckpointInfo, CheckpointMode, CheckpointState, Store, StoreOptions, VmSpec, VolumeSpec};
 use cdp_types::{CheckpointId, VmName};
 use ckpt::gate::Gate;
-use ckpt::take::{Disk, GIVE_UP_AFTER, Hold, Machine, Order, Taking, take};
+use ckpt::take::{Disk, GIVE_UP_AFTER, Hold, Machine, Order, TakeError, Taking, take};
 use qmp_bridge::fake::Fake;
 use qmp_bridge::{Client, Options};
 use tokio::sync::watch;
@@ -83,6 +83,15 @@ impl Bed {
 
     /// Takes a checkpoint, in the order of these scripts if the migration is tried several times.
     pub(super) async fn take(&self, order: &Order, scripts: &[Vec<Act>]) -> Result<CheckpointInfo, String> {
+        self.try_to_take(order, scripts).await.map_err(|error| error.to_string())
+    }
+
+    /// The same, with all that an error says.
+    pub(super) async fn try_to_take(
+        &self,
+        order: &Order,
+        scripts: &[Vec<Act>],
+    ) -> Result<CheckpointInfo, TakeError> {
         let (cancel, cancelled) = watch::channel(false);
         {
             let mut state = self.qemu.state();
@@ -111,7 +120,7 @@ impl Bed {
         let (progress, _) = watch::channel(Taking::default());
         let hold = Hold { cancel: cancelled, progress };
         let taken = tokio::time::timeout(LIMIT, take(&machine, order, hold)).await;
-        taken.expect("taking hangs").map_err(|error| error.to_string())
+        taken.expect("taking hangs")
     }
 
     /// What holds of every checkpoint, however it went: nothing is left of it but what it says.

@@ -107,6 +107,8 @@ pub struct State {
     hang: Option<Duration>,
     /// So many events come before the settings are changed.
     pub flood: usize,
+    /// Its host cannot write-protect memory.
+    pub refuses_hot: bool,
     /// Somebody else migrates it.
     pub others_migrate: bool,
     pub cancel: Option<watch::Sender<bool>>,
@@ -142,6 +144,7 @@ impl Qemu {
             hang_up: None,
             hang: None,
             flood: 0,
+            refuses_hot: false,
             others_migrate: false,
             cancel: None,
             pages: vec![1, 2, 3, 0, 5, 6, 7, 8],
@@ -251,7 +254,13 @@ impl Qemu {
             }
             "migrate-set-capabilities" => {
                 let mut state = self.state();
-                for one in arguments["capabilities"].as_array().unwrap() {
+                let wanted = arguments["capabilities"].as_array().unwrap();
+                let is_hot = |one: &Value| one["capability"] == "background-snapshot" && one["state"] == true;
+                if state.refuses_hot && wanted.iter().any(is_hot) {
+                    let why = "Background-snapshot is not supported by host kernel";
+                    return vec![Say::Refuse("GenericError", why.to_owned())];
+                }
+                for one in wanted {
                     let name = one["capability"].as_str().unwrap().to_owned();
                     state.capabilities.insert(name, one["state"] == true);
                 }

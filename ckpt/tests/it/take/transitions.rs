@@ -288,6 +288,17 @@ async fn qemu_s_connection_may_end_at_every_command() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_cannot_protect_memory_is_in_the_way_of_hot_alone() {
+    let bed = Bed::new().await;
+    bed.qemu.state().refuses_hot = true;
+    let error = bed.try_to_take(&Bed::order(Hot), &[]).await.unwrap_err();
+    assert!(error.is_of_hot_alone() && error.to_string().contains("host kernel"), "{error}");
+    bed.assert_aborted("host kernel");
+    bed.assert_put_back("refused");
+    bed.take(&Bed::order(Live), &[]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_qemu_that_hangs_is_put_back_once_it_answers() {
     let mut bed = Bed::new().await;
     bed.command_deadline = Duration::from_secs(1);
