@@ -147,12 +147,25 @@ pub async fn settled(client: &Client, deadline: Duration) -> Result<Progress> {
 /// 3. the settings are put back.
 ///
 /// Each step is tried even if one before has failed, and doing it all again does no harm. It says how the migration
-/// ended; one that had completed stays so.
+/// ended; one that had completed stays so. One that runs with the settings as they were is somebody else's: then nothing is
+/// done.
 ///
 /// # Errors
 /// The first one; then it should be done again on the next connection.
 pub async fn wind_down(client: &Client, saved: &Saved) -> Result<Progress> {
-    let ended = end(client).await;
+    let now = progress(client).await;
+    // QEMU takes no other capabilities while a migration runs: were it ours, so would they be.
+    if let Ok(now) = &now
+        && !now.status.has_ended()
+        && saved.is_back(client).await.unwrap_or(false)
+    {
+        return Ok(now.clone());
+    }
+    let ended = match now {
+        Ok(now) if now.status.has_ended() => Ok(now),
+        Ok(_) => end(client).await,
+        Err(error) => Err(error),
+    };
     let running = if saved.running { control::run_again(client).await } else { Ok(()) };
     let settings = saved.restore(client).await;
     let progress = ended?;
@@ -162,10 +175,6 @@ pub async fn wind_down(client: &Client, saved: &Saved) -> Result<Progress> {
 }
 
 async fn end(client: &Client) -> Result<Progress> {
-    let now = progress(client).await?;
-    if now.status.has_ended() {
-        return Ok(now);
-    }
     cancel(client).await?;
     settled(client, SETTLE_DEADLINE).await
 }

@@ -91,6 +91,21 @@ impl Settings {
 }
 
 impl Saved {
+    /// Whether all is as it was, so that the plan is not in effect. A plan that changes nothing always is.
+    ///
+    /// # Errors
+    /// As [`Settings::read`].
+    pub(crate) async fn is_back(&self, client: &Client) -> Result<bool> {
+        if self.capabilities.is_empty() && self.parameters.is_empty() {
+            return Ok(false);
+        }
+        let now = Settings::read(client).await?;
+        let capabilities =
+            self.capabilities.iter().all(|(name, was)| now.capabilities.get(name) == Some(was));
+        let parameters = self.parameters.iter().all(|(name, was)| now.parameters.get(name) == Some(was));
+        Ok(capabilities && parameters)
+    }
+
     /// Puts the settings back. Doing it again changes nothing.
     ///
     /// # Errors

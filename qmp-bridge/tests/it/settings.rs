@@ -209,6 +209,29 @@ async fn a_plan_turns_off_all_that_it_does_not_want_and_leaves_alone_what_somebo
 }
 
 #[tokio::test]
+async fn a_migration_that_somebody_else_began_with_other_settings_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let model = Arc::new(Mutex::new(Model::new(None)));
+    let plays = Arc::clone(&model);
+    let _fake = Fake::answering(&path, (10, 0, 2), move |name, arguments| {
+        plays.lock().unwrap().answer(name, arguments)
+    })
+    .unwrap();
+    let client = hasty(&path).await.unwrap();
+    let before = Settings::read(&client).await.unwrap();
+    let saved = Plan::new(Mode::Hot, Duration::ZERO).changes(&client, &before, true).unwrap();
+    {
+        let mut model = model.lock().unwrap();
+        (model.migration, model.running) = ("active", false);
+    }
+    let progress = timely(migration::wind_down(&client, &saved)).await.unwrap();
+    assert_eq!(progress.status, MigrationStatus::Active);
+    let model = model.lock().unwrap();
+    assert!(model.migration == "active" && !model.running);
+}
+
+#[tokio::test]
 async fn a_qemu_that_lacks_the_capability_of_a_mode_is_told_apart() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
