@@ -12,6 +12,8 @@ use qmp_bridge::machine::{self, Machine};
 use qmp_bridge::{Client, MigrationStatus, control, migration};
 use serde_json::json;
 
+use crate::ErrorKind;
+use crate::error::in_full;
 use crate::memory::{Control, Progress, QueueStore, Restorer};
 
 /// How long QEMU may take nothing, and how long to end once it has everything.
@@ -25,8 +27,8 @@ static RESTORES: AtomicU64 = AtomicU64::new(1);
 #[error("{0}")]
 pub struct RestoreError(String);
 
-fn error(what: impl std::fmt::Display) -> RestoreError {
-    RestoreError(what.to_string())
+fn error(what: impl std::error::Error) -> RestoreError {
+    RestoreError(in_full(&what))
 }
 
 /// What the machine was when a checkpoint was taken, and how it differs from the QEMU that is to take it over: nothing
@@ -73,8 +75,12 @@ pub async fn restore(
     let sent = on_thread(move || send(restorer, &socket)).await;
     let _ = std::fs::remove_file(&path);
     let ended = migration::settled(qmp, PATIENCE).await;
-    // What could not be read or sent is the reason for whatever QEMU says or does not say after it.
-    let progress = sent?;
+    // What could not be read is the reason for whatever QEMU says or does not say after it. Of what it did not take, it may say
+    // why, if it is still there.
+    let progress = sent.map_err(|sent| match ended.as_ref().ok().and_then(|ended| ended.error.as_ref()) {
+        Some(why) => RestoreError(format!("{sent}; QEMU says: {why}")),
+        None => sent,
+    })?;
     let ended = ended.map_err(error)?;
     if ended.status != MigrationStatus::Completed {
         let why = ended.error.unwrap_or_else(|| format!("its migration is '{}'", ended.status));
@@ -101,7 +107,8 @@ pub async fn check_waiting(qmp: &Client) -> Result<(), RestoreError> {
         return Ok(());
     }
     let status = state.status;
-    Err(error(format!("QEMU does not wait for a machine (it is '{status}'): start it with -incoming defer")))
+    let why = format!("QEMU does not wait for a machine (it is '{status}'): start it with -incoming defer");
+    Err(RestoreError(why))
 }
 
 fn open(store: &Store, id: CheckpointId) -> Result<Restorer<QueueStore>, RestoreError> {
@@ -113,11 +120,18 @@ fn open(store: &Store, id: CheckpointId) -> Result<Restorer<QueueStore>, Restore
 }
 
 fn send(restorer: Restorer<QueueStore>, path: &Path) -> Result<Progress, RestoreError> {
-    let stream = UnixStream::connect(path).map_err(|e| error(format!("{}: {e}", path.display())))?;
+    let stream = UnixStream::connect(path).map_err(|e| RestoreError(format!("{}: {e}", path.display())))?;
     stream.set_write_timeout(Some(PATIENCE)).map_err(error)?;
     let never = AtomicBool::new(false);
     let mut control = Control { cancel: &never, progress: &mut |_| {} };
-    restorer.stream_to(stream, &mut control).map(|(_, progress)| progress).map_err(error)
+    let sent = restorer.stream_to(stream, &mut control).map(|(_, progress)| progress);
+    sent.map_err(|e| match e.kind() {
+        ErrorKind::Stream => {
+            let text = "QEMU does not take the machine over, and may have said why on its standard error";
+            RestoreError(format!("{text}: {}", in_full(&e)))
+        }
+        _ => error(e),
+    })
 }
 
 async fn on_thread<T: Send + 'static>(

@@ -35,6 +35,7 @@ use qmp_bridge::Client;
 use serde_json::Value;
 use tokio::sync::watch;
 
+use crate::error::in_full;
 use crate::firsts::Firsts;
 use crate::gate::{DiskGuard, Gate, WriteCacheOff};
 use attempt::Attempt;
@@ -78,13 +79,7 @@ impl TakeError {
 
 /// Why, with all that lies behind it.
 fn whole(error: &dyn std::error::Error) -> TakeError {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    TakeError::new(text)
+    TakeError::new(in_full(error))
 }
 
 /// A disk of a machine.

@@ -1,5 +1,6 @@
 //! Going back into another QEMU.
 
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -93,6 +94,34 @@ async fn machines_that_are_given_one_checkpoint_at_a_time_do_not_share_a_socket(
     let (one, other) = (told_to_listen(&bed, "one").await, told_to_listen(&bed, "other").await);
     assert!(one.starts_with("unix:") && one.ends_with(".sock"), "{one}");
     assert_ne!(one, other);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_does_not_take_the_memory_is_told_of_with_all_that_is_known() {
+    let bed = Bed::new().await;
+    // More than there is room for in a socket that nobody reads.
+    bed.qemu.state().pages = (1..=4096).collect();
+    let id = bed.take(&Bed::order(CheckpointMode::Pause), &[]).await.unwrap().id;
+    let path = bed.directory.path().join("picky");
+    let answer = move |name: &str, arguments: &Value| match name {
+        "query-status" => vec![Say::Return(json!({ "running": false, "status": "inmigrate" }))],
+        "query-migrate" => {
+            vec![Say::Return(json!({ "status": "failed", "error-desc": "Unknown section 'x'" }))]
+        }
+        "migrate-incoming" => {
+            let uri = arguments["uri"].as_str().unwrap_or_default();
+            let listener = UnixListener::bind(uri.trim_start_matches("unix:")).unwrap();
+            std::thread::spawn(move || drop(listener.accept()));
+            vec![Say::Return(json!({}))]
+        }
+        _ => vec![Say::Return(json!({}))],
+    };
+    let _fake = Fake::answering(&path, (10, 0, 2), answer).unwrap();
+    let client = Client::connect(&path, Options::default()).await.unwrap();
+    let restored = restore(&bed.store, id, &client, bed.directory.path(), true).await;
+    let error = restored.unwrap_err().to_string();
+    assert!(error.contains("standard error") && error.contains("Unknown section 'x'"), "{error}");
+    assert!(error.contains("sending: "), "what the socket said is missing: {error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
