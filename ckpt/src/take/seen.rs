@@ -86,6 +86,10 @@ impl Seen {
                 Ok(())
             }
             EventKind::Resume => self.note_resume(event.time_us),
+            // As with one that sleeps from the beginning: see `doctor`.
+            EventKind::Suspend if self.stops == 0 => Err(TakeError::new(
+                "the guest has suspended itself to memory (S3), from which QEMU could not wake it then",
+            )),
             EventKind::Reset { .. } => Err(TakeError::new("the machine was reset")),
             EventKind::Shutdown { .. } => Err(TakeError::new("the machine was switched off")),
             EventKind::Migration { status } => self.note_migration(qmp, status).await,

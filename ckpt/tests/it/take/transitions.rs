@@ -203,6 +203,19 @@ async fn what_ends_a_machine_or_its_migration_ends_the_checkpoint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_goes_to_sleep_before_it_was_stopped_is_not_saved() {
+    let bed = Bed::new().await;
+    let sleep = [Act::Event("SUSPEND", json!({}))];
+    for (mode, when) in [(Hot, "setup"), (Live, "setup"), (Live, "active"), (Live, "SendHalf")] {
+        let script = undisturbed(mode);
+        refused(&bed, mode, with(&script, after(&script, when), &sleep), "suspended itself").await;
+    }
+    // Once it was cut, it may.
+    let hot = undisturbed(Hot);
+    bed.take(&Bed::order(Hot), &[with(&hot, after(&hot, "SendHalf"), &sleep)]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_is_cut_short_makes_no_checkpoint_whatever_qemu_says() {
     let bed = Bed::new().await;
     for mode in MODES {
