@@ -4,15 +4,19 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Instant;
 
 use super::*;
 use crate::StoreOptions;
-use crate::queue::testing::{foreign, pattern, portions, reads, run, store_of, store_with_volume, write};
+use crate::queue::testing::{
+    DEADLINE, foreign, in_time, pattern, portions, reads, run, store_of, store_with_volume, write,
+};
 
 /// Waits until the queue's lane has ended so many operations.
 fn gather(queue: &mut HeadQueue, operations: usize) {
+    let deadline = Instant::now() + DEADLINE;
     while queue.done.len() < operations {
-        queue.lane.poll(Wait::Forever, &mut queue.done).unwrap();
+        in_time(deadline, |wait| queue.lane.poll(wait, &mut queue.done).unwrap());
     }
 }
 
@@ -135,13 +139,14 @@ fn a_message_that_was_taken_and_not_acted_on_is_not_slept_over() {
     let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
     run(&mut queue, vec![write(&pattern(1))]).unwrap();
     // As when somebody else's sync ends, for which a flush waits, between `pump`'s last step and its last look at the inbox.
-    let somebody = Inbox::nobody();
+    let (somebody, deadline) = (Inbox::nobody(), Instant::now() + DEADLINE);
     let plan = loop {
         let plan = volume.log().begin_sync(&somebody);
         if let Some(plan) = plan {
             break plan;
         }
         // The store's own thread is at it.
+        assert!(Instant::now() < deadline, "its sync does not end");
         std::thread::yield_now();
     };
     run(&mut queue, vec![write(&pattern(2))]).unwrap();
@@ -155,8 +160,9 @@ fn a_message_that_was_taken_and_not_acted_on_is_not_slept_over() {
     queue.lane.poll(Wait::No, &mut Vec::new()).unwrap();
     assert_eq!(queue.arm().unwrap(), Wait::No);
     let mut events = Vec::new();
+    let deadline = Instant::now() + DEADLINE;
     while events.is_empty() {
-        queue.poll(Wait::For(Duration::from_secs(20)), &mut events).unwrap();
+        in_time(deadline, |wait| queue.poll(wait, &mut events).unwrap());
     }
     assert!(matches!(events[..], [Event::Completed { id: RequestId(9), result: Ok(()) }]), "{events:?}");
     queue.poll(Wait::No, &mut events).unwrap();

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::queue::HeadQueue;
-use crate::queue::testing::{foreign, pattern, portions, reads, run, store_of, store_with_volume, write};
+use crate::queue::testing::{
+    DEADLINE, foreign, in_time, pattern, portions, reads, run, store_of, store_with_volume, write,
+};
 use crate::{Store, StoreOptions};
 
 /// What the volume holds now, for ever.
@@ -17,9 +19,9 @@ fn now(store: &Store, volume: &Arc<Volume>) -> Arc<Past> {
 
 /// Notes so many reads that have ended as if they had done so at once.
 fn gather(queue: &mut PastQueue, reads: usize) {
-    let mut ended = Vec::new();
+    let (mut ended, deadline) = (Vec::new(), Instant::now() + DEADLINE);
     while ended.len() < reads {
-        queue.lane.poll(Wait::Forever, &mut ended).unwrap();
+        in_time(deadline, |wait| queue.lane.poll(wait, &mut ended).unwrap());
     }
     for one in ended {
         if let Done::Io { token, result, .. } = one {
@@ -78,7 +80,7 @@ fn what_is_not_known_yet_is_looked_up_elsewhere_and_read_all_the_same() {
     ask_for_all(&mut queue);
     // The first had this thread for itself.
     assert_eq!(queue.seeking.0.len(), LEAVES - 1);
-    let (mut events, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(20));
+    let (mut events, deadline) = (Vec::new(), Instant::now() + DEADLINE);
     while events.len() < LEAVES {
         assert!(Instant::now() < deadline, "{} of {LEAVES} have ended", events.len());
         queue.poll(Wait::For(Duration::from_secs(1)), &mut events).unwrap();

@@ -3,12 +3,21 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cdp_types::{DeviceQueue, Event, IoBuf, IoError, Op, RequestId, Wait};
 
 use crate::volume::Volume;
 use crate::{Store, StoreOptions, VolumeSpec};
+
+/// What a test waits for must have come by then.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Calls `poll` with how long it may sleep at most: by then what it waits for has come, or it never will.
+pub fn in_time(deadline: Instant, poll: impl FnOnce(Wait)) {
+    poll(Wait::For(deadline.saturating_duration_since(Instant::now())));
+    assert!(Instant::now() < deadline, "what is waited for does not come");
+}
 
 /// A store in `directory`, with one volume of a MiB.
 pub fn store_with_volume(directory: &Path) -> (Store, Arc<Volume>) {
@@ -28,11 +37,11 @@ pub fn store_of(directory: &Path, size_bytes: u64, options: StoreOptions) -> (St
 
 /// Has the queue do all of this.
 pub fn run(queue: &mut dyn DeviceQueue, ops: Vec<Op>) -> Result<(), IoError> {
-    let mut left = ops.len();
+    let (mut left, deadline) = (ops.len(), Instant::now() + DEADLINE);
     (0..).zip(ops).for_each(|(id, op)| queue.submit(RequestId(id), op));
     let mut events = Vec::new();
     while left > 0 {
-        queue.poll(Wait::Forever, &mut events).unwrap();
+        in_time(deadline, |wait| queue.poll(wait, &mut events).unwrap());
         left -= events.len();
         for event in events.drain(..) {
             if let Event::Completed { result, .. } = event {
@@ -72,7 +81,7 @@ pub fn portions(queue: &mut dyn DeviceQueue, requests: usize) -> Vec<usize> {
     let (mut events, mut portions) = (Vec::new(), Vec::new());
     while portions.iter().sum::<usize>() < requests {
         assert_eq!(queue.arm().unwrap(), Wait::No, "after {portions:?} of {requests}");
-        queue.poll(Wait::For(Duration::from_secs(20)), &mut events).unwrap();
+        queue.poll(Wait::For(DEADLINE), &mut events).unwrap();
         assert!(events.iter().all(|e| matches!(e, Event::Completed { result: Ok(()), .. })), "{events:?}");
         portions.push(events.drain(..).count());
     }
