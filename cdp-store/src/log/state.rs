@@ -152,6 +152,8 @@ pub struct LogState {
     flushed_seq: Option<Seq>,
     /// The log had to wait for its last segment: the disk is not fast enough to zero-fill while guests write.
     waited: bool,
+    /// A batch waits that the rest of the open segment is too short for.
+    outgrown: bool,
     /// Blocks merged from partial writes and not yet acknowledged.
     overlay: HashMap<u64, (Ordinal, Box<[u8]>)>,
     /// Where it is noted how far the log was written, if it is.
@@ -191,6 +193,7 @@ impl LogState {
             sync_waiters: Vec::new(),
             flushed_seq: None,
             waited: false,
+            outgrown: false,
             overlay: HashMap::new(),
             reach,
         }
@@ -353,10 +356,11 @@ impl LogState {
     pub fn wants_segment(&self, context: &LogContext) -> Option<Wish> {
         // A cut always needs a fresh one, however little of the present one is used.
         let half_full = self.open.as_ref().is_none_or(|o| 2 * o.offset > o.segment.header.capacity);
+        let full = half_full || self.outgrown;
         let growing = self.open.as_ref().is_some_and(|open| open.grows);
         let flushed = self.open.as_ref().is_some_and(Open::is_flushed);
         let streams = self.open.as_ref().is_some_and(Open::streams);
-        (self.blank.is_none() && (half_full || self.needs_cut || (growing && flushed))).then(|| Wish {
+        (self.blank.is_none() && (full || self.needs_cut || (growing && flushed))).then(|| Wish {
             capacity: context.segments.capacity_after(self.opened_since_cut),
             filled: flushed || !(self.waited || streams),
             growing,
@@ -524,8 +528,10 @@ impl LogState {
         }
         let Some(blank) = self.blank.take() else {
             self.waited = true;
+            self.outgrown = true;
             return false;
         };
+        self.outgrown = false;
         let header = SegmentHeader {
             store: context.store,
             incarnation: 0,

@@ -224,3 +224,21 @@ fn requests_behind_discards_of_less_than_a_block_are_not_refused() {
     drop((queue, volume));
     store.close().unwrap();
 }
+
+#[test]
+fn a_request_that_does_not_fit_into_a_segment_that_is_hardly_used_gets_another() {
+    let directory = tempfile::tempdir().unwrap();
+    // So that a log's first segment, of 4 MiB, is shorter than two of its longest requests.
+    let options = StoreOptions { segment_bytes: 16 << 20, pool_segments: 0, ..StoreOptions::default() };
+    let (store, volume) = store_of(directory.path(), 4 << 20, options);
+    let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
+    let longest = pattern(volume.shared().tuning.max_request_bytes as usize / 4096);
+    assert_eq!(longest.len(), 4 << 20);
+    run(&mut queue, vec![write(&longest[..4096])]).unwrap();
+    run(&mut queue, vec![write(&longest)]).unwrap();
+    let into = IoBuf::zeroed(longest.len());
+    run(&mut queue, vec![Op::Read { offset: 0, into: into.share() }]).unwrap();
+    assert!(into.to_vec() == longest);
+    drop((queue, volume));
+    store.close().unwrap();
+}
