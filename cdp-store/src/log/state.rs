@@ -123,6 +123,8 @@ pub struct LogState {
     tenure: u64,
     /// Queues that were opened during this tenure and are still open.
     users: usize,
+    /// The same of the tenure that has ended, until the next one begins.
+    users_before: usize,
     /// One tenure has ended, and the next has not begun.
     switching: bool,
     /// The last batch that was placed, and its header's checksum.
@@ -169,6 +171,7 @@ impl LogState {
             branch,
             tenure: 0,
             users: 0,
+            users_before: 0,
             switching: false,
             term: end.term + 1,
             placed: end.ordinal,
@@ -230,6 +233,8 @@ impl LogState {
     pub fn leave(&mut self, tenure: u64) {
         if tenure == self.tenure {
             self.users -= 1;
+        } else if self.switching && tenure + 1 == self.tenure {
+            self.users_before -= 1;
         }
     }
 
@@ -240,10 +245,10 @@ impl LogState {
     }
 
     /// Refuses every further append of the queues that are open, and lets none be opened until
-    /// [`LogState::begin_tenure`].
+    /// [`LogState::begin_tenure`] or [`LogState::resume_tenure`].
     pub fn end_tenure(&mut self) {
         self.tenure += 1;
-        self.users = 0;
+        self.users_before = std::mem::take(&mut self.users);
         self.switching = true;
     }
 
@@ -256,6 +261,14 @@ impl LogState {
     /// Lets queues append again.
     pub fn begin_tenure(&mut self) {
         self.switching = false;
+    }
+
+    /// The same, also those that were open when the tenure was ended: it goes on. Of a log that is poisoned it does not.
+    pub fn resume_tenure(&mut self) {
+        if self.poisoned.is_none() {
+            (self.tenure, self.users) = (self.tenure - 1, self.users_before);
+        }
+        self.begin_tenure();
     }
 
     /// `Seq` and time of the first request that is in the log and not acknowledged.

@@ -59,7 +59,8 @@ impl Store {
     /// Puts volumes back to earlier instants, all of them or none: each goes on with a new branch that begins there.
     /// Nothing is deleted; [`Reverted::undo`] leads back. It takes as long for 1 GiB as for 16 TiB.
     ///
-    /// Queues that were open stay behind: they fail every further request. Without `force` there must be none.
+    /// Queues that were open stay behind: they fail every further request. Without `force` there must be none. If it fails they
+    /// go on, but what was asked of them meanwhile may have failed.
     ///
     /// 1. Resolve the instants and make what they refer to durable. Crash: nothing happened.
     /// 2. Keep queues from writing, and wait for what is in flight.
@@ -108,7 +109,11 @@ impl Store {
             self.commit_revert(turns, &undo, further)
         });
         for volume in ended {
-            volume.begin_tenure();
+            match &outcome {
+                Ok(_) => volume.begin_tenure(),
+                // It is what it was, and so it stays theirs who have it.
+                Err(_) => volume.resume_tenure(),
+            }
         }
         let reverted = outcome?;
         turns.iter().for_each(|turn| self.keep_shallow(&turn.volume));

@@ -1,6 +1,7 @@
 //! What happens between two steps of a change of the store, and when several threads change it at once.
 #![allow(clippy::unwrap_used)]
 
+use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -247,6 +248,35 @@ fn a_queue_is_opened_before_a_revert_or_after_it() {
     // None waits for a tenure that will never begin.
     bench.store.destroy_volume(&bench.name, true).unwrap();
     drop(volume.open_queue().unwrap());
+}
+
+#[test]
+fn a_forced_revert_that_fails_cuts_nobody_off() {
+    let bench = Bench::new();
+    let volume = bench.store.volume(&bench.name).unwrap();
+    write(&volume, 4096);
+    let turn = Turn { volume: Arc::clone(&volume), to: bench.head() };
+    let mut stays = volume.open_queue().unwrap();
+    let goes = RefCell::new(Some(volume.open_queue().unwrap()));
+    let refused = bench.store.go_back(&[turn], true, &|_| {
+        // One of its users leaves meanwhile.
+        drop(goes.take());
+        Err(Error::new(ErrorKind::Busy, "as when writes in flight do not end"))
+    });
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Busy);
+    let from = IoBuf::from_bytes(&[8; 4096]);
+    stays.submit(RequestId(1), Op::Write { offset: 0, from, fua: false, origin: Origin(0) });
+    let (mut events, begun) = (Vec::new(), Clock::now());
+    while events.is_empty() {
+        assert!(begun.elapsed() < DEADLINE, "the write does not end");
+        stays.poll(Wait::For(Duration::from_millis(10)), &mut events).unwrap();
+    }
+    assert!(matches!(events[..], [Event::Completed { result: Ok(()), .. }]), "{events:?}");
+    assert!(!volume.end_tenure(false), "somebody uses it");
+    drop(stays);
+    assert!(volume.end_tenure(false), "nobody uses it any more");
+    volume.begin_tenure();
+    write(&volume, 4096);
 }
 
 #[test]

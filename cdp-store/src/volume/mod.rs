@@ -196,9 +196,9 @@ impl Volume {
         self.tenure.load(Memory::Acquire)
     }
 
-    /// Refuses whatever the open queues still want, and holds new ones back until [`Volume::begin_tenure`]; says no,
-    /// and does nothing, if there are open queues and not `force`, or if somebody else has ended the tenure and not begun
-    /// the next one: queues that are opened then must not be reverted once more.
+    /// Refuses whatever the open queues still want, and holds new ones back until [`Volume::begin_tenure`] or
+    /// [`Volume::resume_tenure`]; says no, and does nothing, if there are open queues and not `force`, or if somebody else
+    /// has ended the tenure and not begun the next one: queues that are opened then must not be reverted once more.
     pub(crate) fn end_tenure(&self, force: bool) -> bool {
         let mut log = self.log();
         if log.is_switching() || (log.users() > 0 && !force) {
@@ -224,6 +224,15 @@ impl Volume {
     /// Lets queues write again.
     pub(crate) fn begin_tenure(&self) {
         self.log().begin_tenure();
+        self.wake_waiters(None);
+    }
+
+    /// The same, also those that were open when [`Volume::end_tenure`] was called: nothing has become of the next tenure.
+    pub(crate) fn resume_tenure(&self) {
+        let mut log = self.log();
+        log.resume_tenure();
+        self.tenure.store(log.tenure(), Memory::Release);
+        drop(log);
         self.wake_waiters(None);
     }
 
