@@ -148,6 +148,24 @@ fn slot_name(slot: u64) -> String {
     format!("{DIRECTORY}/{slot:08}")
 }
 
+/// Has the file system set aside the blocks of a file's first `len` bytes. Where it cannot do that, the file grows as it is
+/// written.
+///
+/// # Errors
+/// [`crate::ErrorKind::NoSpace`].
+pub fn set_aside(file: &Arc<dyn File>, len: u64) -> Result<()> {
+    match file.reserve(len) {
+        Ok(()) => Ok(()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+            Err(Error::io(format!("setting space aside for {}", file.name()), error))
+        }
+        Err(error) => {
+            tracing::debug!("{} grows as it is written: {error}", file.name());
+            Ok(())
+        }
+    }
+}
+
 impl Segments {
     /// The segments of a store. None can be opened before [`Segments::start_generation`].
     #[must_use]
@@ -449,21 +467,13 @@ impl Segments {
     }
 
     /// Has the file system set a blank's blocks aside. Where it cannot, the file grows as it is written, which lets the
-    /// disk have one write at a time.
+    /// disk have one write at a time. A blank for which there is no space is given up.
     fn reserve(&self, blank: &Blank) -> Result<()> {
-        match blank.file.reserve(blank.capacity) {
-            Err(error)
-                if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
-            {
-                self.discard_slot(blank.slot)?;
-                Err(Error::io(format!("setting space aside for {}", blank.file.name()), error))
-            }
-            Err(error) => {
-                tracing::debug!("{} grows as it is written: {error}", blank.file.name());
-                Ok(())
-            }
-            Ok(()) => Ok(()),
+        let reserved = set_aside(&blank.file, blank.capacity);
+        if reserved.is_err() {
+            self.discard_slot(blank.slot)?;
         }
+        reserved
     }
 
     /// Notes that a log's blank will grow as it is written: nobody else gets that space.
@@ -501,6 +511,16 @@ impl Segments {
         let blank = self.create(capacity)?;
         self.promise(volume, &blank);
         Ok(blank)
+    }
+
+    /// Makes a slot out of the space that is kept back, and has that set aside: what is written there does not fail for want
+    /// of it.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::NoSpace`] if not even that is left, or if it cannot be made.
+    pub(crate) fn create_of_reserve(&self, capacity: u64) -> Result<Blank> {
+        let blank = self.create(capacity)?;
+        self.reserve(&blank).map(|()| blank)
     }
 
     /// Makes a slot; its name is durable when this returns, so no flush has to care for it.

@@ -6,7 +6,7 @@ use cdp_types::Ordinal;
 
 use super::{Catalogue, Change, POSITION_KEY, Position, put};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{BatchPlace, Record, RecordKind};
+use crate::format::{BatchPlace, Cut, Record, RecordKind};
 use crate::index::{Kv, WriteBatch};
 use crate::log::{LogContext, LogState};
 
@@ -51,8 +51,8 @@ impl Ledger {
     /// The changes survive a power cut once this returns.
     ///
     /// # Errors
-    /// If the log cannot be written; [`ErrorKind::Invalid`] if there is too much to say in one record;
-    /// [`ErrorKind::NotFound`] as above.
+    /// If the log cannot be written; [`ErrorKind::NoSpace`], as a rule before anything is; [`ErrorKind::Invalid`] if there is
+    /// too much to say in one record; [`ErrorKind::NotFound`] as above.
     pub fn commit(&mut self, context: &LogContext, changes: &[Change]) -> Result<()> {
         self.catalogue.check(changes)?;
         let body = serde_json::to_vec(changes)
@@ -62,9 +62,12 @@ impl Ledger {
         }
         self.supply(context)?;
         if self.log.can_cut() {
+            self.log.set_aside(context, Cut::LEN)?;
             self.log.cut(context);
             self.supply(context)?;
         }
+        // A record that could be written only in part would be nobody's to take back.
+        self.log.set_aside(context, body.len())?;
         let mut record = Record::event(RecordKind::Store, body.len() as u64);
         record.aux = body.len() as u64;
         self.log.append_synced(context, record, body)?;

@@ -359,7 +359,8 @@ pub struct Cut {
 }
 
 impl Cut {
-    const LEN: usize = 32;
+    /// Its length, in bytes.
+    pub const LEN: usize = 32;
 
     /// As bytes.
     #[must_use]

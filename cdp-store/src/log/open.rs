@@ -33,6 +33,11 @@ impl Open {
         Self { segment, offset: first_at, grows, batches: 0, flushes: 0, large_batch }
     }
 
+    /// Whether a batch of so many bytes fits in behind the others.
+    pub(super) fn fits(&self, bytes: u64) -> bool {
+        self.offset + bytes <= self.segment.header.capacity
+    }
+
     /// Whether guests write much at a time, and seldom flush.
     pub(super) fn streams(&self) -> bool {
         self.offset >= self.batches.max(1) * self.large_batch

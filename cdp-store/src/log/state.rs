@@ -1,5 +1,7 @@
 //! Where a volume's log stands: what was placed, what has reached the kernel, what is durable.
 
+mod room;
+
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,7 +18,7 @@ use crate::format::{BatchHeader, BatchPlace, Cut, Record, RecordKind, SegmentHea
 use crate::index::LogPos;
 use crate::queue::Inbox;
 use crate::reach::{End, Reach};
-use crate::segments::{Blank, Segment, Segments, Wish};
+use crate::segments::{Blank, Segment, Segments};
 use crate::storage::{AlignedBuf, File};
 
 /// What all logs of a store share.
@@ -364,40 +366,6 @@ impl LogState {
         self.in_flight.len()
     }
 
-    /// Whether a blank segment should be supplied through [`LogState::supply`], and of what kind.
-    #[must_use]
-    pub fn wants_segment(&self, context: &LogContext) -> Option<Wish> {
-        // A cut always needs a fresh one, however little of the present one is used.
-        let half_full = self.open.as_ref().is_none_or(|o| 2 * o.offset > o.segment.header.capacity);
-        let full = half_full || self.outgrown;
-        let growing = self.open.as_ref().is_some_and(|open| open.grows);
-        let flushed = self.open.as_ref().is_some_and(Open::is_flushed);
-        let streams = self.open.as_ref().is_some_and(Open::streams);
-        (self.blank.is_none() && (full || self.needs_cut || (growing && flushed))).then(|| Wish {
-            capacity: context.segments.capacity_after(self.opened_since_cut),
-            filled: flushed || !(self.waited || streams),
-            growing,
-        })
-    }
-
-    /// Whether so many bytes, or a cut that is due, would have to wait for a segment.
-    #[must_use]
-    pub fn lacks_room(&self, bytes: u64) -> bool {
-        let fits = |open: &Open| open.offset + bytes <= open.segment.header.capacity;
-        self.blank.is_none() && (self.needs_cut || !self.open.as_ref().is_some_and(fits))
-    }
-
-    /// Hands over a blank segment; returns one that was at hand already.
-    #[must_use]
-    pub fn supply(&mut self, blank: Blank) -> Option<Blank> {
-        self.blank.replace(blank)
-    }
-
-    /// Takes the blank segment that is at hand.
-    pub fn take_blank(&mut self) -> Option<Blank> {
-        self.blank.take()
-    }
-
     /// The merged content of a block whose partial write is not acknowledged yet, or word that some other write to
     /// it is under way (`Err`), or neither.
     pub fn unacknowledged(&self, block: u64) -> std::result::Result<Option<&[u8]>, ()> {
@@ -422,10 +390,7 @@ impl LogState {
         let total = (header_len + draft.payload_len()).next_multiple_of(unit as usize);
         // To leave a file whose blocks are only set aside, or that grows, costs the rest of it at most, which is not much.
         let better = self.blank.as_ref().is_some_and(|blank| blank.filled);
-        let stays = |open: &Open| {
-            let fits = open.offset + total as u64 <= open.segment.header.capacity;
-            fits && !(open.grows && open.is_flushed() && better)
-        };
+        let stays = |open: &Open| open.fits(total as u64) && !(open.grows && open.is_flushed() && better);
         if !self.open.as_ref().is_some_and(stays) && !self.open_next(context, total as u64) {
             if self.flushed_seq.is_some() {
                 draft.records.pop();

@@ -127,8 +127,11 @@ impl Store {
         changes: &[Change],
         volumes: impl IntoIterator<Item = &'a Arc<Volume>>,
     ) -> Result<()> {
+        let was_undecided = ledger.is_undecided();
         let committed = self.commit(ledger, changes);
-        if committed.as_ref().is_err_and(|error| error.kind() == ErrorKind::Io) && ledger.is_undecided() {
+        // A log that takes nothing any more refuses a record before it is written.
+        let written = committed.as_ref().is_err_and(|error| error.kind() != ErrorKind::ReadOnly);
+        if written && ledger.is_undecided() && !was_undecided {
             for volume in volumes {
                 volume.stop_writes("whether it was reverted or destroyed could not be written down");
             }

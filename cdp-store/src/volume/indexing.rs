@@ -138,8 +138,13 @@ impl Volume {
         if nothing_new || busy || log.poisoned().is_some() || self.is_armed() {
             return Ok(());
         }
+        let context = &self.shared().log;
+        if log.set_aside(context, 0).is_err() {
+            // The disk is full: the claim is a precaution, and not worth a write that may fail.
+            return Ok(());
+        }
         let record = Record::event(RecordKind::Durable, log.acked().0);
-        match log.append_synced(&self.shared().log, record, Vec::new()) {
+        match log.append_synced(context, record, Vec::new()) {
             Ok(acked) => {
                 let at = acked.header.ordinal;
                 log.claim(at);

@@ -413,11 +413,13 @@ impl Volume {
         }
         let mut log = self.log();
         if log.cut_wants_segment() {
-            // What is in flight can only end behind a cut, and for a cut there is space kept back.
+            // What is in flight can only end behind a cut, and for a cut there is space kept back. Somebody else may have
+            // taken that: it is waited for like all space, and then what is in flight must end without.
             let unit = self.shared.log.segments.alignment().physical_block;
-            match self.shared.log.segments.create(data_start(unit) + u64::from(unit)) {
+            match self.shared.log.segments.create_of_reserve(data_start(unit) + u64::from(unit)) {
                 Ok(blank) => self.take_over(&mut log, blank),
-                Err(error) => tracing::error!(volume = %self.id, "no segment for a cut: {error}"),
+                Err(error) if self.is_starved() => log.poison(format!("no space for a cut: {error}")),
+                Err(error) => tracing::debug!(volume = %self.id, "no segment for a cut: {error}"),
             }
             self.cut_if_due(&mut log, None);
         }

@@ -1,5 +1,6 @@
 //! Disks that fail and fill up, and guests that ask what has become of their requests: invariants 1, 4 and 6.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use cdp_store::storage::sim::OpKind;
@@ -319,18 +320,20 @@ fn a_volume_whose_fate_is_not_known_acknowledges_nothing() {
         |store, name, to| store.revert(&[(name.clone(), Instant::Seq(to))], false).map(drop),
         |store, name, _| store.destroy_volume(name, true),
     ];
-    for (fate, kind) in fates.into_iter().flat_map(|fate| [(fate, OpKind::Write), (fate, OpKind::Sync)]) {
+    let cases = fates.into_iter().flat_map(|fate| [(fate, OpKind::Write), (fate, OpKind::Sync)]);
+    let errors = [(libc::EIO, ErrorKind::Io), (libc::ENOSPC, ErrorKind::NoSpace)];
+    for ((fate, kind), (errno, told)) in cases.flat_map(|case| errors.map(|error| (case, error))) {
         let mut bench = Bench::new(7);
         let name = bench.name(0);
         bench.write(0, 0, 1).unwrap();
         let to = bench.machine.store().volume_info(&name).unwrap().head.seq;
         bench.write(0, 0, 2).unwrap();
         bench.flush(0).unwrap();
-        bench.machine.disk.fail_nth(kind, 0, libc::EIO);
-        assert_eq!(fate(bench.machine.store(), &name, to).unwrap_err().kind(), ErrorKind::Io);
+        bench.machine.disk.fail_nth(kind, 0, errno);
+        assert_eq!(fate(bench.machine.store(), &name, to).unwrap_err().kind(), told);
         assert!(
             bench.write(0, 1, 3).is_err(),
-            "invariant 1 violated: {kind:?}: acknowledged, and perhaps lost"
+            "invariant 1 violated: {kind:?}, {told}: acknowledged, and perhaps lost"
         );
         assert_eq!(bench.block(0, 0).unwrap(), 2, "it can still be read");
         assert!(bench.write(1, 1, 3).is_ok(), "another volume has nothing to do with it");
@@ -361,4 +364,60 @@ fn requests_that_wait_for_a_cut_end_when_their_volume_is_destroyed() {
     poll(&mut *queue, &mut events);
     assert!(matches!(events[..], [Event::Completed { id: RequestId(1), result: Err(_) }]), "{events:?}");
     drop((queue, volume));
+}
+
+#[test]
+fn a_change_of_the_store_that_lacks_space_fails_and_nothing_else_does() {
+    // Its file system can set blocks aside.
+    let mut bench = Bench::new(4);
+    let name = bench.name(0);
+    bench.write(0, 0, 1).unwrap();
+    let to = bench.machine.store().volume_info(&name).unwrap().head.seq;
+    bench.write(0, 0, 2).unwrap();
+    let mark = |bench: &Bench| {
+        let label = "here".parse().unwrap();
+        bench.machine.store().mark(&name, &Instant::Seq(to), &label, BTreeMap::new()).map(drop)
+    };
+    let revert = |bench: &Bench| {
+        let targets = [(name.clone(), Instant::Seq(to))];
+        bench.machine.store().revert(&targets, false).map(drop)
+    };
+    bench.machine.disk.set_capacity(Some(0));
+    for _ in 0..2 {
+        for refused in [mark(&bench), revert(&bench)] {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::NoSpace);
+        }
+        bench.write(0, 1, 3).expect("the volume's own log has its space");
+    }
+    bench.machine.disk.set_capacity(None);
+    mark(&bench).unwrap();
+    revert(&bench).unwrap();
+    bench.restart(Crash::PowerCut);
+    assert_eq!((bench.block(0, 0).unwrap(), bench.block(0, 1).unwrap()), (1, 0));
+    assert_eq!(bench.machine.store().volume_info(&name).unwrap().marks.len(), 1);
+}
+
+#[test]
+fn a_cut_that_lacks_space_is_waited_for_and_then_given_up() {
+    for gets_space in [true, false] {
+        let bench = Bench::new(4);
+        bench.write(0, 0, 1).unwrap();
+        let volume = bench.machine.volume(&bench.name(0));
+        let mut queue = volume.open_queue().unwrap();
+        bench.machine.disk.set_capacity(Some(0));
+        bench.machine.disk.fail_nth(OpKind::Write, 0, libc::ENOSPC);
+        queue.submit(RequestId(1), write_op(1, 2, Origin(0)));
+        let mut events = Vec::new();
+        for _ in 0..20 {
+            queue.poll(Wait::For(Duration::from_millis(1)), &mut events).unwrap();
+            bench.machine.store().pool_step().unwrap();
+        }
+        assert!(events.is_empty() && volume.refusal().is_none(), "{events:?}, {:?}", volume.refusal());
+        if gets_space {
+            bench.machine.disk.set_capacity(None);
+        }
+        let ended = bench.wait(&mut *queue);
+        assert_eq!((ended.is_ok(), volume.refusal().is_none()), (gets_space, gets_space), "{ended:?}");
+        assert_eq!(bench.block(0, 0).unwrap(), 1);
+    }
 }
