@@ -221,7 +221,7 @@ impl Lineage<'_> {
     /// A leaf of a branch after every change up to and including `at`; what the branch does not say is inherited.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] if the index cannot be read.
+    /// [`ErrorKind::Corrupt`] if the index cannot be read, or a log is damaged before `at`.
     pub fn leaf_at(&self, at: At, leaf: u64) -> Result<Leaf> {
         self.leaf_of(self.branches.line(at), leaf)
     }
@@ -249,6 +249,9 @@ impl Lineage<'_> {
         // Pending changes are taken first: what the indexer moves meanwhile is then seen twice, which does no harm,
         // as long as the index is not read further than the pending changes go.
         let owner = self.branches.owner_of(at.branch);
+        if let Some(last) = owner.as_ref().and_then(|volume| volume.whole_upto()) {
+            self.check_whole(at, last)?;
+        }
         let (pending, limit) = match &owner {
             Some(volume) => {
                 let map = volume.map();
@@ -262,6 +265,23 @@ impl Lineage<'_> {
         let mut states = found.states;
         apply_changes(&mut states, &pending);
         Ok(states)
+    }
+
+    /// Refuses an instant of a branch that lies behind `last`, the last request before damage of its log. The present of the
+    /// branch, and its beginning, do not.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`].
+    pub fn check_whole(&self, at: At, last: Seq) -> Result<()> {
+        let start = self.branches.get(at.branch).map_or(Seq::ZERO, |branch| branch.row.start);
+        if at.seq <= last.max(start) || at.seq == Seq::MAX {
+            return Ok(());
+        }
+        let text = format!(
+            "seq:{} of branch {} cannot be read: the log that it lies in is damaged, and whole only up to seq:{last}",
+            at.seq, at.branch
+        );
+        Err(Error::new(ErrorKind::Corrupt, text))
     }
 
     /// The leaves of which some places have anything to say: those that were written by now.

@@ -65,11 +65,13 @@ impl Written {
     /// See [`compare_with_log`].
     pub(super) fn compare(&self, volume: &Arc<Volume>, head: Head, report: &mut VerifyReport) -> Result<()> {
         let shared = volume.shared();
+        // Behind damage nothing is read, and the log says nothing either.
+        let seq = volume.whole_upto().map_or(head.seq, |last| last.min(head.seq));
         for leaves in self.leaves.chunks(LEAVES_PER_WALK) {
             let mut replay = Replay { found: leaves.iter().map(|key| (*key, unsaid())).collect() };
             each_batch_up_to(volume, head, &mut |batch| replay.apply(&batch.header, batch.payload_at))?;
             for ((branch, leaf), expected) in replay.found {
-                let stored = shared.lineage().leaf_at(At { branch, seq: head.seq }, leaf)?;
+                let stored = shared.lineage().leaf_at(At { branch, seq }, leaf)?;
                 compare_leaf(volume, leaf, &expected, &stored, report);
             }
         }

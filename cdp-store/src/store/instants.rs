@@ -99,7 +99,7 @@ impl Store {
         Ok(Resolved { branch: at.branch, seq: at.seq, time_ns })
     }
 
-    /// The same, with everything up to the instant made durable.
+    /// The same, with everything up to the instant made durable. What lies behind damage cannot be.
     ///
     /// # Durability
     /// What the instant refers to, once this returns.
@@ -108,6 +108,9 @@ impl Store {
         let owner = self.inner.shared.branches.owner_of(at.branch);
         // What is shared of a destroyed volume was made durable when it began to be.
         if let Some(owner) = owner.filter(|owner| owner.row().stage != Stage::Destroyed) {
+            if let Some(last) = owner.whole_upto() {
+                self.inner.shared.lineage().check_whole(At { branch: at.branch, seq: at.seq }, last)?;
+            }
             let last = owner.map().reaching(at.branch, at.seq);
             owner.make_durable(last)?;
         }

@@ -148,7 +148,7 @@ impl Opening {
             self.newest_time_ns = self.newest_time_ns.max(volume.end.time_ns);
             self.newest_seq = self.newest_seq.max(volume.end.seq);
             // A damaged log goes on behind what could be read of it.
-            if !volume.damaged {
+            if volume.whole_upto.is_none() {
                 fences.push((row.id, Fence { last: volume.end.ordinal, generation }));
             }
         }

@@ -199,7 +199,7 @@ impl<'a> Replay<'a> {
         if let Some(damage) = &recovery.damage {
             tracing::error!(volume = %row.name, "{damage}; the volume is read-only");
         }
-        let damaged = recovery.damage.is_some();
+        let whole_upto = recovery.damage.as_ref().map(|_| recovery.end.seq.max(map.applied()));
         let read_only = match (self.mode, recovery.damage) {
             (_, Some(damage)) => Some(damage),
             (Mode::Read, None) => Some("the store was opened for inspection".to_owned()),
@@ -207,7 +207,7 @@ impl<'a> Replay<'a> {
         };
         map.switch(row.branch, start);
         let end = recovery.end.on_branch(start, created_ns);
-        Ok(Recovered { end, map, survived, read_only, damaged, reached: recovery.reached })
+        Ok(Recovered { end, map, survived, read_only, whole_upto, reached: recovery.reached })
     }
 }
 

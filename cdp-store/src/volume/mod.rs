@@ -78,7 +78,7 @@ pub struct Volume {
     listeners: Mutex<Vec<Listener>>,
     /// The log's, for the check of every request.
     tenure: AtomicU64,
-    damaged: bool,
+    whole_upto: Option<Seq>,
     /// Why it takes no writes: its log is damaged, or the store was opened for reading.
     read_only: OnceLock<String>,
     /// Since when the store has been too full to give it a segment, on the boot clock; 0 if it is not.
@@ -97,7 +97,8 @@ pub(crate) struct Recovered {
     pub map: HeadMap,
     pub survived: Vec<Origin>,
     pub read_only: Option<String>,
-    pub damaged: bool,
+    /// If its log is damaged: the last request before that.
+    pub whole_upto: Option<Seq>,
     /// Where its log ends, if nothing was ever placed behind that.
     pub reached: Option<End>,
 }
@@ -126,7 +127,7 @@ impl Volume {
             map: Mutex::new(recovered.map),
             waiters: Mutex::default(),
             survived: recovered.survived,
-            damaged: recovered.damaged,
+            whole_upto: recovered.whole_upto,
             listeners: Mutex::default(),
             tenure: AtomicU64::new(0),
             read_only,
@@ -282,7 +283,12 @@ impl Volume {
 
     /// Whether its log is damaged.
     pub(crate) fn is_damaged(&self) -> bool {
-        self.damaged
+        self.whole_upto.is_some()
+    }
+
+    /// If its log is damaged, the last request before that: what came behind it is lost.
+    pub(crate) fn whole_upto(&self) -> Option<Seq> {
+        self.whole_upto
     }
 
     /// The segments of its log, in order.

@@ -1,5 +1,9 @@
 //! Disks that lie or decay: invariants 5 and 6.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use cdp_store::{CloneSpec, ErrorKind};
 use cdp_types::{BlockDevice, Instant, IoErrorKind, Op, Origin};
 
 use crate::bench::{Bench, block_of, write_op};
@@ -59,6 +63,44 @@ fn a_rotten_header_of_a_flushed_batch_makes_the_volume_read_only() {
             let after = bench.machine.disk.contents(&file).unwrap();
             assert!(before == after, "invariant 5 violated: a damaged log was changed");
         }
+    }
+}
+
+#[test]
+fn what_lies_behind_damage_is_refused_to_whoever_refers_to_it() {
+    for is_reverted in [false, true] {
+        let mut bench = with_flushed_blocks(1);
+        let (name, records) = (bench.name(0), bench.records(0));
+        let (early, late) = (records[1].seq, records[BLOCKS as usize].seq);
+        let store = bench.machine.store();
+        for (at, copy) in [(early, "early"), (late, "late")] {
+            let spec = CloneSpec { source: name.clone(), at: Instant::Seq(at), name: copy.parse().unwrap() };
+            store.clone_volumes(&[spec]).unwrap();
+        }
+        store.mark(&name, &Instant::Seq(late), &"late".parse().unwrap(), BTreeMap::new()).unwrap();
+        if is_reverted {
+            store.revert(&[(name.clone(), Instant::Seq(early))], false).unwrap();
+        }
+        bench.machine.disk.flip_bit(&bench.file_of(&records[3]), records[3].offset + 96, 3);
+        bench.machine = bench.machine.fork_without_index(1);
+        bench.restart(Crash::Kill);
+
+        let marked = Instant::Mark("late".parse().unwrap());
+        let mark: Arc<dyn BlockDevice> = bench.machine.store().open_at(&name, &marked).unwrap();
+        let clone: Arc<dyn BlockDevice> = bench.machine.volume(&"late".parse().unwrap());
+        for device in [mark, clone] {
+            let error = block_of(&*device, 1).expect_err("invariant 6 violated: what was before is returned");
+            assert_eq!(error.kind(), IoErrorKind::Corrupt);
+        }
+        let spec = CloneSpec { source: name.clone(), at: marked, name: "later".parse().unwrap() };
+        let refused = bench.machine.store().clone_volumes(&[spec]).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Corrupt);
+        // What was before the damage can be read, by whoever refers to that.
+        let at_head = [0, 1, 2].map(|block| bench.block(0, block).unwrap());
+        assert_eq!(at_head, [100, 101, if is_reverted { 0 } else { 102 }]);
+        let clone = bench.machine.volume(&"early".parse().unwrap());
+        assert_eq!([0, 1, 2].map(|block| block_of(&*clone, block).unwrap()), [100, 101, 0]);
+        assert!(!bench.machine.store().verify(&mut |_| ()).unwrap().findings.is_empty());
     }
 }
 
