@@ -67,15 +67,26 @@ pub struct Recovery {
     pub durable: Ordinal,
     /// The batch that the watermark names.
     pub at_watermark: Option<BatchAt>,
-    /// What is wrong with the log, if it is damaged: it goes on behind `end`, and cannot be read.
-    pub damage: Option<String>,
+    /// What is wrong with the log, if it is damaged: it goes on behind `end`, or may, and cannot be read.
+    pub damage: Option<Damage>,
     /// Where `end` ends, if nothing but what is fenced off was ever placed behind it.
     pub reached: Option<End>,
+}
+
+/// Why a log cannot be read to its end.
+#[derive(Debug)]
+pub struct Damage {
+    /// [`ErrorKind::Corrupt`] if something is not what it was, [`ErrorKind::Io`] if the disk does not say what it is.
+    pub kind: ErrorKind,
+    /// Where, and what.
+    pub text: String,
 }
 
 /// Walks a log from the batch that `watermark` names, or from its start, to its end, and calls `visit` with every
 /// batch *after* the watermark that is part of it, in order, and whether it is known to be durable. Reads only headers up to the last ordinal that is known to
 /// be durable, and payloads beyond it: there, a batch may be torn.
+///
+/// What the disk does not read, it may read another time, or never: the log ends before it, as before what has rotted.
 ///
 /// If the walk ends exactly where `reached` says that the last batch ends which was ever placed ([`crate::reach`]), nothing
 /// is looked for behind that.
@@ -84,8 +95,8 @@ pub struct Recovery {
 /// before the first append ([`super::LogState::cut`]).
 ///
 /// # Errors
-/// If a file cannot be read or is of a newer format; [`ErrorKind::Corrupt`] if the watermark does not match the log (the
-/// caller then replays from the start).
+/// If a file is of a newer format; [`ErrorKind::Corrupt`] if the watermark does not match the log (the caller then replays
+/// from the start); those of `visit`.
 pub fn recover(
     chain: &[Arc<Segment>],
     fence: Fence,
@@ -98,10 +109,14 @@ pub fn recover(
         Walk { end: LogEnd::EMPTY, durable: known_durable, undecided: VecDeque::new(), at_watermark: None };
     let mut reader = match watermark.filter(|w| w.ordinal > Ordinal(0)) {
         None => ChainReader::new(chain),
-        Some(watermark) => walk.start_at(chain, watermark)?,
+        Some(watermark) => match walk.start_at(chain, watermark) {
+            Err(error) if error.kind() == ErrorKind::Io => return Ok(at_index_only(watermark, &error)),
+            started => started?,
+        },
     }
     .fenced(fence);
-    while let Some(batch) = reader.next()? {
+    let mut unreadable = None;
+    while let Some(batch) = or_unreadable(reader.next(), &mut unreadable)?.flatten() {
         walk.claim(&batch);
         walk.undecided.push_back(batch);
         walk.release(visit)?;
@@ -111,32 +126,67 @@ pub fn recover(
         Some(End { place, secret: segment.header.secret })
     });
     let claimed = match reached {
+        _ if unreadable.is_some() => known_durable,
         Some(_) if ends_at == reached => known_durable,
-        _ => reader.claims_beyond()?.max(known_durable),
+        _ => {
+            let claimed = or_unreadable(reader.claims_beyond(), &mut unreadable)?;
+            claimed.map_or(known_durable, |claimed| claimed.max(known_durable))
+        }
     };
     let next = walk.undecided.back().map_or(walk.end.ordinal, |b| b.header.ordinal).next();
-    let damage = (claimed >= next).then(|| describe(&reader, next, claimed));
+    let rot = (claimed >= next).then(|| describe(&reader, next, claimed));
     walk.durable = walk.durable.max(Ordinal(claimed.0.min(next.0 - 1)));
     walk.release(visit)?;
     while let Some(batch) = walk.undecided.pop_front() {
-        if !batch.payload_is_whole()? {
+        if or_unreadable(batch.payload_is_whole(), &mut unreadable)? != Some(true) {
             break;
         }
         walk.end = walk.end.after(&batch);
         visit(batch, false)?;
     }
     let Walk { end, durable, at_watermark, .. } = walk;
+    let damage = unreadable.map(|error| Damage::unreadable(&error)).or(rot);
     let is_whole = damage.is_none() && end.ordinal.next() == next;
     Ok(Recovery { end, durable, at_watermark, damage, reached: ends_at.filter(|_| is_whole) })
 }
 
-fn describe(reader: &ChainReader<'_>, missing: Ordinal, claimed: Ordinal) -> String {
+/// What a log has to do without because the disk does not read it is noted, the first of it; other errors are the caller's.
+fn or_unreadable<T>(result: Result<T>, unreadable: &mut Option<Error>) -> Result<Option<T>> {
+    match result {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == ErrorKind::Io => {
+            unreadable.get_or_insert(error);
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// What is left of a log whose batch cannot be read with which the index ends: what the index has, which was durable.
+fn at_index_only(watermark: &Watermark, error: &Error) -> Recovery {
+    let place = BatchPlace { incarnation: watermark.pos.incarnation(), offset: watermark.pos.offset_bytes() };
+    let &Watermark { ordinal, seq, header_crc: crc, time_ns, .. } = watermark;
+    let end = LogEnd { ordinal, crc, place, seq, time_ns, term: 0 };
+    let damage = Some(Damage::unreadable(error));
+    Recovery { end, durable: ordinal, at_watermark: None, damage, reached: None }
+}
+
+impl Damage {
+    fn unreadable(error: &Error) -> Self {
+        let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
+        let text = format!("{error}{cause}; what the log has from there on is not known");
+        Self { kind: ErrorKind::Io, text }
+    }
+}
+
+fn describe(reader: &ChainReader<'_>, missing: Ordinal, claimed: Ordinal) -> Damage {
     let (name, offset) =
         reader.position().map_or(("the log", 0), |(segment, offset)| (segment.file.name(), offset));
-    format!(
+    let text = format!(
         "{name}, byte {offset}: batch {missing} is damaged; it had been made durable (batches up to {claimed} were), \
          so this is no torn tail"
-    )
+    );
+    Damage { kind: ErrorKind::Corrupt, text }
 }
 
 struct Walk {

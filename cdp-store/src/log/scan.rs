@@ -113,6 +113,8 @@ pub struct ChainReader<'a> {
     last: Option<(Ordinal, u32)>,
     window: AlignedBuf,
     window_at: Option<(usize, u64)>,
+    /// How much of it was read.
+    window_len: usize,
 }
 
 impl<'a> ChainReader<'a> {
@@ -121,7 +123,8 @@ impl<'a> ChainReader<'a> {
     pub fn new(chain: &'a [Arc<Segment>]) -> Self {
         let offset = chain.first().map_or(0, |s| data_start(s.header.physical_block));
         let window = AlignedBuf::zeroed(WINDOW);
-        Self { chain, fence: Fence::default(), at: 0, offset, last: None, window, window_at: None }
+        let fence = Fence::default();
+        Self { chain, fence, at: 0, offset, last: None, window, window_at: None, window_len: WINDOW }
     }
 
     /// A reader that starts with the batch at `place`, if that segment is on the chain.
@@ -193,13 +196,8 @@ impl<'a> ChainReader<'a> {
         if offset + unit > segment.header.capacity {
             return Ok(None);
         }
-        let in_window = |w: Option<(usize, u64)>, at, len: usize| {
-            w.is_some_and(|(s, from)| {
-                s == at && from <= offset && offset - from + len as u64 <= WINDOW as u64
-            })
-        };
-        if !in_window(self.window_at, self.at, unit as usize) {
-            self.fill_window(segment, offset)?;
+        if !self.is_in_window(offset, unit as usize) {
+            self.fill_window(segment, offset, unit as usize)?;
         }
         let mut from = (offset - self.window_at.map_or(offset, |(_, at)| at)) as usize;
         let Ok(len) = BatchHeader::peek_len(&self.window[from..]) else { return Ok(None) };
@@ -208,8 +206,8 @@ impl<'a> ChainReader<'a> {
             read(&segment.file, offset, &mut bytes)?;
             decode(&bytes[..len], segment, offset)?
         } else {
-            if !in_window(self.window_at, self.at, len) {
-                self.fill_window(segment, offset)?;
+            if !self.is_in_window(offset, len) {
+                self.fill_window(segment, offset, len.next_multiple_of(unit as usize))?;
                 from = 0;
             }
             decode(&self.window[from..from + len], segment, offset)?
@@ -222,9 +220,23 @@ impl<'a> ChainReader<'a> {
         }))
     }
 
-    fn fill_window(&mut self, segment: &Arc<Segment>, offset: u64) -> Result<()> {
+    fn is_in_window(&self, offset: u64, len: usize) -> bool {
+        let fits = |from| from <= offset && offset - from + len as u64 <= self.window_len as u64;
+        self.window_at.is_some_and(|(at, from)| at == self.at && fits(from))
+    }
+
+    /// Reads on from here, at least so many bytes: what lies behind them may be a block that the disk does not read any more,
+    /// which only whoever wants that block is to hear of.
+    fn fill_window(&mut self, segment: &Arc<Segment>, offset: u64, needed: usize) -> Result<()> {
         self.window_at = None;
-        read(&segment.file, offset, &mut self.window)?;
+        self.window_len = WINDOW;
+        if read(&segment.file, offset, &mut self.window).is_err() {
+            let needed = needed.min(WINDOW);
+            let mut bytes = AlignedBuf::zeroed(needed);
+            read(&segment.file, offset, &mut bytes)?;
+            self.window[..needed].copy_from_slice(&bytes);
+            self.window_len = needed;
+        }
         self.window_at = Some((self.at, offset));
         Ok(())
     }
@@ -240,7 +252,8 @@ impl<'a> ChainReader<'a> {
             let held = self
                 .window_at
                 .take()
-                .filter(|&(at, from)| at == self.at && (from..from + WINDOW as u64).contains(&self.offset));
+                .filter(|&(at, from)| at == self.at && (from..from + WINDOW as u64).contains(&self.offset))
+                .filter(|_| self.window_len == WINDOW);
             let held = held.map(|(_, from)| (self.offset - from) as usize);
             highest = highest.max(claims_in(segment, self.offset, &mut self.window, held)?);
         }

@@ -109,7 +109,8 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Locked`] if another process has it, [`ErrorKind::Foreign`] if the directory is no store,
     /// [`ErrorKind::Newer`] if this program is too old for it, [`ErrorKind::Corrupt`] if the store's own log is damaged. A
-    /// damaged volume does not fail the opening: it is read-only and says so.
+    /// damaged volume does not fail the opening: it is read-only and says so. Neither does one whose log the disk does not
+    /// read.
     pub fn open(dir: &Path, options: StoreOptions) -> Result<Self> {
         Self::open_with_progress(dir, options, Box::new(|_| ()))
     }

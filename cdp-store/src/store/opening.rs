@@ -357,7 +357,8 @@ impl Opening {
             Ok(())
         })?;
         if let Some(damage) = recovery.damage {
-            return Err(Error::new(ErrorKind::Corrupt, format!("the store log is damaged: {damage}")));
+            let verb = if damage.kind == ErrorKind::Io { "cannot be read" } else { "is damaged" };
+            return Err(Error::new(damage.kind, format!("the store log {verb}: {}", damage.text)));
         }
         self.newest_time_ns = self.newest_time_ns.max(recovery.end.time_ns);
         self.newest_seq = self.newest_seq.max(recovery.end.seq);

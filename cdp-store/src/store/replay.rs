@@ -197,11 +197,11 @@ impl<'a> Replay<'a> {
         survived.dedup();
         settle(chain, &recovery, self.mode)?;
         if let Some(damage) = &recovery.damage {
-            tracing::error!(volume = %row.name, "{damage}; the volume is read-only");
+            tracing::error!(volume = %row.name, "{}; the volume is read-only", damage.text);
         }
         let whole_upto = recovery.damage.as_ref().map(|_| recovery.end.seq.max(map.applied()));
         let read_only = match (self.mode, recovery.damage) {
-            (_, Some(damage)) => Some(damage),
+            (_, Some(damage)) => Some(damage.text),
             (Mode::Read, None) => Some("the store was opened for inspection".to_owned()),
             (Mode::Write, None) => None,
         };

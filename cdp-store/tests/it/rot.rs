@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use cdp_store::storage::sim::{Fault, OpKind, When};
 use cdp_store::{CloneSpec, ErrorKind};
-use cdp_types::{BlockDevice, Instant, IoErrorKind, Op, Origin};
+use cdp_types::{BlockDevice, Instant, IoErrorKind, Op, Origin, Seq};
 
 use crate::bench::{Bench, block_of, write_op};
 use crate::machine::Crash;
@@ -252,4 +253,45 @@ fn a_killed_process_spares_the_next_one_the_search_behind_the_end() {
     };
     let (noted, forgotten) = (steps(false), steps(true));
     assert!(noted < forgotten, "{noted} steps with notes, {forgotten} without");
+}
+
+/// Kills the process, and opens the store again while reads of a file fail; its first one, of the segment's header, does not.
+fn restart_failing_reads(bench: &mut Bench, file: &str, when: When) {
+    bench.machine.crash(Crash::Kill);
+    let file = Some(file.to_owned());
+    bench.machine.disk.fail(Fault { kind: OpKind::Read, file, when, errno: libc::EIO });
+    bench.machine.open().unwrap();
+}
+
+#[test]
+fn a_log_that_cannot_be_read_keeps_no_other_volume_from_being_served() {
+    for is_indexed in [false, true] {
+        let mut bench = with_flushed_blocks(1);
+        if is_indexed {
+            bench.machine.store().flush_index().unwrap();
+        }
+        let head = bench.machine.volume(&bench.name(0)).head().seq;
+        let file = bench.file_of(&bench.records(0)[0]);
+        restart_failing_reads(&mut bench, &file, When::From(1));
+        assert_read_only(&bench, 0, &file);
+        let known = bench.machine.volume(&bench.name(0)).head().seq;
+        assert_eq!(known, if is_indexed { head } else { Seq::ZERO });
+        // The disk is well again: nothing was cut.
+        bench.restart(Crash::Kill);
+        assert!(bench.machine.volume(&bench.name(0)).refusal().is_none());
+        for block in 0..=BLOCKS {
+            assert_eq!(bench.block(0, block).unwrap(), 100 + block);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_read_ahead_hides_no_batch_before_it() {
+    let mut bench = with_flushed_blocks(2);
+    let file = bench.file_of(&bench.records(0)[0]);
+    restart_failing_reads(&mut bench, &file, When::Nth(1));
+    assert!(bench.machine.volume(&bench.name(0)).refusal().is_none());
+    for block in 0..=BLOCKS {
+        assert_eq!(bench.block(0, block).unwrap(), 100 + block);
+    }
 }
