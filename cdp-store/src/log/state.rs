@@ -688,6 +688,8 @@ impl LogState {
         let result = self.write_and_sync(&placement, buffer);
         if let Err(error) = &result {
             self.poison(format!("{}: {error}", placement.file.name()));
+            // It may land yet, like any write that has failed.
+            self.had_failures = true;
             // It is nobody's request. As long as it were in flight, whoever asks for an instant would wait for its end.
             self.in_flight.clear();
         }
