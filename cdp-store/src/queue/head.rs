@@ -157,19 +157,18 @@ impl HeadQueue {
     fn start_read(&mut self, id: RequestId, offset: u64, into: &IoBuf) -> Result<(), IoError> {
         let range = ByteRange::new(offset, into.len() as u64);
         self.check(range)?;
+        let blocks = range.touched_blocks();
+        let states = match self.volume.cached_states(blocks) {
+            Some(states) => states,
+            // Without anything else to do this thread is the quickest.
+            None if self.in_flight > 1 && self.send_for(id, offset, into, blocks) => return Ok(()),
+            None => self.volume.states(blocks).map_err(|e| self.unknown(&e))?,
+        };
+        // Not before: what was found may be the next head's by now.
         if self.is_superseded() {
             return Err(IoError::new(IoErrorKind::Gone, SUPERSEDED));
         }
-        let blocks = range.touched_blocks();
-        match self.volume.cached_states(blocks) {
-            Some(states) => self.read_from(id, offset, into, &states),
-            // Without anything else to do this thread is the quickest.
-            None if self.in_flight > 1 && self.send_for(id, offset, into, blocks) => {}
-            None => {
-                let states = self.volume.states(blocks).map_err(|e| self.unknown(&e))?;
-                self.read_from(id, offset, into, &states);
-            }
-        }
+        self.read_from(id, offset, into, &states);
         Ok(())
     }
 

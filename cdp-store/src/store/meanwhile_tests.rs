@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::cell::RefCell;
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +10,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant as Clock};
 
 use cdp_types::{
-    BlockDevice, BranchId, Event, Generation, Instant, IoBuf, Op, Origin, RequestId, VolumeName, Wait,
+    BlockDevice, BranchId, Event, Generation, Instant, IoBuf, IoErrorKind, Op, Origin, RequestId, VolumeName,
+    Wait,
 };
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -19,7 +21,9 @@ use super::branches::Turn;
 use super::compare::{Written, compare_with_log};
 use super::*;
 use crate::clock::SystemClock;
-use crate::index::{BlockState, FANOUT, Family, IndexBatch, Kv, SimKv, TimeIndex, Watermark, WriteBatch};
+use crate::index::{
+    BlockState, FANOUT, Family, IndexBatch, IndexResult, Kv, KvStats, SimKv, TimeIndex, Watermark, WriteBatch,
+};
 use crate::storage::uring::DirectoryStorage;
 use crate::volume::Resolved;
 
@@ -277,6 +281,97 @@ fn a_forced_revert_that_fails_cuts_nobody_off() {
     assert!(volume.end_tenure(false), "nobody uses it any more");
     volume.begin_tenure();
     write(&volume, 4096);
+}
+
+/// An index in whose next scan something else happens first.
+#[derive(Default)]
+struct Interrupted {
+    kv: SimKv,
+    by: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl fmt::Debug for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.kv, f)
+    }
+}
+
+impl Kv for Interrupted {
+    fn place(&self) -> &str {
+        self.kv.place()
+    }
+
+    fn write(&self, batch: &WriteBatch) -> IndexResult<()> {
+        self.kv.write(batch)
+    }
+
+    fn flush(&self) -> IndexResult<()> {
+        self.kv.flush()
+    }
+
+    fn get(&self, family: Family, key: &[u8]) -> IndexResult<Option<Vec<u8>>> {
+        self.kv.get(family, key)
+    }
+
+    fn scan_each(
+        &self,
+        family: Family,
+        ranges: &[(&[u8], &[u8])],
+        visit: &mut (dyn FnMut(usize, &[u8], &[u8]) -> bool + '_),
+    ) -> IndexResult<()> {
+        let by = self.by.lock().unwrap().take();
+        if let Some(by) = by {
+            by();
+        }
+        self.kv.scan_each(family, ranges, visit)
+    }
+
+    fn reclaim(&self, family: Family, from: &[u8], to: &[u8]) -> IndexResult<()> {
+        self.kv.reclaim(family, from, to)
+    }
+
+    fn clear(&self) -> IndexResult<()> {
+        self.kv.clear()
+    }
+
+    fn stats(&self) -> IndexResult<KvStats> {
+        self.kv.stats()
+    }
+}
+
+#[test]
+fn a_read_during_which_its_volume_is_reverted_returns_nothing_of_the_new_head() {
+    let directory = tempfile::tempdir().unwrap();
+    Store::create(directory.path(), &options()).unwrap();
+    let index = Arc::new(Interrupted::default());
+    let seams = Seams {
+        storage: Arc::new(DirectoryStorage::open(directory.path()).unwrap()),
+        index: Arc::clone(&index) as Arc<dyn Kv>,
+        catalogue: Arc::new(SimKv::synced()),
+        clock: Arc::new(SystemClock),
+        secrets: || 7,
+        reach: None,
+    };
+    let store = Store::open_on(seams, options()).unwrap();
+    let name: VolumeName = "web1".parse().unwrap();
+    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
+    let volume = store.create_volume(&name, spec).unwrap();
+    let step = || drop(store.pool_step());
+    write_stepping(&volume, 4096, &step);
+    let before = volume.head().seq;
+    write_stepping(&volume, 8192, &step);
+    let mut queue = volume.open_queue().unwrap();
+    let (reverted, targets) = (store.clone(), [(name, Instant::Seq(before))]);
+    let revert = move || drop(reverted.revert(&targets, true).unwrap());
+    *index.by.lock().unwrap() = Some(Box::new(revert));
+    queue.submit(RequestId(1), Op::Read { offset: 0, into: IoBuf::zeroed(4096) });
+    assert!(index.by.lock().unwrap().is_none(), "where the block lies was known already");
+    let mut events = Vec::new();
+    queue.poll(Wait::No, &mut events).unwrap();
+    let [Event::Completed { result: Err(error), .. }] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(error.kind(), IoErrorKind::Gone);
+    drop(queue);
+    store.close().unwrap();
 }
 
 #[test]
