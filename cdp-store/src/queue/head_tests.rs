@@ -242,3 +242,18 @@ fn a_request_that_does_not_fit_into_a_segment_that_is_hardly_used_gets_another()
     drop((queue, volume));
     store.close().unwrap();
 }
+
+#[test]
+fn a_request_that_waits_for_a_segment_is_counted_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, volume) = store_with_volume(directory.path());
+    let mut queue = HeadQueue::new(Arc::clone(&volume)).unwrap();
+    // A log has none before its first request. One of these changes a part of a block, the other a whole one.
+    for (bytes, written) in [(512, 512), (4096, 4608)] {
+        run(&mut queue, vec![write(&pattern(1)[..bytes])]).unwrap();
+        assert_eq!(volume.counters().written_bytes.load(Memory::Relaxed), written);
+    }
+    assert_eq!(volume.counters().writes.load(Memory::Relaxed), 2);
+    drop((queue, volume));
+    store.close().unwrap();
+}

@@ -22,6 +22,8 @@ use crate::volume::Volume;
 #[derive(Debug)]
 pub struct PartialWrite {
     pending: Pending,
+    /// Whether it is in the counters already.
+    counted: bool,
     edges: Vec<Edge>,
     reads: usize,
     error: Option<IoError>,
@@ -165,7 +167,9 @@ impl HeadQueue {
         let mut draft = Draft::new(payload as usize, shared.log.segments.alignment());
         let edges: Vec<u64> = work.edges.iter().map(|e| e.block).collect();
         fill(&mut draft, &work.pending.op, &edges, &bases);
-        self.count(&work.pending.op);
+        if !work.counted {
+            self.count(&work.pending.op);
+        }
         draft.end_request(work.pending);
         match volume.append_locked(&mut log, draft, &self.inbox) {
             Append::Placed(placement, buffer) => {
@@ -180,7 +184,7 @@ impl HeadQueue {
                     if expired {
                         self.finish(pending.id, Err(IoError::new(IoErrorKind::NoSpace, STORE_FULL)));
                     } else {
-                        self.partial = Some(PartialWrite::new(pending));
+                        self.partial = Some(PartialWrite { counted: true, ..PartialWrite::new(pending) });
                     }
                 }
                 false
@@ -207,7 +211,8 @@ impl PartialWrite {
         edges.sort_unstable();
         edges.dedup();
         let edge = |block| Edge { block, as_of: Seq::ZERO, base: None, reading: None };
-        Self { pending, edges: edges.into_iter().map(edge).collect(), reads: 0, error: None }
+        let edges = edges.into_iter().map(edge).collect();
+        Self { pending, counted: false, edges, reads: 0, error: None }
     }
 
     fn payload_blocks(&self) -> u64 {
