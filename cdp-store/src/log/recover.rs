@@ -80,6 +80,8 @@ pub struct Damage {
     pub kind: ErrorKind,
     /// Where, and what.
     pub text: String,
+    /// Everything up to here is known to have been durable.
+    pub claimed: Ordinal,
 }
 
 /// Walks a log from the batch that `watermark` names, or from its start, to its end, and calls `visit` with every
@@ -110,7 +112,9 @@ pub fn recover(
     let mut reader = match watermark.filter(|w| w.ordinal > Ordinal(0)) {
         None => ChainReader::new(chain),
         Some(watermark) => match walk.start_at(chain, watermark) {
-            Err(error) if error.kind() == ErrorKind::Io => return Ok(at_index_only(watermark, &error)),
+            Err(error) if error.kind() == ErrorKind::Io => {
+                return Ok(at_index_only(watermark, known_durable, &error));
+            }
             started => started?,
         },
     }
@@ -145,7 +149,7 @@ pub fn recover(
         visit(batch, false)?;
     }
     let Walk { end, durable, at_watermark, .. } = walk;
-    let damage = unreadable.map(|error| Damage::unreadable(&error)).or(rot);
+    let damage = unreadable.map(|error| Damage::unreadable(&error, claimed.max(durable))).or(rot);
     let is_whole = damage.is_none() && end.ordinal.next() == next;
     Ok(Recovery { end, durable, at_watermark, damage, reached: ends_at.filter(|_| is_whole) })
 }
@@ -163,19 +167,19 @@ fn or_unreadable<T>(result: Result<T>, unreadable: &mut Option<Error>) -> Result
 }
 
 /// What is left of a log whose batch cannot be read with which the index ends: what the index has, which was durable.
-fn at_index_only(watermark: &Watermark, error: &Error) -> Recovery {
+fn at_index_only(watermark: &Watermark, known_durable: Ordinal, error: &Error) -> Recovery {
     let place = BatchPlace { incarnation: watermark.pos.incarnation(), offset: watermark.pos.offset_bytes() };
     let &Watermark { ordinal, seq, header_crc: crc, time_ns, .. } = watermark;
     let end = LogEnd { ordinal, crc, place, seq, time_ns, term: 0 };
-    let damage = Some(Damage::unreadable(error));
+    let damage = Some(Damage::unreadable(error, ordinal.max(known_durable)));
     Recovery { end, durable: ordinal, at_watermark: None, damage, reached: None }
 }
 
 impl Damage {
-    fn unreadable(error: &Error) -> Self {
+    fn unreadable(error: &Error, claimed: Ordinal) -> Self {
         let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
         let text = format!("{error}{cause}; what the log has from there on is not known");
-        Self { kind: ErrorKind::Io, text }
+        Self { kind: ErrorKind::Io, text, claimed }
     }
 }
 
@@ -186,7 +190,7 @@ fn describe(reader: &ChainReader<'_>, missing: Ordinal, claimed: Ordinal) -> Dam
         "{name}, byte {offset}: batch {missing} is damaged; it had been made durable (batches up to {claimed} were), \
          so this is no torn tail"
     );
-    Damage { kind: ErrorKind::Corrupt, text }
+    Damage { kind: ErrorKind::Corrupt, text, claimed }
 }
 
 struct Walk {

@@ -239,8 +239,15 @@ impl Store {
         let mut map = HeadMap::new(Seq::ZERO, branch.id, &shared.leaf_budget);
         map.switch(branch.id, branch.start);
         let end = LogEnd::EMPTY.on_branch(branch.start, branch.created_ns);
-        let recovered =
-            Recovered { end, map, survived: Vec::new(), read_only: None, whole_upto: None, reached: None };
+        let recovered = Recovered {
+            end,
+            map,
+            survived: Vec::new(),
+            read_only: None,
+            whole_upto: None,
+            claimed: None,
+            reached: None,
+        };
         let volume = Volume::new(Arc::clone(shared), row, recovered);
         shared.branches.own(&volume);
         let mut volumes = self.inner.volumes.write().unwrap_or_else(PoisonError::into_inner);

@@ -144,13 +144,15 @@ impl Opening {
             logs.iter().map(|log| log.row.clone()).zip(replay.all(&logs)?).collect();
         let generation = self.superblock.generation;
         let mut fences = Vec::new();
-        for (row, volume) in &recovered {
+        for (log, (row, volume)) in logs.iter().zip(&recovered) {
             self.newest_time_ns = self.newest_time_ns.max(volume.end.time_ns);
             self.newest_seq = self.newest_seq.max(volume.end.seq);
-            // A damaged log goes on behind what could be read of it.
-            if volume.whole_upto.is_none() {
-                fences.push((row.id, Fence { last: volume.end.ordinal, generation }));
-            }
+            let fence = match volume.claimed {
+                None => Fence { last: volume.end.ordinal, generation },
+                // A damaged log goes on behind what could be read of it. How far, perhaps only the index knew.
+                Some(claimed) => Fence { last: claimed.max(log.fence.last), ..log.fence },
+            };
+            fences.push((row.id, fence));
         }
         self.sort_out_leftovers(&catalogue)?;
         let shared = self.share(index, &catalogue)?;

@@ -200,6 +200,7 @@ impl<'a> Replay<'a> {
             tracing::error!(volume = %row.name, "{}; the volume is read-only", damage.text);
         }
         let whole_upto = recovery.damage.as_ref().map(|_| recovery.end.seq.max(map.applied()));
+        let claimed = recovery.damage.as_ref().map(|damage| damage.claimed);
         let read_only = match (self.mode, recovery.damage) {
             (_, Some(damage)) => Some(damage.text),
             (Mode::Read, None) => Some("the store was opened for inspection".to_owned()),
@@ -207,7 +208,7 @@ impl<'a> Replay<'a> {
         };
         map.switch(row.branch, start);
         let end = recovery.end.on_branch(start, created_ns);
-        Ok(Recovered { end, map, survived, read_only, whole_upto, reached: recovery.reached })
+        Ok(Recovered { end, map, survived, read_only, whole_upto, claimed, reached: recovery.reached })
     }
 }
 

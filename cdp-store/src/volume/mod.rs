@@ -99,6 +99,8 @@ pub(crate) struct Recovered {
     pub read_only: Option<String>,
     /// If its log is damaged: the last request before that.
     pub whole_upto: Option<Seq>,
+    /// And up to where it is known to have been durable.
+    pub claimed: Option<Ordinal>,
     /// Where its log ends, if nothing was ever placed behind that.
     pub reached: Option<End>,
 }

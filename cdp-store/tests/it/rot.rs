@@ -134,6 +134,24 @@ fn rot_of_a_tail_that_an_opening_has_recovered_shows_without_an_index() {
 }
 
 #[test]
+fn rot_that_only_the_index_shows_is_not_forgotten_with_it() {
+    for byte in [0, 96, 170] {
+        let mut bench = with_flushed_blocks(byte);
+        // Nothing in the log says that its last batch was durable, but the index goes up to it.
+        bench.machine.store().flush_index().unwrap();
+        let record = bench.records(0)[BLOCKS as usize].clone();
+        let file = bench.file_of(&record);
+        bench.machine.disk.flip_bit(&file, record.offset + byte, 3);
+        for _ in 0..3 {
+            bench.restart(Crash::Kill);
+            assert_read_only(&bench, BLOCKS, &file);
+            // What does not belong to the log is no longer in the index, for good.
+            bench.machine.store().flush_index().unwrap();
+        }
+    }
+}
+
+#[test]
 fn a_torn_tail_is_cut_without_a_word() {
     for (byte, seed) in [(0, 1), (96, 2), (170, 3), (HEADER, 4), (2 * HEADER - 1, 5)] {
         let mut bench = with_flushed_blocks(seed);
