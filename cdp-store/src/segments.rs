@@ -40,6 +40,9 @@ const SIDE_BY_SIDE_FROM: usize = 64;
 /// Threads that read headers: each waits for the disk most of the time.
 const THREADS: usize = 8;
 
+/// How much of a slot without a valid header is looked at, in bytes, and at least as much behind the headers' place.
+const LOOK_BYTES: usize = 64 << 10;
+
 /// How many times its usual size the pool may grow to.
 const MOST_GROWTH: usize = 4;
 /// A pool that has grown leaves so many full-sized slots' worth of space free.
@@ -144,7 +147,9 @@ pub struct Segments {
     zeroes: AlignedBuf,
 }
 
-fn slot_name(slot: u64) -> String {
+/// A slot's file, relative to the store.
+#[must_use]
+pub fn slot_name(slot: u64) -> String {
     format!("{DIRECTORY}/{slot:08}")
 }
 
@@ -255,6 +260,15 @@ impl Segments {
             }
         }
         Ok(newest)
+    }
+
+    /// Whether something was written to the start of a slot; also if that cannot be read.
+    #[must_use]
+    pub fn is_written(&self, slot: u64) -> bool {
+        let headers = 2 * header_stride(self.alignment.physical_block) as usize;
+        let mut start = AlignedBuf::zeroed(LOOK_BYTES.max(2 * headers));
+        let read = self.storage.open(&slot_name(slot)).and_then(|file| file.read_at(0, &mut start));
+        read.is_err() || start.iter().any(|byte| *byte != 0)
     }
 
     /// Takes a discovered segment into use.

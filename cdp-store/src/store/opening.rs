@@ -22,6 +22,7 @@ use crate::options::StoreOptions;
 use crate::reach::{self, ReachTable, Reached};
 use crate::segments::{self, Segment, Segments};
 use crate::shared::{Bell, Shared};
+use crate::storage::Storage;
 use crate::volume::{Recovered, Volume, first_origin};
 
 /// Fences in one record of the store log.
@@ -45,6 +46,8 @@ pub(super) struct Opening {
     segments: Arc<Segments>,
     /// By volume, oldest first; not yet sorted out which of them live.
     found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>>,
+    /// Slots that have been written to, and have no valid header.
+    doubtful: Vec<u64>,
     newest_time_ns: u64,
     /// The highest `Seq` in any log.
     newest_seq: Seq,
@@ -58,7 +61,7 @@ impl Opening {
     /// 1. Find the segments, and claim a new generation in the older superblock slot, and sync it: one that is newer
     ///    than any segment's too, in case a dead process's claim landed over a newer one. Crash: the claim is lost or
     ///    it holds; no `Seq`, origin or incarnation of this opening was given out before.
-    /// 2. Remove blank slots: whoever held them last may still write to them.
+    /// 2. Remove empty slots: whoever held them last may still write to them.
     pub(super) fn new(seams: Seams, options: StoreOptions, mode: Mode) -> Result<Self> {
         let storage = &*seams.storage;
         let file = storage.open(SUPERBLOCK).map_err(|e| Error::io("opening superblock", e))?;
@@ -86,22 +89,16 @@ impl Opening {
             segments.start_generation(superblock.generation);
         }
         let mut found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>> = BTreeMap::new();
-        let mut discarded = false;
+        let (mut empty, mut doubtful) = (Vec::new(), Vec::new());
         for slot in discovered {
             match slot.segment {
                 Some(segment) => found.entry(segment.header.volume).or_default().push((slot.slot, segment)),
-                None if mode == Mode::Write => {
-                    segments.discard_slot(slot.slot)?;
-                    discarded = true;
-                }
-                None => {}
+                None if mode == Mode::Read => {}
+                None if segments.is_written(slot.slot) => doubtful.push(slot.slot),
+                None => empty.push(slot.slot),
             }
         }
-        if discarded {
-            // A name that a power cut brought back could bring back what a dead process wrote under it.
-            let synced = storage.sync_directory(segments::DIRECTORY);
-            synced.map_err(|e| Error::io(format!("syncing {}/", segments::DIRECTORY), e))?;
-        }
+        discard(&segments, storage, &empty)?;
         for list in found.values_mut() {
             list.sort_by_key(|(_, s)| s.header.incarnation);
         }
@@ -113,6 +110,7 @@ impl Opening {
             superblock,
             segments,
             found,
+            doubtful,
             newest_time_ns: 0,
             newest_seq: Seq::ZERO,
             leaf_budget,
@@ -132,9 +130,10 @@ impl Opening {
 
     /// 3. Recover the store log, and from it the catalogue.
     /// 4. Recover every volume. What is acknowledged in a log's tail is synced before anything new can be.
-    /// 5. Record the generation in the store log, behind a cut of its tail, and where every volume's log ends: from here
+    /// 5. Remove slots that were written to and have no valid header: no log lacks them, so they were never part of one.
+    /// 6. Record the generation in the store log, behind a cut of its tail, and where every volume's log ends: from here
     ///    on nothing that an earlier process has written can join them any more.
-    /// 6. Finish what was being given back.
+    /// 7. Finish what was being given back.
     pub(super) fn run(mut self) -> Result<Store> {
         let (catalogue, end, rows) = self.recover_catalogue()?;
         let index = TimeIndex::new(Arc::clone(&self.seams.index));
@@ -154,6 +153,7 @@ impl Opening {
             };
             fences.push((row.id, fence));
         }
+        self.sort_out_doubtful(recovered.iter().any(|(_, volume)| volume.whole_upto.is_some()))?;
         self.sort_out_leftovers(&catalogue)?;
         let shared = self.share(index, &catalogue)?;
         let state = LogState::new(STORE_LOG, cdp_types::BranchId(0), &end, None);
@@ -210,6 +210,19 @@ impl Opening {
             Log { row: row.clone(), branches, chain, fence, reached }
         })
         .collect()
+    }
+
+    /// While a log is damaged, a file without a valid header may be what it lacks.
+    fn sort_out_doubtful(&self, is_damaged: bool) -> Result<()> {
+        if !is_damaged {
+            return discard(&self.segments, &*self.seams.storage, &self.doubtful);
+        }
+        for name in self.doubtful.iter().map(|slot| segments::slot_name(*slot)) {
+            tracing::error!(
+                "{name} has no valid header, and may belong to a log that is damaged; it is kept"
+            );
+        }
+        Ok(())
     }
 
     /// Segments of volumes that are no longer there: those of a destroyed volume are adopted, so that they can be given
@@ -367,4 +380,15 @@ impl Opening {
         settle(chain, &recovery, self.mode)?;
         Ok((catalogue, recovery.end, rows))
     }
+}
+
+/// Removes slots for good.
+fn discard(segments: &Segments, storage: &dyn Storage, slots: &[u64]) -> Result<()> {
+    if slots.is_empty() {
+        return Ok(());
+    }
+    slots.iter().try_for_each(|slot| segments.discard_slot(*slot))?;
+    // A name that a power cut brought back could bring back what a dead process wrote under it.
+    let synced = storage.sync_directory(segments::DIRECTORY);
+    synced.map_err(|e| Error::io(format!("syncing {}/", segments::DIRECTORY), e))
 }

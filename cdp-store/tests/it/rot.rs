@@ -313,3 +313,28 @@ fn what_cannot_be_read_ahead_hides_no_batch_before_it() {
         assert_eq!(bench.block(0, block).unwrap(), 100 + block);
     }
 }
+
+#[test]
+fn a_segment_whose_header_has_rotted_is_not_thrown_away() {
+    let mut bench = with_flushed_blocks(3);
+    bench.machine.store().flush_index().unwrap();
+    let file = bench.file_of(&bench.records(0)[0]);
+    // Once in each copy. The second time it is as it was.
+    let flip = |bench: &Bench| {
+        for copy in [0_u64, 4096] {
+            bench.machine.disk.flip_bit(&file, copy + 40, 3);
+        }
+    };
+    flip(&bench);
+    for _ in 0..2 {
+        bench.restart(Crash::Kill);
+        assert_read_only(&bench, 0, "the log");
+        assert!(bench.machine.disk.contents(&file).is_some(), "invariant 5 violated: it was removed");
+    }
+    flip(&bench);
+    bench.restart(Crash::Kill);
+    assert!(bench.machine.volume(&bench.name(0)).refusal().is_none());
+    for block in 0..=BLOCKS {
+        assert_eq!(bench.block(0, block).unwrap(), 100 + block);
+    }
+}
