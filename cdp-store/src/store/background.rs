@@ -273,8 +273,7 @@ impl Store {
         if self.has_unreclaimed() {
             self.reclaim()?;
         }
-        while self.flatten_one()? {}
-        Ok(())
+        self.flatten_deep()
     }
 
     /// Whether the index thread has nothing to do until somebody writes or changes something. Whoever does either from here

@@ -316,16 +316,14 @@ impl Store {
         self.inner.shared.lineage().flatten(&branch.row)
     }
 
-    /// Shortens the way that reads of a head have to go, if one has become long; says whether one was.
+    /// Shortens the way that reads of heads have to go, where it has become long. What fails for one is no reason to leave
+    /// the others as they are.
     ///
     /// # Errors
-    /// If the index cannot be read or written.
-    pub(super) fn flatten_one(&self) -> Result<bool> {
-        let deep = self.all_volumes().into_iter().find(|volume| volume.read_depth() >= FLATTEN_FROM);
-        match deep {
-            Some(volume) => self.flatten(&volume).map(|()| true),
-            None => Ok(false),
-        }
+    /// If the index cannot be read or written: the first of them.
+    pub(super) fn flatten_deep(&self) -> Result<()> {
+        let deep = self.all_volumes().into_iter().filter(|volume| volume.read_depth() >= FLATTEN_FROM);
+        deep.map(|volume| self.flatten(&volume)).fold(Ok(()), |all, one| all.and(one))
     }
 
     /// A volume's branches, oldest first.

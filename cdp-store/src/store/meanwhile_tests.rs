@@ -441,6 +441,38 @@ fn a_damaged_row_of_one_volume_does_not_keep_the_others_out_of_the_index() {
     store.close().unwrap();
 }
 
+#[test]
+fn a_line_that_cannot_be_flattened_leaves_no_other_long() {
+    let directory = tempfile::tempdir().unwrap();
+    Store::create(directory.path(), &options()).unwrap();
+    let index = Arc::new(SimKv::new());
+    let seams = Seams {
+        storage: Arc::new(DirectoryStorage::open(directory.path()).unwrap()),
+        index: Arc::clone(&index) as Arc<dyn Kv>,
+        catalogue: Arc::new(SimKv::synced()),
+        clock: Arc::new(SystemClock),
+        secrets: || 7,
+        reach: None,
+    };
+    let store = Store::open_on(seams, options()).unwrap();
+    let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
+    let names = ["first", "second"].map(|name| name.parse::<VolumeName>().unwrap());
+    let volumes = names.each_ref().map(|name| store.create_volume(name, spec).unwrap());
+    for (name, volume) in names.iter().zip(&volumes) {
+        for _ in 0..9 {
+            write_stepping(volume, 4096, &|| drop(store.pool_step()));
+            store.revert(&[(name.clone(), Instant::Head)], false).unwrap();
+        }
+    }
+    store.flush_index().unwrap();
+    let depths = || volumes.each_ref().map(|volume| volume.read_depth());
+    assert_eq!(depths(), [10, 10]);
+    rot(&index, store.branches(&names[0]).unwrap()[4].id);
+    assert!(store.upkeep().is_err(), "the first one could be flattened");
+    assert_eq!(depths(), [10, 3]);
+    store.close().unwrap();
+}
+
 /// Opens a store on this catalogue, with an index of its own and without threads.
 fn open_on(directory: &Path, catalogue: &SimKv) -> Result<Store> {
     open_with(directory, catalogue, &SimKv::new())
