@@ -49,7 +49,7 @@ install() {
 
 # QEMU 10 where Debian has it. In bookworm that is backports, whose source is added here if need be
 # (the file $backports, on Debian's own mirror); should it be out of reach, bookworm's 7.2 will do, and the source goes
-# again, at which every refreshing of the lists would fail.
+# again: with it every refreshing of the lists would fail.
 install_qemu() {
     command -v qemu-system-x86_64 >/dev/null && command -v qemu-storage-daemon >/dev/null \
         && command -v qemu-img >/dev/null && return 0
