@@ -255,7 +255,7 @@ mod tests {
         assert_eq!(permit(&app.requests).await.unwrap_err().kind, ErrorKind::Unavailable);
         end.send(()).unwrap();
         let next = Arc::clone(&app.requests).acquire_owned();
-        tokio::time::timeout(Duration::from_secs(20), next).await.unwrap().unwrap();
+        drop(tokio::time::timeout(Duration::from_secs(20), next).await.unwrap().unwrap());
         store.close().unwrap();
     }
 }

@@ -174,12 +174,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_supervisor_that_hangs_is_not_waited_for() {
-        let supervisors = Arc::new(Supervisors::default());
-        let _place = supervisors.attach(vm()).unwrap();
-        supervisors.report(&vm(), Supervised::Running).unwrap();
+        let (supervisors, vm) = (Arc::new(Supervisors::default()), vm());
+        let _place = supervisors.attach(vm.clone()).unwrap();
+        supervisors.report(&vm, Supervised::Running).unwrap();
         // More often than there is room for orders.
         for _ in 0..10 {
-            let restart = supervisors.restart_within(&vm(), Duration::from_millis(10));
+            let restart = supervisors.restart_within(&vm, Duration::from_millis(10));
             let refused = tokio::time::timeout(RESTART / 3, restart).await.unwrap().unwrap_err();
             assert!(refused.message.contains("not started anew"), "{refused}");
         }
