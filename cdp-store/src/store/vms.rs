@@ -154,7 +154,10 @@ impl Store {
             return Err(Error::new(ErrorKind::Busy, text));
         }
         if !complete.is_empty() && !delete_checkpoints {
-            let text = format!("machine '{name}' has {} checkpoints; say that they go too", complete.len());
+            let text = format!(
+                "machine '{name}' has {} checkpoints: use --delete-checkpoints, which deletes them with it, or keep it",
+                complete.len()
+            );
             return Err(Error::new(ErrorKind::Busy, text));
         }
         let saved = complete.iter().filter_map(|c| c.saved()).map(|saved| saved.memory.volume);

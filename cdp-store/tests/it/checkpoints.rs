@@ -401,7 +401,9 @@ fn machines_are_kept_with_what_belongs_to_them() {
     ];
     assert_eq!(seen, expected);
     let (first, _) = take(&bench, &vm, 7);
-    assert_eq!(store.remove_vm(&vm, false).unwrap_err().kind(), ErrorKind::Busy, "it has a checkpoint");
+    let refused = store.remove_vm(&vm, false).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Busy, "it has a checkpoint");
+    assert!(refused.to_string().contains("--delete-checkpoints"), "{refused}");
     let segments = || bench.machine.store().segments().unwrap().len();
     let before = segments();
     store.remove_vm(&vm, true).unwrap();
