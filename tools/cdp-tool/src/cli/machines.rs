@@ -15,7 +15,8 @@ pub(crate) enum VmCommand {
     #[command(after_help = "Example:
   cdp-tool vm register web1 --qmp /run/web1.qmp --volume web1-root --volume web1-data
 
-QEMU needs a QMP socket for us alone: -qmp unix:/run/web1.qmp,server=on,wait=off")]
+QEMU needs a QMP socket for us alone: -qmp unix:/run/web1.qmp,server=on,wait=off. A machine that is registered \
+                      already is changed, and keeps its checkpoints; while it has any, its disks stay what they are.")]
     Register {
         /// Its name
         name: VmName,
@@ -25,7 +26,7 @@ QEMU needs a QMP socket for us alone: -qmp unix:/run/web1.qmp,server=on,wait=off
         /// A disk of it; all that it writes to, in order
         #[arg(long = "volume", value_name = "VOLUME", required = true)]
         volumes: Vec<VolumeName>,
-        /// The socket of its guest agent, for us alone
+        /// The socket of its guest agent, for us alone; as it was unless said, if the machine is registered already
         #[arg(long, value_name = "SOCKET")]
         agent: Option<PathBuf>,
     },

@@ -6,8 +6,8 @@ use anyhow::{Context, ensure};
 use cdp_store::CheckpointMode;
 use cdp_types::{CheckpointId, Label, VmName, VolumeName};
 use cdpd::api::{
-    Checkpoint, CheckpointChange, NewCheckpoint, NewVm, Origin, Schedule, Supervised, Vm, VmRevert,
-    VmReverted,
+    Checkpoint, CheckpointChange, ErrorKind, NewCheckpoint, NewVm, Origin, Schedule, Supervised, Vm,
+    VmRevert, VmReverted,
 };
 use cdpd::client::Client;
 use hyper::Method;
@@ -32,7 +32,7 @@ pub(super) fn vm(store: &Path, command: &VmCommand, output: &mut Output) -> anyh
         VmCommand::Register { name, qmp, volumes, agent } => {
             let (qmp, agent) = (path_text(qmp)?, agent.as_deref().map(path_text).transpose()?);
             let new = NewVm { name: name.clone(), volumes: volumes.clone(), qmp, agent, launch: None };
-            register(&client()?, &new, output)
+            register(&client()?, new, output)
         }
         VmCommand::List => {
             let vms: Vec<Vm> = client()?.get("/v1/vms")?;
@@ -64,12 +64,33 @@ fn path_text(path: &Path) -> anyhow::Result<String> {
     whole.into_os_string().into_string().ok().with_context(|| format!("{} is no text", path.display()))
 }
 
-fn register(client: &Client, new: &NewVm, output: &mut Output) -> anyhow::Result<()> {
-    let vm: Vm = client.send(Method::POST, "/v1/vms", new)?;
+/// Registers a machine, or changes one that is registered: the advice of `doctor` may be about either.
+fn register(client: &Client, new: NewVm, output: &mut Output) -> anyhow::Result<()> {
+    let (vm, done): (Vm, _) = match client.send(Method::POST, "/v1/vms", &new) {
+        Ok(vm) => (vm, "registered"),
+        Err(refusal) if refusal.kind == ErrorKind::Exists => (change(client, new)?, "changed"),
+        Err(refusal) => return Err(refusal.into()),
+    };
     if output.is_json() {
         return output.item(&vm);
     }
-    output.line(format!("registered {0}; save it with: cdp-tool checkpoint take {0}", new.name))
+    output.line(format!("{done} {0}; save it with: cdp-tool checkpoint take {0}", vm.name))
+}
+
+/// Gives a machine that is known the disks and sockets of `new`. The daemon keeps those of one that has checkpoints to its
+/// disks.
+fn change(client: &Client, mut new: NewVm) -> anyhow::Result<Vm> {
+    let path = format!("/v1/vms/{}", new.name);
+    let known: Vm = client.get(&path)?;
+    // How it is run would be lost, and can only be said where it is run.
+    ensure!(
+        known.launch.is_none(),
+        "there is a machine '{0}' already, which is run by 'vm run': change it there, with cdp-tool vm run {0} --volume \
+         VOLUME or --agent",
+        new.name
+    );
+    new.agent = new.agent.or(known.agent);
+    Ok(client.send(Method::PUT, &path, &new)?)
 }
 
 fn state(vm: &Vm) -> String {

@@ -6,6 +6,7 @@ use std::os::unix::fs::symlink;
 use cdpd::api::{Launch, NewVm, Vm};
 use cdpd::client::Client;
 use hyper::Method;
+use serde_json::{Value, json};
 
 use crate::Bench;
 
@@ -70,6 +71,34 @@ fn a_program_that_is_not_there_changes_nothing() {
     let complaint = bench.complaint("vm run m --volume web1 -- no-such-qemu");
     assert!(complaint.contains("cannot start no-such-qemu"), "{complaint}");
     assert!(bench.json("volume show web1")["serving"].is_null());
+    bench.stop();
+}
+
+#[test]
+fn a_machine_that_is_registered_again_is_changed_and_keeps_what_is_not_said() {
+    let mut bench = Bench::new();
+    for volume in ["web1", "data", "own"] {
+        bench.text(&format!("volume create {volume} --size 1M"));
+    }
+    assert!(bench.text("vm register m --qmp m.qmp --volume web1").starts_with("registered m;"));
+    bench.json("checkpoint schedule m --every 1h --keep 2");
+    let ends = |vm: &Value, what: &str, end: &str| vm[what].as_str().is_some_and(|path| path.ends_with(end));
+    let vm = bench.json("vm register m --qmp m.qmp --volume web1 --agent m.agent");
+    assert!(ends(&vm, "qmp", "/m.qmp") && ends(&vm, "agent", "/m.agent"), "{vm}");
+    assert!(
+        bench.text("vm register m --qmp other.qmp --volume web1 --volume data").starts_with("changed m;")
+    );
+    let vm = bench.json("vm show m");
+    assert!(ends(&vm, "qmp", "/other.qmp") && ends(&vm, "agent", "/m.agent"), "{vm}");
+    assert_eq!((&vm["volumes"], &vm["schedule"]["keep"]), (&json!(["web1", "data"]), &json!(2)));
+
+    let launch = json!({ "command": ["qemu"], "directory": "/", "disks": [""] });
+    let run = json!({ "name": "r", "volumes": ["own"], "qmp": "/none", "launch": launch });
+    let client = Client::find(&bench.store()).unwrap().unwrap();
+    client.send::<Vm>(Method::PUT, "/v1/vms/r", &run).unwrap();
+    let complaint = bench.complaint("vm register r --qmp r.qmp --volume own");
+    assert!(complaint.contains("cdp-tool vm run r"), "{complaint}");
+    assert_eq!(bench.json("vm show r")["launch"]["command"], json!(["qemu"]));
     bench.stop();
 }
 

@@ -343,13 +343,17 @@ impl Machines {
     /// What a request means for a machine.
     fn order(&self, info: &VmInfo, new: NewCheckpoint) -> Result<Order, ApiError> {
         new.label.as_ref().map_or(Ok(()), |label| self.check_label(info, label))?;
-        let agent = Settings::of(info)?.agent;
+        let Settings { agent, launch, .. } = Settings::of(info)?;
         if new.quiesce && agent.is_none() {
-            let text = format!(
-                "machine '{0}' has no guest agent that could be asked to quiesce it: cdp-tool vm register {0} … \
-                 --agent SOCKET",
-                info.name
-            );
+            let name = &info.name;
+            let cure = match launch {
+                Some(_) => {
+                    format!("run it with one from the next time on, with cdp-tool vm run {name} --agent")
+                }
+                None => format!("say where it is, with cdp-tool vm register {name} … --agent SOCKET"),
+            };
+            let text =
+                format!("machine '{name}' has no guest agent that could be asked to quiesce it: {cure}");
             return Err(ApiError::new(ErrorKind::Invalid, text));
         }
         Ok(Order {
