@@ -168,7 +168,8 @@ enum Left {
 
 impl Shared {
     fn run(&self, socket: &UnixListener) {
-        while let Some(stream) = self.accept(socket) {
+        let mut complaints = Complaints::default();
+        while let Some(stream) = self.accept(socket, &mut complaints) {
             let counters = &self.disk.counters;
             counters.connections.add(1);
             counters.connected.store(true, Ordering::Relaxed);
@@ -186,7 +187,7 @@ impl Shared {
     }
 
     /// Waits for a client; none once the server is being stopped.
-    fn accept(&self, socket: &UnixListener) -> Option<UnixStream> {
+    fn accept(&self, socket: &UnixListener, complaints: &mut Complaints) -> Option<UnixStream> {
         while !self.stopping.load(Ordering::Acquire) {
             let mut fds = [PollFd::new(socket, PollFlags::IN), PollFd::new(self.stop.fd(), PollFlags::IN)];
             if poll(&mut fds, None).is_err() {
@@ -196,7 +197,9 @@ impl Shared {
                 Ok((stream, _)) => return Some(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
-                    tracing::error!(socket = %self.disk.name, "a client cannot be accepted: {error}");
+                    complaints.say(|more| {
+                        tracing::error!(socket = %self.disk.name, more, "a client cannot be accepted: {error}");
+                    });
                     // Out of descriptors, most likely: the client stays where it is, and this must not spin.
                     std::thread::sleep(Duration::from_millis(100));
                 }
