@@ -174,7 +174,8 @@ impl Session {
         self.disk.vm.memory_changed(&self.disk.config.socket);
     }
 
-    /// Lets the rings go on with what they retain, and with what was given beside it: the guest may use that at once.
+    /// Lets the rings go on with what they retain, and with what was given beside it, or instead of a part of it: the guest
+    /// may use that at once.
     fn retain_with_new(&mut self) {
         let Some((used, until)) = &mut self.retained else { return };
         // The front end is at it.

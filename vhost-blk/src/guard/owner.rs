@@ -51,7 +51,7 @@ impl RegionGuard {
         self.offset
     }
 
-    pub(super) fn file(&self) -> Option<(u64, u64)> {
+    pub(crate) fn file(&self) -> Option<(u64, u64)> {
         self.file
     }
 

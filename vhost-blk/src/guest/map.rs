@@ -29,8 +29,13 @@ pub(crate) struct RegionSpec {
 impl RegionSpec {
     /// Whether they have addresses in common, of the guest's or of the front end's.
     fn overlaps(&self, other: &Self) -> bool {
-        let overlap = |a: u64, b: u64| a < b.saturating_add(other.len) && b < a.saturating_add(self.len);
-        overlap(self.guest, other.guest) || overlap(self.user, other.user)
+        self.meets(other, |spec| spec.guest) || self.meets(other, |spec| spec.user)
+    }
+
+    /// Whether they have addresses in common, of those of which `first` is the first one.
+    fn meets(&self, other: &Self, first: impl Fn(&Self) -> u64) -> bool {
+        let (a, b) = (first(self), first(other));
+        a < b.saturating_add(other.len) && b < a.saturating_add(self.len)
     }
 }
 
@@ -73,6 +78,14 @@ impl Region {
         self.mapping.as_ptr().wrapping_add(inside as usize)
     }
 
+    /// Whether it is other memory at guest addresses that both have. Of what is no regular file nobody can tell.
+    fn replaces(&self, old: &Self) -> bool {
+        let place = |region: &Self| (region.guard.file(), region.spec.offset.wrapping_sub(region.spec.guest));
+        self.guard.file().is_some()
+            && self.spec.meets(&old.spec, |spec| spec.guest)
+            && place(self) != place(old)
+    }
+
     fn page(&self, index: u64, inside: u64) -> Page {
         Page { region: Arc::clone(&self.guard), mapping: Arc::clone(&self.mapping), index, inside }
     }
@@ -110,13 +123,18 @@ impl MemoryMap {
         self.regions.insert(at, new);
     }
 
-    /// This map with those regions of another one that lie beside all of its own; none if there are no such.
+    /// This map without those regions for which another one has other memory, and with those of the other one that lie
+    /// beside all that are left; none if that is this map. There are never more than twice as many as a front end may add.
     pub(crate) fn with_new_of(&self, other: &Self) -> Option<Self> {
-        let mut map = self.clone();
-        for region in other.regions.iter().filter(|region| !self.overlaps(&region.spec)) {
+        let stays = |old: &&Region| !other.regions.iter().any(|new| new.replaces(old));
+        let left = Self { regions: self.regions.iter().filter(stays).cloned().collect() };
+        let mut map = left.clone();
+        let room = (2 * MAX_REGIONS).saturating_sub(left.regions.len());
+        for region in other.regions.iter().filter(|region| !left.overlaps(&region.spec)).take(room) {
             map.insert(region.clone());
         }
-        (map.regions.len() > self.regions.len()).then_some(map)
+        let all_stay = left.regions.len() == self.regions.len();
+        (!all_stay || map.regions.len() > left.regions.len()).then_some(map)
     }
 
     /// This map without the region at these addresses.
@@ -295,14 +313,41 @@ pub(super) mod tests {
 
     #[test]
     fn of_another_map_only_regions_that_lie_beside_all_others_are_new() {
-        let used = memory_of(&[(0, 0x2000), (0x8000, 0x1000)]);
-        let given = memory_of(&[(0x1000, 0x2000), (0x4000, 0x1000), (0x9000, 0x1000)]);
+        let memory = file(0xa000);
+        let in_pieces = |pieces: &[(u64, u64)]| {
+            pieces.iter().fold(MemoryMap::default(), |map, &(guest, len)| {
+                let spec = RegionSpec { guest, len, user: guest + (1 << 32), offset: guest };
+                map.with(spec, memory.try_clone().unwrap()).unwrap()
+            })
+        };
+        let used = in_pieces(&[(0, 0x2000), (0x8000, 0x1000)]);
+        let given = in_pieces(&[(0x1000, 0x2000), (0x4000, 0x1000), (0x9000, 0x1000)]);
         let both = used.with_new_of(&given).unwrap();
         assert!(both.has_all_of(&used));
         assert!(both.pieces(0x4000, 0x1000, |_, _| {}));
         assert!(both.pieces(0x8000, 0x2000, |_, _| {}), "in the order of addresses");
         assert!(!both.pieces(0x2000, 1, |_, _| {}), "a region that overlaps another");
         assert!(both.with_new_of(&given).is_none());
+
+        // Other memory takes the place of what was there.
+        let rest = used.with_new_of(&memory_of(&[(0x1000, 0x2000)])).unwrap();
+        assert!(!rest.pieces(0, 1, |_, _| {}));
+        assert!(rest.pieces(0x1000, 0x2000, |_, _| {}) && rest.pieces(0x8000, 0x1000, |_, _| {}));
+    }
+
+    #[test]
+    fn memory_that_is_taken_back_again_and_again_does_not_pile_up() {
+        let region = memory_of(&[(0, 0x1000)]).regions[0].clone();
+        let one = |at: u64| {
+            let spec = RegionSpec { guest: at * 0x1000, user: (1 << 32) + at * 0x1000, ..region.spec };
+            MemoryMap { regions: vec![Region { spec, ..region.clone() }] }
+        };
+        let most = 2 * MAX_REGIONS as u64;
+        let mut used = one(0);
+        for at in 1..most {
+            used = used.with_new_of(&one(at)).unwrap();
+        }
+        assert!(used.with_new_of(&one(most)).is_none());
     }
 
     #[test]
