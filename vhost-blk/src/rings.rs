@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use cdp_types::{RingStop, VmControl};
+use front_end::Complaints;
 
 use crate::eventfd::EventFd;
 use crate::features::Features;
@@ -90,6 +91,7 @@ pub(crate) struct Rings {
     pub(crate) inflight: Option<Arc<InflightRegion>>,
     pub(crate) refuse: bool,
     write_cache: Arc<WriteCache>,
+    complaints: Complaints,
 }
 
 impl Rings {
@@ -105,6 +107,7 @@ impl Rings {
             inflight: None,
             refuse: false,
             write_cache: Arc::clone(&disk.write_cache),
+            complaints: Complaints::default(),
         }
     }
 
@@ -233,8 +236,10 @@ impl Rings {
         let logged_end = self.memory.end().max(self.used_log_end());
         if self.log.as_ref().is_some_and(|log| !log.covers(logged_end)) {
             let socket = &vring.context.name;
-            tracing::warn!(%socket, queue = index, "the ring waits: the dirty log is shorter than the memory");
-            return;
+            // It is found out with each message that brings a part of each ring.
+            return self.complaints.say(|more| {
+                tracing::warn!(%socket, queue = index, more, "the ring waits: the dirty log is shorter than the memory");
+            });
         }
         self.guard.ring_starts();
         self.vm.ring_started(&self.socket, index);
