@@ -323,7 +323,7 @@ impl Store {
     /// If the index cannot be read or written: the first of them.
     pub(super) fn flatten_deep(&self) -> Result<()> {
         let deep = self.all_volumes().into_iter().filter(|volume| volume.read_depth() >= FLATTEN_FROM);
-        deep.map(|volume| self.flatten(&volume)).fold(Ok(()), |all, one| all.and(one))
+        deep.map(|volume| self.flatten(&volume)).fold(Ok(()), Result::and)
     }
 
     /// A volume's branches, oldest first.

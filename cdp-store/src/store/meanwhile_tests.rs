@@ -467,7 +467,7 @@ fn a_line_that_cannot_be_flattened_leaves_no_other_long() {
     store.flush_index().unwrap();
     let depths = || volumes.each_ref().map(|volume| volume.read_depth());
     assert_eq!(depths(), [10, 10]);
-    rot(&index, store.branches(&names[0]).unwrap()[4].id);
+    rot(&index, Family::Map, store.branches(&names[0]).unwrap()[4].id.0);
     assert!(store.upkeep().is_err(), "the first one could be flattened");
     assert_eq!(depths(), [10, 3]);
     store.close().unwrap();
