@@ -244,8 +244,11 @@ impl Lineage<'_> {
         Ok(states)
     }
 
-    /// What a branch itself says about a leaf.
-    fn own_leaf_at(&self, at: At, leaf: u64) -> Result<Leaf> {
+    /// What a branch itself says about a leaf, whatever has become of those that it inherits from.
+    ///
+    /// # Errors
+    /// As [`Lineage::leaf_at`].
+    pub fn own_leaf_at(&self, at: At, leaf: u64) -> Result<Leaf> {
         // Pending changes are taken first: what the indexer moves meanwhile is then seen twice, which does no harm,
         // as long as the index is not read further than the pending changes go.
         let owner = self.branches.owner_of(at.branch);

@@ -71,7 +71,7 @@ impl Written {
             let mut replay = Replay { found: leaves.iter().map(|key| (*key, unsaid())).collect() };
             each_batch_up_to(volume, head, &mut |batch| replay.apply(&batch.header, batch.payload_at))?;
             for ((branch, leaf), expected) in replay.found {
-                let stored = shared.lineage().leaf_at(At { branch, seq }, leaf)?;
+                let stored = shared.lineage().own_leaf_at(At { branch, seq }, leaf)?;
                 compare_leaf(volume, leaf, &expected, &stored, report);
             }
         }

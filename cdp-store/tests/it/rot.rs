@@ -82,6 +82,10 @@ fn what_lies_behind_damage_is_refused_to_whoever_refers_to_it() {
         if is_reverted {
             store.revert(&[(name.clone(), Instant::Seq(early))], false).unwrap();
         }
+        // A clone has something of its own in the leaf whose rest it inherits.
+        let mut queue = bench.machine.volume(&"late".parse().unwrap()).open_queue().unwrap();
+        bench.run(&mut *queue, write_op(9, 109, Origin(0))).unwrap();
+        drop(queue);
         bench.machine.disk.flip_bit(&bench.file_of(&records[3]), records[3].offset + 96, 3);
         bench.machine = bench.machine.fork_without_index(1);
         bench.restart(Crash::Kill);
