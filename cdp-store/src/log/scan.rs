@@ -115,6 +115,8 @@ pub struct ChainReader<'a> {
     window_at: Option<(usize, u64)>,
     /// How much of it was read.
     window_len: usize,
+    /// In this segment, up to here, the disk does not read everything: no more is asked for than is needed.
+    sparing_until: Option<(usize, u64)>,
 }
 
 impl<'a> ChainReader<'a> {
@@ -123,8 +125,17 @@ impl<'a> ChainReader<'a> {
     pub fn new(chain: &'a [Arc<Segment>]) -> Self {
         let offset = chain.first().map_or(0, |s| data_start(s.header.physical_block));
         let window = AlignedBuf::zeroed(WINDOW);
-        let fence = Fence::default();
-        Self { chain, fence, at: 0, offset, last: None, window, window_at: None, window_len: WINDOW }
+        Self {
+            chain,
+            fence: Fence::default(),
+            at: 0,
+            offset,
+            last: None,
+            window,
+            window_at: None,
+            window_len: WINDOW,
+            sparing_until: None,
+        }
     }
 
     /// A reader that starts with the batch at `place`, if that segment is on the chain.
@@ -230,7 +241,12 @@ impl<'a> ChainReader<'a> {
     fn fill_window(&mut self, segment: &Arc<Segment>, offset: u64, needed: usize) -> Result<()> {
         self.window_at = None;
         self.window_len = WINDOW;
-        if read(&segment.file, offset, &mut self.window).is_err() {
+        let spares = self.sparing_until.is_some_and(|(at, until)| at == self.at && offset < until);
+        if spares || read(&segment.file, offset, &mut self.window).is_err() {
+            // A disk may try for seconds before it gives a block up: not once more for each batch before that.
+            if !spares {
+                self.sparing_until = Some((self.at, offset + WINDOW as u64));
+            }
             let needed = needed.min(WINDOW);
             let mut bytes = AlignedBuf::zeroed(needed);
             read(&segment.file, offset, &mut bytes)?;
