@@ -97,6 +97,8 @@ pub struct Found {
     pub slot: u64,
     /// What it holds, if either header copy is valid.
     pub segment: Option<Arc<Segment>>,
+    /// Neither is, but something was written to it, or cannot be read.
+    pub is_doubtful: bool,
 }
 
 /// A file that grows as it is written, and how far it may.
@@ -235,8 +237,17 @@ impl Segments {
     fn look_at(&self, slot: u64, store: [u8; 16]) -> Result<Found> {
         let name = slot_name(slot);
         let file = self.storage.open(&name).map_err(|e| Error::io(format!("opening {name}"), e))?;
-        let segment = self.read_header(&file, store)?.map(|header| Arc::new(Segment { file, header }));
-        Ok(Found { slot, segment })
+        let header = self.read_header(&file, store)?;
+        let is_doubtful = header.is_none() && self.is_written(&file);
+        let segment = header.map(|header| Arc::new(Segment { file, header }));
+        Ok(Found { slot, segment, is_doubtful })
+    }
+
+    /// Whether something was written to the start of a slot; also if that cannot be read.
+    fn is_written(&self, file: &Arc<dyn File>) -> bool {
+        let headers = 2 * header_stride(self.alignment.physical_block) as usize;
+        let mut start = AlignedBuf::zeroed(LOOK_BYTES.max(2 * headers));
+        file.read_at(0, &mut start).is_err() || start.iter().any(|byte| *byte != 0)
     }
 
     fn read_header(&self, file: &Arc<dyn File>, store: [u8; 16]) -> Result<Option<SegmentHeader>> {
@@ -260,15 +271,6 @@ impl Segments {
             }
         }
         Ok(newest)
-    }
-
-    /// Whether something was written to the start of a slot; also if that cannot be read.
-    #[must_use]
-    pub fn is_written(&self, slot: u64) -> bool {
-        let headers = 2 * header_stride(self.alignment.physical_block) as usize;
-        let mut start = AlignedBuf::zeroed(LOOK_BYTES.max(2 * headers));
-        let read = self.storage.open(&slot_name(slot)).and_then(|file| file.read_at(0, &mut start));
-        read.is_err() || start.iter().any(|byte| *byte != 0)
     }
 
     /// Takes a discovered segment into use.

@@ -94,7 +94,7 @@ impl Opening {
             match slot.segment {
                 Some(segment) => found.entry(segment.header.volume).or_default().push((slot.slot, segment)),
                 None if mode == Mode::Read => {}
-                None if segments.is_written(slot.slot) => doubtful.push(slot.slot),
+                None if slot.is_doubtful => doubtful.push(slot.slot),
                 None => empty.push(slot.slot),
             }
         }
