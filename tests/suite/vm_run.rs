@@ -70,7 +70,7 @@ fn a_machine_that_is_run_here_is_put_back_in_place_and_forth() {
             Ok((supervised(&tool, "web1")? == "running").then_some(()))
         })?;
         let reverted = tool.json(&["vm", "revert", "web1", "--to", &undo, "--no-save"])?;
-        ensure!(reverted["to"].to_string() == undo && reverted["saved"].is_null(), "{reverted}");
+        ensure!(reverted["to"] == undo.parse::<u64>()? && reverted["saved"].is_null(), "{reverted}");
         is_sound(&guest)?;
         guest.kill()?;
         wait_for("the supervisor's end", LIMIT, || Ok(supervised(&tool, "web1")?.is_null().then_some(())))?;
