@@ -13,8 +13,8 @@
 //! [`wind_down`](qmp_bridge::migration::wind_down), in this process or, from what was written down, in the next
 //! ([`recover`]). File systems that were stilled are let go by the same ways.
 //!
-//! [`prepare`] refuses and writes down, [`attempt`] is one try, [`patience`] ends one that would not, [`seen`] says what events mean, [`stillness`] has the
-//! guest's file systems.
+//! `prepare` refuses and writes down, `attempt` is one try, `patience` ends one that would not, `seen` says what events mean,
+//! `stillness` has the guest's file systems.
 
 mod attempt;
 mod patience;
