@@ -76,17 +76,6 @@ impl fmt::Display for Place {
     }
 }
 
-/// What an error says, with all that lies behind it.
-pub(crate) fn in_full(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
-}
-
 /// What went wrong, where, and why.
 #[derive(Debug, thiserror::Error)]
 #[error("{kind}{place}: {what}")]

@@ -7,13 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use cdp_store::Store;
-use cdp_types::CheckpointId;
+use cdp_types::{CheckpointId, one_line};
 use qmp_bridge::machine::{self, Machine};
 use qmp_bridge::{Client, MigrationStatus, control, migration};
 use serde_json::json;
 
 use crate::ErrorKind;
-use crate::error::in_full;
 use crate::memory::{Control, Progress, QueueStore, Restorer};
 
 /// How long QEMU may take nothing, and how long to end once it has everything.
@@ -28,7 +27,7 @@ static RESTORES: AtomicU64 = AtomicU64::new(1);
 pub struct RestoreError(String);
 
 fn error(what: impl std::error::Error) -> RestoreError {
-    RestoreError(in_full(&what))
+    RestoreError(one_line(&what))
 }
 
 /// What the machine was when a checkpoint was taken, and how it differs from the QEMU that is to take it over: nothing
@@ -128,7 +127,7 @@ fn send(restorer: Restorer<QueueStore>, path: &Path) -> Result<Progress, Restore
     sent.map_err(|e| match e.kind() {
         ErrorKind::Stream => {
             let text = "QEMU does not take the machine over, and may have said why on its standard error";
-            RestoreError(format!("{text}: {}", in_full(&e)))
+            RestoreError(format!("{text}: {}", one_line(&e)))
         }
         _ => error(e),
     })

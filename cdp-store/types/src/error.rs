@@ -76,3 +76,16 @@ impl From<crate::RangeError> for IoError {
         Self::new(IoErrorKind::Invalid, error.to_string())
     }
 }
+
+/// An error and what caused it, in one line.
+#[must_use]
+pub fn one_line(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    line
+}

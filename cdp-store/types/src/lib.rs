@@ -24,7 +24,7 @@ pub use control::{NoVmControl, RingStop, VmControl};
 pub use device::{
     BlockDevice, DeviceIdentity, DeviceInfo, DeviceQueue, Event, Listener, Op, Ranges, RequestId, Wait,
 };
-pub use error::{IoError, IoErrorKind};
+pub use error::{IoError, IoErrorKind, one_line};
 pub use ids::{BranchId, CheckpointId, EpochId, Generation, Ordinal, Origin, Seq, VmId, VolumeId};
 pub use instant::{Instant, InstantError, VolumeAt};
 pub use memory::{MemoryConfig, MemoryDevice, MemoryFaults};

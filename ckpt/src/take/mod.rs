@@ -30,12 +30,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cdp_store::{CheckpointInfo, CheckpointMode, EpochCut, Store};
-use cdp_types::{Label, VmName};
+use cdp_types::{Label, VmName, one_line};
 use qmp_bridge::Client;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use crate::error::in_full;
 use crate::firsts::Firsts;
 use crate::gate::{DiskGuard, Gate, WriteCacheOff};
 use attempt::Attempt;
@@ -79,7 +78,7 @@ impl TakeError {
 
 /// Why, with all that lies behind it.
 fn whole(error: &dyn std::error::Error) -> TakeError {
-    TakeError::new(in_full(error))
+    TakeError::new(one_line(error))
 }
 
 /// A disk of a machine.

@@ -40,7 +40,7 @@
 use std::fmt;
 
 use cdp_store::{RecordInfo, StoreInfo, VolumeStats};
-use cdp_types::{BranchId, Instant, Ordinal, Seq, VolumeId, VolumeName};
+use cdp_types::{BranchId, Instant, Ordinal, Seq, VolumeId, VolumeName, one_line};
 use serde::{Deserialize, Serialize};
 
 mod history;
@@ -129,19 +129,6 @@ impl From<cdp_store::Error> for ApiError {
         };
         Self::new(kind, one_line(&error))
     }
-}
-
-/// An error and what caused it, in one line.
-#[must_use]
-pub fn one_line(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        line.push_str(": ");
-        line.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    line
 }
 
 /// One line of an answer that takes long or is long.

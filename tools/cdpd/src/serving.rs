@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cdp_store::{Reverted, Serving, Store};
-use cdp_types::{CheckpointId, Instant, VmControl, VmName, VolumeId, VolumeName};
+use cdp_types::{CheckpointId, Instant, VmControl, VmName, VolumeId, VolumeName, one_line};
 use tokio::sync::Notify;
 use vhost_blk::{Guard, Server, ServerConfig, ServerStats, WriteCache};
 
-use crate::api::{ApiError, ErrorKind, ServingStatus, one_line};
+use crate::api::{ApiError, ErrorKind, ServingStatus};
 use crate::config::VhostUser;
 
 /// Queues that a volume offers unless told otherwise: QEMU asks for one per virtual processor and refuses to

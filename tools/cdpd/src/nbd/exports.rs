@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant as Clock};
 
 use cdp_store::{ErrorKind, Resolved, Scratch, Store, Volume};
-use cdp_types::{BlockDevice, Instant, VolumeAt, VolumeId, VolumeName};
+use cdp_types::{BlockDevice, Instant, VolumeAt, VolumeId, VolumeName, one_line};
 use jiff::tz::TimeZone;
 use nbd_export::{Export, ExportEntry, ExportError, ExportErrorKind, Exports, StatusContext};
 
 use super::contexts::{Allocation, Changes};
 use super::guarded::Guarded;
-use crate::api::{ServingStatus, one_line};
+use crate::api::ServingStatus;
 use crate::http::App;
 
 /// What follows an instant of which a writable view is wanted.
