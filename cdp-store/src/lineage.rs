@@ -249,6 +249,18 @@ impl Lineage<'_> {
     /// # Errors
     /// As [`Lineage::leaf_at`].
     pub fn own_leaf_at(&self, at: At, leaf: u64) -> Result<Leaf> {
+        self.own_leaf(at, leaf, |upto| self.index.states_at(at.branch, leaf, upto))
+    }
+
+    /// The same, from nothing but rows of what has happened.
+    ///
+    /// # Errors
+    /// As [`Lineage::leaf_at`].
+    pub fn own_leaf_of_history(&self, at: At, leaf: u64) -> Result<Leaf> {
+        self.own_leaf(at, leaf, |upto| Ok(self.index.leaf_at(at.branch, leaf, upto)?.states))
+    }
+
+    fn own_leaf(&self, at: At, leaf: u64, indexed: impl FnOnce(Seq) -> IndexResult<Leaf>) -> Result<Leaf> {
         // Pending changes are taken first: what the indexer moves meanwhile is then seen twice, which does no harm,
         // as long as the index is not read further than the pending changes go.
         let owner = self.branches.owner_of(at.branch);
@@ -262,10 +274,9 @@ impl Lineage<'_> {
             }
             None => (Vec::new(), Seq::MAX),
         };
-        let found = self.index.leaf_at(at.branch, leaf, at.seq.min(limit)).map_err(|e| {
+        let mut states = indexed(at.seq.min(limit)).map_err(|e| {
             Error::new(ErrorKind::Corrupt, format!("reading the time index of leaf {leaf}")).with(e)
         })?;
-        let mut states = found.states;
         apply_changes(&mut states, &pending);
         Ok(states)
     }

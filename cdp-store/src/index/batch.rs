@@ -9,6 +9,7 @@ use super::error::{IndexError, IndexErrorKind, IndexResult};
 use super::keys::{self, RowKind};
 use super::kv::{Family, WriteBatch};
 use super::leaf::{Change, ChangeState, LEVELS, NodeKey, NodeRun};
+use super::present::{Leaves, add_leaf};
 
 /// So many changes of a node are put into one row: a reader decodes a whole row for the one change that it wants.
 const ROW_CHANGES: usize = 1024;
@@ -43,6 +44,8 @@ pub(super) struct Span {
 pub struct IndexBatch {
     pub(super) rows: WriteBatch,
     pub(super) spans: HashMap<BranchId, Span>,
+    /// The leaves that it has rows of.
+    pub(super) leaves: Vec<Leaves>,
 }
 
 /// Splits a node's changes into what single rows take. A request's changes stay together: a row's key is its first `Seq`.
@@ -83,6 +86,7 @@ impl IndexBatch {
         let span = self.spans.entry(node.branch).or_insert(Span { first: first.seq, last: last.seq });
         span.first = span.first.min(first.seq);
         span.last = span.last.max(last.seq);
+        self.note_leaf(node);
         for row in rows(changes) {
             let key = keys::map(node, row[0].seq, RowKind::Delta);
             self.rows.put_with(Family::Map, &key, |out| codec::encode_delta(&key, row, out));
@@ -95,7 +99,9 @@ impl IndexBatch {
     ///
     /// States taken over from a parent branch may be in it, if `seq` is at or after the fork.
     pub fn image(&mut self, branch: BranchId, leaf: u64, seq: Seq, states: &States) {
-        let key = keys::map(NodeKey { branch, level: 0, node: leaf }, seq, RowKind::Image);
+        let node = NodeKey { branch, level: 0, node: leaf };
+        self.note_leaf(node);
+        let key = keys::map(node, seq, RowKind::Image);
         self.rows.put_with(Family::Map, &key, |out| codec::encode_image(&key, states, out));
     }
 
@@ -108,8 +114,15 @@ impl IndexBatch {
             by_node.entry(NodeKey { branch, level: run.level, node: run.node }).or_default().push(change);
         }
         for (node, changes) in by_node {
+            self.note_leaf(node);
             let key = keys::map(node, seq, RowKind::Delta);
             self.rows.put_with(Family::Map, &key, |out| codec::encode_delta(&key, &changes, out));
+        }
+    }
+
+    fn note_leaf(&mut self, node: NodeKey) {
+        if node.level == 0 {
+            add_leaf(&mut self.leaves, node.branch, node.node);
         }
     }
 
@@ -167,5 +180,6 @@ impl IndexBatch {
     pub fn clear(&mut self) {
         self.rows.clear();
         self.spans.clear();
+        self.leaves.clear();
     }
 }

@@ -8,6 +8,7 @@ use cdp_types::{Ordinal, Seq, crc32c};
 use super::batch::TimeEntry;
 use super::leaf::{Change, ChangeState, FANOUT};
 use super::place::{BlockState, LogPos, Place};
+use super::present::Bits;
 
 /// What is wrong with a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -105,6 +106,37 @@ impl Reader<'_> {
         let coded = self.varint()?;
         let distance = (coded >> 1) ^ (coded & 1).wrapping_neg();
         Ok(previous.wrapping_add(distance))
+    }
+
+    /// All that is left: runs of states that cover a leaf.
+    fn states(mut self) -> Decoded<Box<States>> {
+        let mut states = super::leaf::unsaid();
+        let mut rest = &mut states[..];
+        let mut pos = 0;
+        while !self.is_empty() {
+            let head = self.varint()?;
+            let length = usize::try_from(head >> 2).unwrap_or(usize::MAX);
+            if length == 0 || length > rest.len() {
+                return Err(DecodeError("image does not cover its leaf exactly"));
+            }
+            let (blocks, behind) = rest.split_at_mut(length);
+            rest = behind;
+            match head & 3 {
+                run::UNSAID => {}
+                run::ZERO => blocks.fill(BlockState::Zero),
+                kind => {
+                    for (index, block) in blocks.iter_mut().enumerate() {
+                        pos = if kind == run::SCATTERED || index == 0 {
+                            self.pos(pos)?
+                        } else {
+                            pos.wrapping_add(BLOCK_UNITS)
+                        };
+                        *block = BlockState::Mapped(Place { pos: LogPos::from_bits(pos), crc: self.crc()? });
+                    }
+                }
+            }
+        }
+        if rest.is_empty() { Ok(states) } else { Err(DecodeError("image does not cover its leaf exactly")) }
     }
 
     fn finish(self) -> Decoded<()> {
@@ -271,57 +303,60 @@ fn next_run(states: &[BlockState]) -> (u64, usize) {
 
 /// Appends an image.
 pub(super) fn encode_image(key: &[u8], states: &States, out: &mut Vec<u8>) {
-    seal(key, out, |out| {
-        let mut rest = &states[..];
-        let mut previous = 0;
-        while !rest.is_empty() {
-            let (kind, length) = next_run(rest);
-            let (blocks, behind) = rest.split_at(length);
-            rest = behind;
-            put_varint(out, (length as u64) << 2 | kind);
-            for (index, state) in blocks.iter().enumerate() {
-                let BlockState::Mapped(place) = state else { break };
-                let pos = place.pos.to_bits();
-                if kind == run::SCATTERED || index == 0 {
-                    put_pos(out, previous, pos);
-                }
-                previous = pos;
-                out.extend_from_slice(&place.crc.to_le_bytes());
-            }
-        }
-    });
+    seal(key, out, |out| put_states(states, out));
 }
 
 /// Reads an image.
 pub(super) fn decode_image(key: &[u8], value: &[u8]) -> Decoded<Box<States>> {
+    unseal(key, value)?.states()
+}
+
+/// Appends what a leaf looks like since a `Seq`.
+pub(super) fn encode_present(key: &[u8], since: Seq, states: &States, out: &mut Vec<u8>) {
+    seal(key, out, |out| {
+        put_varint(out, since.0);
+        put_states(states, out);
+    });
+}
+
+/// Reads the same.
+pub(super) fn decode_present(key: &[u8], value: &[u8]) -> Decoded<(Seq, Box<States>)> {
     let mut reader = unseal(key, value)?;
-    let mut states = super::leaf::unsaid();
-    let mut rest = &mut states[..];
-    let mut pos = 0;
-    while !reader.is_empty() {
-        let head = reader.varint()?;
-        let length = usize::try_from(head >> 2).unwrap_or(usize::MAX);
-        if length == 0 || length > rest.len() {
-            return Err(DecodeError("image does not cover its leaf exactly"));
-        }
-        let (blocks, behind) = rest.split_at_mut(length);
+    Ok((Seq(reader.varint()?), reader.states()?))
+}
+
+/// Appends a bit for each of some leaves.
+pub(super) fn encode_bits(key: &[u8], bits: &Bits, out: &mut Vec<u8>) {
+    seal(key, out, |out| bits.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes())));
+}
+
+/// Reads the same.
+pub(super) fn decode_bits(key: &[u8], value: &[u8]) -> Decoded<Bits> {
+    let reader = unseal(key, value)?;
+    let (words, rest) = reader.rest.as_chunks::<8>();
+    let words: [[u8; 8]; size_of::<Bits>() / 8] =
+        words.try_into().ok().filter(|_| rest.is_empty()).ok_or(DecodeError("not a bit for each leaf"))?;
+    Ok(words.map(u64::from_le_bytes))
+}
+
+fn put_states(states: &States, out: &mut Vec<u8>) {
+    let mut rest = &states[..];
+    let mut previous = 0;
+    while !rest.is_empty() {
+        let (kind, length) = next_run(rest);
+        let (blocks, behind) = rest.split_at(length);
         rest = behind;
-        match head & 3 {
-            run::UNSAID => {}
-            run::ZERO => blocks.fill(BlockState::Zero),
-            kind => {
-                for (index, block) in blocks.iter_mut().enumerate() {
-                    pos = if kind == run::SCATTERED || index == 0 {
-                        reader.pos(pos)?
-                    } else {
-                        pos.wrapping_add(BLOCK_UNITS)
-                    };
-                    *block = BlockState::Mapped(Place { pos: LogPos::from_bits(pos), crc: reader.crc()? });
-                }
+        put_varint(out, (length as u64) << 2 | kind);
+        for (index, state) in blocks.iter().enumerate() {
+            let BlockState::Mapped(place) = state else { break };
+            let pos = place.pos.to_bits();
+            if kind == run::SCATTERED || index == 0 {
+                put_pos(out, previous, pos);
             }
+            previous = pos;
+            out.extend_from_slice(&place.crc.to_le_bytes());
         }
     }
-    if rest.is_empty() { Ok(states) } else { Err(DecodeError("image does not cover its leaf exactly")) }
 }
 
 /// How far a volume's log has been indexed.

@@ -82,6 +82,8 @@ fn decode_all(bytes: &[u8]) -> bool {
     deltas > 0
         || image
         || mark
+        || decode_present(KEY, bytes).is_ok()
+        || decode_bits(KEY, bytes).is_ok()
         || decode_numbers::<2>(KEY, bytes).is_ok()
         || last_time(KEY, (u64::MAX - 9, Seq(9)), bytes, |_| true).is_ok()
 }
@@ -100,6 +102,16 @@ proptest! {
         let mut bytes = Vec::new();
         encode_image(KEY, &states, &mut bytes);
         prop_assert_eq!(decode_image(KEY, &bytes).unwrap(), states);
+    }
+
+    #[test]
+    fn what_a_leaf_looks_like_and_bits_come_back(states in states(), since: u64, bits: [u64; 8]) {
+        let mut bytes = Vec::new();
+        encode_present(KEY, Seq(since), &states, &mut bytes);
+        prop_assert_eq!(decode_present(KEY, &bytes).unwrap(), (Seq(since), states));
+        bytes.clear();
+        encode_bits(KEY, &bits, &mut bytes);
+        prop_assert_eq!(decode_bits(KEY, &bytes).unwrap(), bits);
     }
 
     #[test]
@@ -183,6 +195,13 @@ fn what_lies_outside_its_node_or_leaf_is_an_error() {
     assert!(image(&[(500, run::UNSAID), (12, run::ZERO)]).is_ok());
     for runs in [&[(511, run::ZERO)][..], &[(513, run::ZERO)], &[(0, run::ZERO), (512, run::ZERO)], &[]] {
         assert!(image(runs).is_err(), "{runs:?}");
+    }
+}
+
+#[test]
+fn bits_are_as_many_as_leaves() {
+    for (bytes, is_sound) in [(64, true), (63, false), (65, false), (56, false), (72, false), (0, false)] {
+        assert_eq!(decode_bits(KEY, &sealed(&vec![1; bytes])).is_ok(), is_sound, "{bytes}");
     }
 }
 

@@ -115,6 +115,41 @@ pub(super) fn parse_by_seq(key: &[u8]) -> Option<Seq> {
     Some(Seq(!u64::from_be_bytes(seq)))
 }
 
+const STALE: u8 = 0;
+const PRESENT: u8 = 1;
+
+/// Of the row that says which leaves of a group are stale.
+pub(super) fn stale(branch: BranchId, group: u64) -> [u8; 17] {
+    concat(&[&[STALE], &branch.0.to_be_bytes(), &group.to_be_bytes()])
+}
+
+/// After every such row.
+pub(super) const STALE_END: [u8; 1] = [STALE + 1];
+
+/// (branch, group) of such a row.
+pub(super) fn parse_stale(key: &[u8]) -> Option<(BranchId, u64)> {
+    let key: &[u8; 17] = key.try_into().ok()?;
+    let (branch, group) = key[1..].split_first_chunk::<8>()?;
+    let group: [u8; 8] = group.try_into().ok()?;
+    (key[0] == STALE).then_some((BranchId(u64::from_be_bytes(*branch)), u64::from_be_bytes(group)))
+}
+
+/// Of the row that says what a leaf looks like now.
+pub(super) fn present(branch: BranchId, leaf: u64) -> [u8; 17] {
+    concat(&[&[PRESENT], &branch.0.to_be_bytes(), &leaf.to_be_bytes()])
+}
+
+/// After every row of its family.
+pub(super) const PRESENT_END: [u8; 1] = [PRESENT + 1];
+
+/// Where a branch's rows of that family begin and end: those of either kind.
+pub(super) fn presents_of(branch: BranchId) -> [([u8; 9], [u8; 18]); 2] {
+    [STALE, PRESENT].map(|kind| {
+        let branch = branch.0.to_be_bytes();
+        (concat(&[&[kind], &branch]), concat(&[&[kind], &branch, &[0xff; 9]]))
+    })
+}
+
 pub(super) fn watermark(volume: VolumeId) -> [u8; 8] {
     volume.0.to_be_bytes()
 }

@@ -16,13 +16,15 @@ pub enum Family {
     Time,
     /// Time index: how far each volume's log has been indexed.
     Watermark,
+    /// Time index: what leaves look like now.
+    Present,
     /// Catalogue: its only family.
     Rows,
 }
 
 impl Family {
     /// The families of the time index's database.
-    pub const TIME_INDEX: &'static [Self] = &[Self::Map, Self::Time, Self::Watermark];
+    pub const TIME_INDEX: &'static [Self] = &[Self::Map, Self::Time, Self::Watermark, Self::Present];
     /// The families of the catalogue's database.
     pub const CATALOGUE: &'static [Self] = &[Self::Rows];
 
@@ -33,6 +35,7 @@ impl Family {
             Self::Map => "map",
             Self::Time => "time",
             Self::Watermark => "watermark",
+            Self::Present => "present",
             Self::Rows => "rows",
         }
     }
@@ -123,6 +126,18 @@ impl WriteBatch {
         self.steps.push(Step { family, kind, first_end, second_end: self.arena.len() });
     }
 
+    /// Adds the steps of another batch.
+    pub fn append(&mut self, other: &Self) {
+        let start = self.arena.len();
+        self.arena.extend_from_slice(&other.arena);
+        let moved = |step: &Step| Step {
+            first_end: start + step.first_end,
+            second_end: start + step.second_end,
+            ..*step
+        };
+        self.steps.extend(other.steps.iter().map(moved));
+    }
+
     /// The steps, in order.
     pub fn steps(&self) -> impl Iterator<Item = (Family, WriteOp<'_>)> {
         let mut start = 0;
@@ -205,7 +220,12 @@ pub trait Kv: Send + Sync + fmt::Debug {
     /// Of a database opened as *synced* (the catalogue): on return. Of the time index: none until [`Kv::flush`]
     /// returns, but possible at any time before. What a power cut leaves is the state after some batch, the
     /// same one in every family. A failed write of a synced database may yet be found after the next opening.
-    fn write(&self, batch: &WriteBatch) -> IndexResult<()>;
+    fn write(&self, batch: &WriteBatch) -> IndexResult<()> {
+        self.write_together(&[batch])
+    }
+
+    /// Takes the steps of several batches in this order, all or none, as [`Kv::write`] does those of one.
+    fn write_together(&self, batches: &[&WriteBatch]) -> IndexResult<()>;
 
     /// Makes durable all that was written before the call, in all families together.
     ///
@@ -256,6 +276,14 @@ pub trait Kv: Send + Sync + fmt::Debug {
     /// Of the kinds above. Nothing is lost but the time.
     fn tidy(&self) -> IndexResult<()> {
         Ok(())
+    }
+
+    /// Whether its own cache is as large as its files, so that few reads wait for the disk.
+    ///
+    /// # Errors
+    /// Of the kinds above.
+    fn fits_cache(&self) -> IndexResult<bool> {
+        Ok(false)
     }
 
     /// Figures for metrics.

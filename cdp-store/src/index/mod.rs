@@ -28,6 +28,7 @@ mod kv;
 mod leaf;
 mod place;
 mod preload;
+mod present;
 mod read;
 mod rocks;
 mod rocks_tuning;
@@ -45,25 +46,38 @@ pub use place::{BlockState, LogPos, Place};
 pub use rocks::{RocksKv, RocksOptions};
 pub use sim::SimKv;
 
-use codec::DecodeError;
+use codec::{DecodeError, States};
+use present::{Found, Presents};
+
+/// Leaves whose presents are written together: neighbours cost less together.
+const PRESENTS_AT_ONCE: usize = 16;
 
 /// The time index over its database. All methods block and can be called from any thread.
 pub struct TimeIndex {
     kv: Arc<dyn Kv>,
-    /// The newest `Seq` written of each branch since this was opened.
-    newest: Mutex<HashMap<BranchId, Seq>>,
+    written: Mutex<Written>,
+    presents: Presents,
+}
+
+/// What was written since this was opened. Whoever writes holds its lock.
+#[derive(Default)]
+struct Written {
+    /// The newest `Seq` of each branch.
+    newest: HashMap<BranchId, Seq>,
+    /// How often anything was that could change what a leaf looks like.
+    times: u64,
 }
 
 impl TimeIndex {
     /// The index in this database, which has [`Family::TIME_INDEX`].
     #[must_use]
     pub fn new(kv: Arc<dyn Kv>) -> Self {
-        Self { kv, newest: Mutex::default() }
+        Self { presents: Presents::new(Arc::clone(&kv)), kv, written: Mutex::default() }
     }
 
-    fn newest(&self) -> MutexGuard<'_, HashMap<BranchId, Seq>> {
-        // The map holds no invariant that a panic elsewhere could break half-way.
-        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
+    fn written(&self) -> MutexGuard<'_, Written> {
+        // It holds no invariant that a panic elsewhere could break half-way.
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes a batch, all or none. Readers see it once this returns.
@@ -76,15 +90,18 @@ impl TimeIndex {
     /// `Invalid` if it holds changes of a branch at or before one that was written earlier: they would hide or
     /// be hidden. Otherwise as [`Kv`]; nothing was written then, and the same batch can be tried again.
     pub fn write(&self, batch: &IndexBatch) -> IndexResult<()> {
-        let mut newest = self.newest();
+        let mut written = self.written();
         for (branch, span) in &batch.spans {
-            if newest.get(branch).is_some_and(|newest| span.first <= *newest) {
+            if written.newest.get(branch).is_some_and(|newest| span.first <= *newest) {
                 let what = format!("branch {branch}, Seq {} of {}", span.first, self.kv.place());
                 return Err(IndexError::new(IndexErrorKind::Invalid, "write again what is indexed", what));
             }
         }
-        self.kv.write(&batch.rows)?;
-        newest.extend(batch.spans.iter().map(|(branch, span)| (*branch, span.last)));
+        written.times += 1;
+        let (stale, put) = self.presents.before_write(&batch.leaves);
+        self.kv.write_together(&[&batch.rows, &stale])?;
+        self.presents.after_write(&put);
+        written.newest.extend(batch.spans.iter().map(|(branch, span)| (*branch, span.last)));
         Ok(())
     }
 
@@ -119,6 +136,66 @@ impl TimeIndex {
     /// As [`Self::leaf_at`].
     pub fn leaves_at(&self, branch: BranchId, leaves: &[u64], at: Seq) -> IndexResult<Vec<LeafAt>> {
         read::leaves_at(&*self.kv, branch, leaves, at)
+    }
+
+    /// What [`Self::leaf_at`] says of the blocks, from fewer rows where [`Self::write_presents`] has been since they changed.
+    ///
+    /// # Errors
+    /// As [`Self::leaf_at`].
+    pub fn states_at(&self, branch: BranchId, leaf: u64, at: Seq) -> IndexResult<Box<States>> {
+        let found = self.presents.find(branch, leaf, at);
+        if let Found::Known(since, states) = found {
+            return read::leaf_since(
+                &*self.kv,
+                NodeKey { branch, level: 0, node: leaf },
+                (since, states),
+                at,
+            );
+        }
+        let states = self.leaf_at(branch, leaf, at)?.states;
+        if matches!(found, Found::Missing) && states.iter().any(|state| *state != BlockState::Unsaid) {
+            self.presents.missed(branch, leaf);
+        }
+        Ok(states)
+    }
+
+    /// Leaves of a branch that have changed since [`Self::write_presents`] was there, or were read and found to have no such
+    /// row: the first ones from `from` on, not all of them.
+    #[must_use]
+    pub fn stale_leaves(&self, branch: BranchId, from: u64) -> Vec<u64> {
+        self.presents.stale_leaves(branch, from, PRESENTS_AT_ONCE)
+    }
+
+    /// Writes down what stale leaves of a branch look like now, so that they are found at once; `indexed` is the last
+    /// `Seq` up to which the branch is in the index. Does nothing, and says so, if anything is written meanwhile, the
+    /// branch is indexed further than that, or a leaf is not stale any more.
+    ///
+    /// # Durability
+    /// As of [`Self::write`].
+    ///
+    /// # Errors
+    /// As [`Self::leaf_at`] and [`Self::write`].
+    pub fn write_presents(&self, branch: BranchId, leaves: &[u64], indexed: Seq) -> IndexResult<bool> {
+        let times = self.written().times;
+        let found = self.leaves_at(branch, leaves, indexed)?;
+        let written = self.written();
+        let later = written.newest.get(&branch).is_some_and(|newest| *newest > indexed);
+        if written.times != times || later || !self.presents.are_stale(branch, leaves) {
+            return Ok(false);
+        }
+        let states = leaves.iter().zip(&found).map(|(leaf, found)| (*leaf, &*found.states));
+        let (rows, fresh) = self.presents.before_refresh(branch, indexed, states);
+        let result = self.kv.write(&rows);
+        self.presents.after_refresh(&fresh, result.is_ok());
+        result.map(|()| true)
+    }
+
+    /// See [`Kv::fits_cache`].
+    ///
+    /// # Errors
+    /// As [`Kv`].
+    pub fn fits_cache(&self) -> IndexResult<bool> {
+        self.kv.fits_cache()
     }
 
     /// The first leaf at or after `from` of which the branch has rows of its own, to skip what was never written.
@@ -263,7 +340,8 @@ impl TimeIndex {
         self.remove(WriteBatch::new(), &[branch])?;
         let (from, to) = (keys::branch_start(branch), keys::branch_end(branch));
         self.kv.reclaim(Family::Map, &from, &to)?;
-        self.kv.reclaim(Family::Time, &from, &to)
+        self.kv.reclaim(Family::Time, &from, &to)?;
+        keys::presents_of(branch).iter().try_for_each(|(from, to)| self.kv.reclaim(Family::Present, from, to))
     }
 
     /// Removes all that the index has of a volume whose log it does not belong to: all of its branches, and its watermark. The
@@ -283,13 +361,18 @@ impl TimeIndex {
 
     /// Removes all rows of some branches together with what a batch says; durable on return.
     fn remove(&self, mut batch: WriteBatch, branches: &[BranchId]) -> IndexResult<()> {
+        let mut written = self.written();
+        written.times += 1;
         for &branch in branches {
+            Presents::put_removal(branch, &mut batch);
             let (from, to) = (keys::branch_start(branch), keys::branch_end(branch));
             batch.delete_range(Family::Map, &from, &to);
             batch.delete_range(Family::Time, &from, &to);
         }
         self.kv.write(&batch)?;
-        self.newest().retain(|branch, _| !branches.contains(branch));
+        written.newest.retain(|branch, _| !branches.contains(branch));
+        self.presents.forget(branches);
+        drop(written);
         self.kv.flush()
     }
 
@@ -301,9 +384,11 @@ impl TimeIndex {
     /// # Errors
     /// As [`Kv`].
     pub fn clear(&self) -> IndexResult<()> {
-        let mut newest = self.newest();
+        let mut written = self.written();
+        written.times += 1;
         self.kv.clear()?;
-        newest.clear();
+        written.newest.clear();
+        self.presents.clear();
         Ok(())
     }
 

@@ -25,8 +25,15 @@ const PAUSE: Duration = Duration::from_micros(500);
 
 /// Opens the tables of a family, up to `most` of them, the largest levels first, reads their indexes, and reads the newest
 /// tables whole, so that the kernel has them. Ends early once `stop` says so. What cannot be read is left to whoever needs it.
-pub(super) fn preload(db: &DB, family: &ColumnFamily, name: &str, most: usize, stop: &dyn Fn() -> bool) {
-    let Ok(mut files) = db.live_files() else { return };
+/// Returns how many tables there are to be opened.
+pub(super) fn preload(
+    db: &DB,
+    family: &ColumnFamily,
+    name: &str,
+    most: usize,
+    stop: &dyn Fn() -> bool,
+) -> usize {
+    let Ok(mut files) = db.live_files() else { return 0 };
     files.retain(|file| file.column_family_name == name);
     // A new file's name is greater than all older ones'.
     files.sort_by(|a, b| (a.level, &b.name).cmp(&(b.level, &a.name)));
@@ -35,7 +42,7 @@ pub(super) fn preload(db: &DB, family: &ColumnFamily, name: &str, most: usize, s
         let whole = left.min(file.size as u64);
         left -= whole;
         if stop() {
-            return;
+            break;
         }
         // One that was compacted away meanwhile is missing.
         if let Err(error) = Reader::of(db, file).and_then(|mut table| table.read(whole, stop)) {
@@ -44,11 +51,12 @@ pub(super) fn preload(db: &DB, family: &ColumnFamily, name: &str, most: usize, s
     }
     for file in files.iter().rev().take(most) {
         if stop() {
-            return;
+            break;
         }
         open_table(db, family, file);
         sleep(PAUSE);
     }
+    files.len().min(most)
 }
 
 /// Reads a table, so that the kernel keeps it.

@@ -10,6 +10,7 @@ use super::leaf::{self, ChangeState, FANOUT, LEVELS, LeafAt, NodeKey};
 use super::place::BlockState;
 
 /// A change, as it concerns the leaf that is being read.
+#[derive(Clone)]
 struct Effect {
     seq: Seq,
     first: u16,
@@ -18,6 +19,7 @@ struct Effect {
 }
 
 /// What the rows of a leaf and of the nodes above it say, up to an instant.
+#[derive(Clone)]
 struct Gathered {
     at: Seq,
     /// The image's `Seq`; before every change if there is none.
@@ -97,30 +99,61 @@ impl Gathered {
 
 /// See [`TimeIndex::leaves_at`](super::TimeIndex::leaves_at).
 pub(super) fn leaves_at(kv: &dyn Kv, branch: BranchId, leaves: &[u64], at: Seq) -> IndexResult<Vec<LeafAt>> {
-    let nothing =
-        || Gathered { at, base: Seq::ZERO, image: None, effects: Vec::new(), deltas: 0, changes: 0 };
-    let mut gathered: Vec<Gathered> = leaves.iter().map(|_| nothing()).collect();
+    let nothing = Gathered { at, base: Seq::ZERO, image: None, effects: Vec::new(), deltas: 0, changes: 0 };
     // The leaves first: their images say how far back the levels above have to be read.
     let mut nodes: Vec<NodeKey> = leaves.iter().map(|&node| NodeKey { branch, level: 0, node }).collect();
-    for level in 1..LEVELS {
+    nodes.extend(above(branch, leaves));
+    let gathered = gather(kv, leaves, &nodes, leaves.iter().map(|_| nothing.clone()).collect())?;
+    Ok(gathered.into_iter().map(Gathered::into_leaf).collect())
+}
+
+/// What a leaf was as of `since`, if no row of level 0 is newer, after what rows above it say up to `at`.
+pub(super) fn leaf_since(
+    kv: &dyn Kv,
+    leaf: NodeKey,
+    (since, states): (Seq, Box<States>),
+    at: Seq,
+) -> IndexResult<Box<States>> {
+    let known = Gathered { at, base: since, image: Some(states), effects: Vec::new(), deltas: 0, changes: 0 };
+    let nodes: Vec<NodeKey> = above(leaf.branch, &[leaf.node]).collect();
+    match gather(kv, &[leaf.node], &nodes, vec![known])?.pop() {
+        Some(gathered) => Ok(gathered.into_leaf().states),
+        None => unreachable!("one leaf was asked for"),
+    }
+}
+
+/// The nodes that cover some leaves, level by level.
+fn above(branch: BranchId, leaves: &[u64]) -> impl Iterator<Item = NodeKey> {
+    (1..LEVELS).flat_map(move |level| {
         let mut above: Vec<u64> = leaves.iter().map(|&leaf| leaf::cover(leaf, level).0).collect();
         above.sort_unstable();
         above.dedup();
-        nodes.extend(above.iter().map(|&node| NodeKey { branch, level, node }));
-    }
+        above.into_iter().map(move |node| NodeKey { branch, level, node })
+    })
+}
+
+/// Adds to what is known of some leaves what the rows of these nodes say: of the leaves themselves, in the same order, if
+/// the first ones are of level 0, and of nodes above.
+fn gather(
+    kv: &dyn Kv,
+    leaves: &[u64],
+    nodes: &[NodeKey],
+    mut gathered: Vec<Gathered>,
+) -> IndexResult<Vec<Gathered>> {
+    let Some(at) = gathered.first().map(|leaf| leaf.at) else { return Ok(gathered) };
     let bounds: Vec<_> =
         nodes.iter().map(|&node| (keys::map(node, at, RowKind::Image), keys::map_end(node))).collect();
     let ranges: Vec<(&[u8], &[u8])> = bounds.iter().map(|(from, to)| (&from[..], &to[..])).collect();
-    // Of the present node, whether older rows do not matter to a leaf any more.
-    let (mut present, mut finished) = (usize::MAX, vec![false; leaves.len()]);
+    // Of the current node, whether older rows do not matter to a leaf any more.
+    let (mut current, mut finished) = (usize::MAX, vec![false; leaves.len()]);
     let mut take = |which: usize, key: &[u8], value: &[u8]| {
         let node = nodes[which];
-        if present != which {
-            present = which;
+        if current != which {
+            current = which;
             finished.fill(false);
         }
-        if let Some(leaf) = gathered.get_mut(which) {
-            return leaf.row(node, None, key, value);
+        if node.level == 0 {
+            return gathered[which].row(node, None, key, value);
         }
         for ((&number, leaf), finished) in leaves.iter().zip(&mut gathered).zip(&mut finished) {
             let (above, child) = leaf::cover(number, node.level);
@@ -136,5 +169,5 @@ pub(super) fn leaves_at(kv: &dyn Kv, branch: BranchId, leaves: &[u64], at: Seq) 
                 false
             })
     })?;
-    failed.map(|()| gathered.into_iter().map(Gathered::into_leaf).collect())
+    failed.map(|()| gathered)
 }

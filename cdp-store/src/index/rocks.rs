@@ -207,7 +207,17 @@ impl RocksKv {
             Mode::Synced => tuning::catalogue(),
             Mode::ReadOnly(families) => tuning::read_only(families),
         };
-        let families = mode.families().iter().map(|family| (family.name(), tuned.family(*family)));
+        // Of what is read as it is, an older version has left a family out.
+        let found = match mode {
+            Mode::ReadOnly(_) => Some(DB::list_cf(&tuned.database, path)?),
+            Mode::Index(_) | Mode::Synced => None,
+        };
+        let is_there = |family: &Family| {
+            let names = found.as_ref().filter(|_| *family == Family::Present);
+            names.is_none_or(|names| names.iter().any(|name| name == family.name()))
+        };
+        let wanted = mode.families().iter().filter(|family| is_there(family));
+        let families = wanted.map(|family| (family.name(), tuned.family(*family)));
         let db = match mode {
             Mode::ReadOnly(_) => DB::open_cf_with_opts_for_read_only(&tuned.database, path, families, false)?,
             _ => DB::open_cf_with_opts(&tuned.database, path, families)?,
@@ -268,7 +278,7 @@ impl Kv for RocksKv {
         &self.place
     }
 
-    fn write(&self, batch: &WriteBatch) -> IndexResult<()> {
+    fn write_together(&self, batches: &[&WriteBatch]) -> IndexResult<()> {
         const OPERATION: &str = "write rows";
         let open = self.opened(OPERATION)?;
         let mut options = WriteOptions::default();
@@ -283,8 +293,9 @@ impl Kv for RocksKv {
             families.push((*family, self.family(&open, *family, OPERATION)?));
         }
         // RocksDB puts up to 15 bytes before each row: its kind, its family and two lengths.
-        let mut rows = rocksdb::WriteBatch::with_capacity_bytes(batch.size_bytes() + 15 * batch.len() + 12);
-        for (family, op) in batch.steps() {
+        let bytes: usize = batches.iter().map(|batch| batch.size_bytes() + 15 * batch.len()).sum();
+        let mut rows = rocksdb::WriteBatch::with_capacity_bytes(bytes + 12);
+        for (family, op) in batches.iter().flat_map(|batch| batch.steps()) {
             let Some((_, family)) = families.iter().find(|(known, _)| *known == family) else {
                 return Err(self.invalid(OPERATION));
             };
@@ -413,9 +424,18 @@ impl Kv for RocksKv {
         let Mode::Index(options) = &self.mode else { return };
         let most = usize::from(options.max_open_files) * 3 / 4;
         let Ok(open) = self.opened(OPERATION) else { return };
-        if let Ok(family) = self.family(&open, Family::Map, OPERATION) {
-            preload(&open.db, family, Family::Map.name(), most, stop);
+        // What leaves look like now is small beside their history, and what is asked for most.
+        let mut opened = 0;
+        for (of, most) in [(Family::Present, most / 4), (Family::Map, most)] {
+            if let Ok(family) = self.family(&open, of, OPERATION) {
+                opened += preload(&open.db, family, of.name(), most - opened, stop);
+            }
         }
+    }
+
+    fn fits_cache(&self) -> IndexResult<bool> {
+        let capacity = self.opened("read statistics")?.tuned.cache_bytes;
+        Ok(self.stats()?.disk_bytes <= capacity as u64)
     }
 
     fn stats(&self) -> IndexResult<KvStats> {
@@ -423,7 +443,7 @@ impl Kv for RocksKv {
         let open = self.opened(OPERATION)?;
         let mut stats = KvStats { cache_bytes: open.tuned.cache.get_usage() as u64, ..KvStats::default() };
         for family in self.mode.families() {
-            let family = self.family(&open, *family, OPERATION)?;
+            let Some(family) = open.db.cf_handle(family.name()) else { continue };
             let property = |name: &properties::PropName| {
                 let value = open.db.property_int_value_cf(family, name).map_err(self.failed(OPERATION))?;
                 Ok(value.unwrap_or(0))

@@ -130,6 +130,46 @@ fn a_second_opening_is_told_that_the_first_has_it_and_may_look() {
 }
 
 #[test]
+fn a_database_without_the_newest_family_is_read_as_it_is_and_given_it_when_it_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    {
+        let tuned = tuning::time_index(&small());
+        let older = [Family::Map, Family::Time, Family::Watermark];
+        let families = older.map(|family| (family.name(), tuned.family(family)));
+        let db = DB::open_cf_with_opts(&tuned.database, directory.path(), families).unwrap();
+        db.put_cf(db.cf_handle(Family::Map.name()).unwrap(), b"k", b"v").unwrap();
+    }
+    let looking = RocksKv::open_read_only(directory.path()).unwrap();
+    assert_eq!(looking.get(Family::Map, b"k").unwrap().unwrap(), b"v");
+    assert_eq!(looking.get(Family::Present, b"k").unwrap_err().kind(), IndexErrorKind::Invalid);
+    looking.stats().unwrap();
+    drop(looking);
+    let kv = RocksKv::open(directory.path(), &small()).unwrap();
+    kv.write(&put(Family::Present, b"k", b"w")).unwrap();
+    assert_eq!(kv.get(Family::Map, b"k").unwrap().unwrap(), b"v");
+    assert_eq!(kv.get(Family::Present, b"k").unwrap().unwrap(), b"w");
+}
+
+#[test]
+fn it_fits_its_cache_until_it_is_larger() {
+    let directory = tempfile::tempdir().unwrap();
+    let kv = RocksKv::open(directory.path(), &small()).unwrap();
+    assert!(kv.fits_cache().unwrap());
+    // Half of the memory is cache. Pseudo-random bytes: compression must not shorten them.
+    let mut state = 1u64;
+    let mut byte = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 56) as u8
+    };
+    for row in 0..5u32 {
+        let value: Vec<u8> = (0..1 << 20).map(|_| byte()).collect();
+        kv.write(&put(Family::Map, &row.to_be_bytes(), &value)).unwrap();
+    }
+    kv.flush().unwrap();
+    assert!(!kv.fits_cache().unwrap());
+}
+
+#[test]
 fn a_database_that_is_not_there_is_missing_and_not_made_by_looking() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("none");

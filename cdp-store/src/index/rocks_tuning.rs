@@ -46,10 +46,11 @@ impl Default for RocksOptions {
     }
 }
 
-/// The options of one database, and its cache, whose usage is reported.
+/// The options of one database, and its cache, whose usage is reported, with what that may hold.
 pub(super) struct Tuned {
     pub(super) database: Options,
     pub(super) cache: Cache,
+    pub(super) cache_bytes: usize,
     write_buffer_bytes: usize,
 }
 
@@ -65,7 +66,8 @@ pub(super) fn time_index(options: &RocksOptions) -> Tuned {
         database.set_ratelimiter(i64::try_from(limit).unwrap_or(i64::MAX), 100_000, 10);
     }
     // Up to two memtables: the one being filled and the one being flushed.
-    Tuned { database, cache: Cache::new_lru_cache(memory / 2), write_buffer_bytes: memory / 4 }
+    let cache_bytes = memory / 2;
+    Tuned { database, cache: Cache::new_lru_cache(cache_bytes), cache_bytes, write_buffer_bytes: memory / 4 }
 }
 
 /// The catalogue: a few thousand small rows, each write synced.
@@ -76,7 +78,7 @@ pub(super) fn catalogue() -> Tuned {
     // What was synced must be found whole; a write that the power cut interrupted may be torn.
     database.set_wal_recovery_mode(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
     database.set_max_total_wal_size(4 * MIB as u64);
-    Tuned { database, cache: Cache::new_lru_cache(MIB), write_buffer_bytes: MIB }
+    Tuned { database, cache: Cache::new_lru_cache(MIB), cache_bytes: MIB, write_buffer_bytes: MIB }
 }
 
 /// Either, for looking at.
@@ -129,12 +131,25 @@ impl Tuned {
         options.set_compression_per_level(&of_levels);
         match family {
             Family::Map => self.map(&mut options, &mut table),
+            Family::Present => self.present(&mut options, &mut table),
             // Small beside the map, but flushed as often.
             Family::Time => options.set_write_buffer_size(self.write_buffer_bytes / 4),
             Family::Watermark | Family::Rows => options.set_write_buffer_size(MIB),
         }
         options.set_block_based_table_factory(&table);
         options
+    }
+
+    fn present(&self, options: &mut Options, table: &mut BlockBasedOptions) {
+        options.set_write_buffer_size(self.write_buffer_bytes / 4);
+        // A row is looked up by its whole key, and is about as long as such a block.
+        table.set_block_size(4 << 10);
+        in_pieces(table);
+        // A row has an entry of its own in them: in RocksDB's 4 KiB, one read of twenty waits for one more piece.
+        table.set_metadata_block_size(32 << 10);
+        // All of it is in one level, and in what was written last.
+        in_large_levels(options);
+        options.set_level_zero_file_num_compaction_trigger(LEVEL_ZERO_FILES / 2);
     }
 
     fn map(&self, options: &mut Options, table: &mut BlockBasedOptions) {
@@ -145,24 +160,34 @@ impl Tuned {
         // a whole key.
         options.set_prefix_extractor(SliceTransform::create_fixed_prefix(NODE_PREFIX_LEN));
         options.set_memtable_prefix_bloom_ratio(0.05);
-        table.set_bloom_filter(10.0, false);
         table.set_whole_key_filtering(false);
-        table.set_index_type(BlockBasedIndexType::TwoLevelIndexSearch);
-        table.set_partition_filters(true);
-        table.set_pin_top_level_index_and_filter(true);
+        in_pieces(table);
         // A leaf's rows since its image, and the image, fit into one block.
         table.set_block_size(16 << 10);
 
         // Rows are never replaced, so that compaction only sorts. Little of it is enough, and a writer that waits
         // for it (it would hold up the index watermark) is worse than a read that looks into a few more files.
-        options.set_level_compaction_dynamic_level_bytes(true);
         options.set_level_zero_file_num_compaction_trigger(LEVEL_ZERO_FILES);
-        options.set_level_zero_slowdown_writes_trigger(32);
-        options.set_level_zero_stop_writes_trigger(64);
-        // Each level costs a read one more block, whatever lies in it.
-        options.set_max_bytes_for_level_base(512 * MIB as u64);
-        options.set_target_file_size_base(32 * MIB as u64);
-        options.set_soft_pending_compaction_bytes_limit(16 << 30);
-        options.set_hard_pending_compaction_bytes_limit(64 << 30);
+        in_large_levels(options);
     }
+}
+
+/// Filters, and indexes and filters of which no read needs more than a piece.
+fn in_pieces(table: &mut BlockBasedOptions) {
+    table.set_bloom_filter(10.0, false);
+    table.set_index_type(BlockBasedIndexType::TwoLevelIndexSearch);
+    table.set_partition_filters(true);
+    table.set_pin_top_level_index_and_filter(true);
+}
+
+/// Few levels, and nobody who waits for compaction.
+fn in_large_levels(options: &mut Options) {
+    options.set_level_compaction_dynamic_level_bytes(true);
+    options.set_level_zero_slowdown_writes_trigger(32);
+    options.set_level_zero_stop_writes_trigger(64);
+    // Each level costs a read one more block, whatever lies in it.
+    options.set_max_bytes_for_level_base(512 * MIB as u64);
+    options.set_target_file_size_base(32 * MIB as u64);
+    options.set_soft_pending_compaction_bytes_limit(16 << 30);
+    options.set_hard_pending_compaction_bytes_limit(64 << 30);
 }

@@ -28,11 +28,15 @@ struct State {
     until_failure: Option<u64>,
 }
 
+/// What happens in the midst of something else.
+type Meanwhile = Box<dyn FnOnce() + Send>;
+
 /// A simulated database; clones share its rows, so that they outlive whoever has it open.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct SimKv {
     synced: bool,
     state: Arc<Mutex<State>>,
+    meanwhile: Arc<Mutex<Option<Meanwhile>>>,
 }
 
 fn apply(rows: &mut Rows, batch: &WriteBatch) {
@@ -78,13 +82,13 @@ impl SimKv {
     /// An empty time index: durable once flushed.
     #[must_use]
     pub fn new() -> Self {
-        Self { synced: false, state: Arc::default() }
+        Self::default()
     }
 
     /// An empty catalogue: durable once written.
     #[must_use]
     pub fn synced() -> Self {
-        Self { synced: true, state: Arc::default() }
+        Self { synced: true, ..Self::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -108,7 +112,23 @@ impl SimKv {
     /// A copy of the database as it is now, which goes its own way from here on.
     #[must_use]
     pub fn fork(&self) -> Self {
-        Self { synced: self.synced, state: Arc::new(Mutex::new(self.state().clone())) }
+        let state = Arc::new(Mutex::new(self.state().clone()));
+        Self { synced: self.synced, state, meanwhile: Arc::default() }
+    }
+
+    /// Has something else happen right before the next scan.
+    pub fn before_next_scan(&self, meanwhile: impl FnOnce() + Send + 'static) {
+        *self.next_meanwhile() = Some(Box::new(meanwhile));
+    }
+
+    /// Whether that is still to happen.
+    #[must_use]
+    pub fn awaits_scan(&self) -> bool {
+        self.next_meanwhile().is_some()
+    }
+
+    fn next_meanwhile(&self) -> MutexGuard<'_, Option<Meanwhile>> {
+        self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets so many more writes and flushes succeed and all after them fail, until [`Self::heal`] or
@@ -131,28 +151,24 @@ impl SimKv {
     }
 }
 
-impl Default for SimKv {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Kv for SimKv {
     fn place(&self) -> &str {
         "simulated database"
     }
 
-    fn write(&self, batch: &WriteBatch) -> IndexResult<()> {
+    fn write_together(&self, batches: &[&WriteBatch]) -> IndexResult<()> {
+        let mut batch = WriteBatch::new();
+        batches.iter().for_each(|part| batch.append(part));
         let mut state = self.state();
         if state.fails() {
             if self.synced {
                 // It is in the write-ahead log, perhaps: nobody sees it, but the next opening may find it.
-                state.unflushed.push(batch.clone());
+                state.unflushed.push(batch);
             }
             return Err(Self::injected("write rows"));
         }
-        apply(&mut state.rows, batch);
-        state.unflushed.push(batch.clone());
+        apply(&mut state.rows, &batch);
+        state.unflushed.push(batch);
         if self.synced {
             state.settle();
         }
@@ -180,6 +196,10 @@ impl Kv for SimKv {
         ranges: &[(&[u8], &[u8])],
         visit: &mut VisitEach<'_>,
     ) -> IndexResult<()> {
+        let meanwhile = self.next_meanwhile().take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
         let state = self.state();
         for (which, (from, to)) in ranges.iter().enumerate().filter(|(_, (from, to))| from < to) {
             let range = (family, from.to_vec())..(family, to.to_vec());

@@ -6,6 +6,8 @@ use std::sync::{Arc, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use cdp_types::one_line;
+
 use super::{Inner, Store};
 use crate::catalogue::Stage;
 use crate::error::{Error, ErrorKind, Result};
@@ -38,6 +40,8 @@ const FILL_PACE_IDLE: Duration = Duration::from_millis(1);
 const OWN_SYNCS: u64 = 2;
 /// How long a thread sleeps that has nothing to do: it is woken when it has.
 const REST: Duration = Duration::from_secs(24 * 3600);
+/// While something fails, another failure is told after this long.
+const RETELL_AFTER: Duration = Duration::from_secs(60);
 /// How recent a write makes a store busy.
 const BUSY_FOR: Duration = Duration::from_secs(1);
 
@@ -59,11 +63,12 @@ pub(super) struct Background {
 /// What the index thread has done and left undone.
 #[derive(Debug, Default)]
 pub(super) struct IndexHealth {
-    /// Changes that were written since the last index flush, and chunks without any count as one.
-    changes_since_flush: usize,
+    /// Changes that were written since the last index flush; chunks without any count as one, and so does what a pass wrote.
+    pub(super) changes_since_flush: usize,
     flushed_at_ns: u64,
     closed_at_ns: u64,
-    failing: bool,
+    /// What has failed and was told, and when.
+    failing: Option<(String, u64)>,
     rested: bool,
 }
 
@@ -205,7 +210,7 @@ impl Store {
         failures.first()
     }
 
-    fn index_flush(&self) -> Result<()> {
+    pub(super) fn index_flush(&self) -> Result<()> {
         let flushed = self.inner.shared.index.flush();
         flushed.map_err(|e| Error::new(ErrorKind::Io, "flushing the time index").with(e))?;
         let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
@@ -415,7 +420,7 @@ fn pool(store: &Store) -> Duration {
         Ok(Progress::Later) => FILL_DELAY,
         Ok(Progress::None) => REST,
         Err(error) => {
-            tracing::error!("supplying segments: {}", chain(&error));
+            tracing::error!("supplying segments: {}", one_line(&error));
             Duration::from_secs(1)
         }
     }
@@ -425,7 +430,7 @@ fn index(store: &Store) -> Duration {
     let interval = store.inner.options.index_interval;
     let health = || store.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
     if std::mem::take(&mut health().rested) {
-        // Somebody has begun to write: a sync now would only make the first writes wait.
+        // Most likely somebody has begun to write: a sync now would only make the first writes wait.
         return interval;
     }
     let outcome = store.index_round();
@@ -433,36 +438,41 @@ fn index(store: &Store) -> Duration {
     let more = matches!(outcome, Ok(true));
     match outcome {
         Ok(_) => {
-            if std::mem::take(&mut kept.failing) {
+            if kept.failing.take().is_some() {
                 tracing::info!("the time index is being written again");
             }
         }
-        Err(error) if !std::mem::replace(&mut kept.failing, true) => {
-            // Guests do not depend on it: the log has everything, and the next round tries again.
-            tracing::error!("keeping the time index: {}", chain(&error));
+        Err(error) => {
+            let (why, now) = (one_line(&error), store.inner.shared.clock.boot_ns());
+            let is_news = |(told, at_ns): &(String, u64)| {
+                *told != why && u128::from(now.saturating_sub(*at_ns)) >= RETELL_AFTER.as_nanos()
+            };
+            if kept.failing.as_ref().is_none_or(is_news) {
+                // Guests do not depend on it: the log has everything, and the next round tries again.
+                tracing::error!("keeping the time index: {why}");
+                kept.failing = Some((why, now));
+            }
         }
-        Err(_) => {}
     }
-    let done = !kept.failing && kept.changes_since_flush == 0;
+    let done = kept.failing.is_none() && kept.changes_since_flush == 0;
     drop(kept);
     let rests = done && store.may_rest();
-    if rests && let Err(error) = store.inner.shared.index.tidy() {
-        tracing::warn!("tidying the time index: {}", chain(&error));
+    let mut rest = REST;
+    if rests {
+        match store.pass_presents() {
+            Ok(next) => rest = next.unwrap_or(REST),
+            Err(error) => tracing::warn!("{}", one_line(&error)),
+        }
+        let shared = &store.inner.shared;
+        let still_rests = shared.index_rests.load(Ordering::SeqCst) && !shared.is_closing();
+        if still_rests && let Err(error) = shared.index.tidy() {
+            tracing::warn!("tidying the time index: {}", one_line(&error));
+        }
     }
     health().rested = rests;
     match (rests, more) {
-        (true, _) => REST,
+        (true, _) => rest,
         (_, true) => Duration::ZERO,
         (_, false) => interval,
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
 }

@@ -71,7 +71,8 @@ impl Written {
             let mut replay = Replay { found: leaves.iter().map(|key| (*key, unsaid())).collect() };
             each_batch_up_to(volume, head, &mut |batch| replay.apply(&batch.header, batch.payload_at))?;
             for ((branch, leaf), expected) in replay.found {
-                let stored = shared.lineage().own_leaf_at(At { branch, seq }, leaf)?;
+                let (lineage, at) = (shared.lineage(), At { branch, seq });
+                let stored = [lineage.own_leaf_of_history(at, leaf)?, lineage.own_leaf_at(at, leaf)?];
                 compare_leaf(volume, leaf, &expected, &stored, report);
             }
         }
@@ -89,10 +90,15 @@ fn each_batch_up_to(volume: &Volume, head: Head, visit: &mut dyn FnMut(&BatchAt)
     })
 }
 
-fn compare_leaf(volume: &Volume, leaf: u64, expected: &Leaf, stored: &Leaf, report: &mut VerifyReport) {
+/// Compares a leaf with what the index has of it, in both places where it may have something.
+fn compare_leaf(volume: &Volume, leaf: u64, expected: &Leaf, stored: &[Leaf; 2], report: &mut VerifyReport) {
     report.blocks_compared += expected.iter().filter(|s| !matches!(s, BlockState::Unsaid)).count() as u64;
     let differs = |(a, b): (&BlockState, &BlockState)| !matches!(a, BlockState::Unsaid) && a != b;
-    if let Some(index) = expected.iter().zip(stored.iter()).position(differs) {
+    let found = stored.iter().find_map(|stored| {
+        let index = expected.iter().zip(stored.iter()).position(differs)?;
+        Some((stored, index))
+    });
+    if let Some((stored, index)) = found {
         let block = leaf * FANOUT as u64 + index as u64;
         let what = format!(
             "block {block}: the log says {:?}, the index {:?}; run rebuild-index",

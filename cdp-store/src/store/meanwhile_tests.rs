@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::cell::RefCell;
-use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,9 +20,7 @@ use super::branches::Turn;
 use super::compare::{Written, compare_with_log};
 use super::*;
 use crate::clock::SystemClock;
-use crate::index::{
-    BlockState, FANOUT, Family, IndexBatch, IndexResult, Kv, KvStats, SimKv, TimeIndex, Watermark, WriteBatch,
-};
+use crate::index::{BlockState, FANOUT, Family, IndexBatch, Kv, SimKv, TimeIndex, Watermark, WriteBatch};
 use crate::storage::uring::DirectoryStorage;
 use crate::volume::Resolved;
 
@@ -283,67 +280,11 @@ fn a_forced_revert_that_fails_cuts_nobody_off() {
     write(&volume, 4096);
 }
 
-/// An index in whose next scan something else happens first.
-#[derive(Default)]
-struct Interrupted {
-    kv: SimKv,
-    by: Mutex<Option<Box<dyn FnOnce() + Send>>>,
-}
-
-impl fmt::Debug for Interrupted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.kv, f)
-    }
-}
-
-impl Kv for Interrupted {
-    fn place(&self) -> &str {
-        self.kv.place()
-    }
-
-    fn write(&self, batch: &WriteBatch) -> IndexResult<()> {
-        self.kv.write(batch)
-    }
-
-    fn flush(&self) -> IndexResult<()> {
-        self.kv.flush()
-    }
-
-    fn get(&self, family: Family, key: &[u8]) -> IndexResult<Option<Vec<u8>>> {
-        self.kv.get(family, key)
-    }
-
-    fn scan_each(
-        &self,
-        family: Family,
-        ranges: &[(&[u8], &[u8])],
-        visit: &mut (dyn FnMut(usize, &[u8], &[u8]) -> bool + '_),
-    ) -> IndexResult<()> {
-        let by = self.by.lock().unwrap().take();
-        if let Some(by) = by {
-            by();
-        }
-        self.kv.scan_each(family, ranges, visit)
-    }
-
-    fn reclaim(&self, family: Family, from: &[u8], to: &[u8]) -> IndexResult<()> {
-        self.kv.reclaim(family, from, to)
-    }
-
-    fn clear(&self) -> IndexResult<()> {
-        self.kv.clear()
-    }
-
-    fn stats(&self) -> IndexResult<KvStats> {
-        self.kv.stats()
-    }
-}
-
 #[test]
 fn a_read_during_which_its_volume_is_reverted_returns_nothing_of_the_new_head() {
     let directory = tempfile::tempdir().unwrap();
     Store::create(directory.path(), &options()).unwrap();
-    let index = Arc::new(Interrupted::default());
+    let index = Arc::new(SimKv::new());
     let seams = Seams {
         storage: Arc::new(DirectoryStorage::open(directory.path()).unwrap()),
         index: Arc::clone(&index) as Arc<dyn Kv>,
@@ -363,9 +304,9 @@ fn a_read_during_which_its_volume_is_reverted_returns_nothing_of_the_new_head() 
     let mut queue = volume.open_queue().unwrap();
     let (reverted, targets) = (store.clone(), [(name, Instant::Seq(before))]);
     let revert = move || drop(reverted.revert(&targets, true).unwrap());
-    *index.by.lock().unwrap() = Some(Box::new(revert));
+    index.before_next_scan(revert);
     queue.submit(RequestId(1), Op::Read { offset: 0, into: IoBuf::zeroed(4096) });
-    assert!(index.by.lock().unwrap().is_none(), "where the block lies was known already");
+    assert!(!index.awaits_scan(), "where the block lies was known already");
     let mut events = Vec::new();
     queue.poll(Wait::No, &mut events).unwrap();
     let [Event::Completed { result: Err(error), .. }] = &events[..] else { panic!("{events:?}") };

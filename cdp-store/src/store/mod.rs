@@ -14,6 +14,7 @@ mod meanwhile_tests;
 mod memory;
 mod open;
 mod opening;
+mod presents;
 mod reclaim;
 mod replay;
 mod vms;
@@ -45,6 +46,7 @@ pub use replay::OpeningProgress;
 pub use vms::{VmInfo, VmSpec};
 
 use background::{Background, IndexHealth};
+use presents::Pass;
 
 /// An open store. Clones are handles on the same one.
 #[derive(Clone, Debug)]
@@ -64,6 +66,7 @@ struct Inner {
     /// Held while what nobody shares is given back; locked before the ledger.
     reclaiming: Mutex<()>,
     index_health: Mutex<IndexHealth>,
+    pass: Mutex<Pass>,
     /// Syncs that guests' flushes had needed when zero-filling last looked.
     syncs_seen: AtomicU64,
     writable: bool,

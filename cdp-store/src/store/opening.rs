@@ -184,6 +184,7 @@ impl Opening {
             background: Mutex::default(),
             reclaiming: Mutex::default(),
             index_health: Mutex::default(),
+            pass: Mutex::default(),
             syncs_seen: AtomicU64::new(0),
             writable: self.mode == Mode::Write,
             shared,

@@ -342,9 +342,13 @@ impl Machine {
                 let stepped = self.store().index_step();
                 self.expect(stepped);
             }
-            945..960 => {
+            945..956 => {
                 let flushed = self.store().flush_index();
                 self.expect(flushed);
+            }
+            956..960 => {
+                let written = self.store().write_presents();
+                self.expect(written);
             }
             960..968 => self.mark(),
             968..971 => self.revert(),
