@@ -229,7 +229,7 @@ mod tests {
             index_growth_bytes: 2,
             rss_anon_max_bytes: 1,
             past_budget: rates(slower * 0.8),
-            cold: [cold, cold],
+            cold: [vec![cold], vec![cold]],
         };
         Point { writes, index_bytes: writes * 70, rss_anon_max_writing_bytes: 1, figures }
     }

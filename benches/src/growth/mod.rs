@@ -134,7 +134,7 @@ struct Figures {
     /// With one that has not.
     past_budget: Rates,
     /// The store with a past, and the one without.
-    cold: [Cold; 2],
+    cold: [Vec<Cold>; 2],
 }
 
 /// A history of some length.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +15,8 @@ use crate::report::Spread;
 use crate::workload::Access;
 
 const DEPTH: usize = 32;
+/// So few reads are slow that one round says little of how slow they are.
+const COLD_ROUNDS: usize = 5;
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// One store, one round.
@@ -133,30 +135,41 @@ impl Pair {
         })
     }
 
-    /// Opens both stores anew, twice, and touches leaves of each.
+    /// Opens both stores anew, twice, and touches leaves of each; in turn, each round beginning with the other one.
     ///
     /// # Errors
     /// A daemon does not start, or a read fails.
-    pub(super) fn cold(&mut self, plan: &Plan) -> Result<[Cold; 2]> {
+    pub(super) fn cold(&mut self, plan: &Plan) -> Result<[Vec<Cold>; 2]> {
         let mut offsets: Vec<u64> =
             drive::places(&plan.recent())?.take(plan.recent_writes as usize).collect();
         let mut seen = std::collections::HashSet::new();
         offsets.retain(|offset| seen.insert(offset / LEAF_BYTES));
         offsets.truncate(plan.cold);
-        let mut cold = Vec::new();
-        for subject in self.both() {
-            let (mut client, quiet) = quiet_again(subject)?;
-            let opened = touch(&mut client, &offsets)?;
-            drop(client);
-            let (mut client, settled) = quiet_again(subject)?;
-            subject.drop_cached_index()?;
-            let first = touch(&mut client, &offsets)?;
-            let again = touch(&mut client, &offsets)?;
-            eprintln!("leaves after an opening: {opened:?}, cold: {first:?}, the same again: {again:?}");
-            cold.push(Cold { blocks: offsets.len(), settled: settled && quiet, opened, first, again });
+        let mut rounds = [Vec::new(), Vec::new()];
+        for round in 0..COLD_ROUNDS {
+            for which in [round % 2, 1 - round % 2] {
+                let cold = touch_cold(self.both()[which], &offsets)?;
+                let who = ["with the past", "without"][which];
+                eprintln!(
+                    "leaves, {who}, after an opening: {:?}, cold: {:?}, the same again: {:?}",
+                    cold.opened, cold.first, cold.again
+                );
+                rounds[which].push(cold);
+            }
         }
-        cold.try_into().ok().context("two stores")
+        Ok(rounds)
     }
+}
+
+fn touch_cold(subject: &mut Subject, offsets: &[u64]) -> Result<Cold> {
+    let (mut client, quiet) = quiet_again(subject)?;
+    let opened = touch(&mut client, offsets)?;
+    drop(client);
+    let (mut client, settled) = quiet_again(subject)?;
+    subject.drop_cached_index()?;
+    let first = touch(&mut client, offsets)?;
+    let again = touch(&mut client, offsets)?;
+    Ok(Cold { blocks: offsets.len(), settled: settled && quiet, opened, first, again })
 }
 
 /// Opens a store anew, and connects to it when it is quiet; says whether it has become so.

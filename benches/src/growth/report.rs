@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::crowd::Crowd;
-use super::pair::{Cold, Rates, Rounds};
+use super::pair::{Cold, Rates, Rounds, Touch};
 use super::subject::{BLOCK, Opening};
 use super::{Branched, Figures, Plan, Point};
 use crate::machine::{Machine, gib};
@@ -104,7 +104,7 @@ fn rates(out: &mut String, rows: &[(String, &Figures)]) {
         }
     }
     let rounds = |rates: &Rates| [&rates.reads, &rates.writes].map(Rounds::unsettled).iter().sum::<usize>();
-    let cold = |figures: &Figures| figures.cold.iter().filter(|cold| !cold.settled).count();
+    let cold = |figures: &Figures| figures.cold.iter().flatten().filter(|cold| !cold.settled).count();
     let unsettled: usize = rows
         .iter()
         .map(|(_, figures)| rounds(&figures.within) + rounds(&figures.past_budget) + cold(figures))
@@ -131,27 +131,37 @@ fn leaves(out: &mut String, rows: &[(String, &Figures)]) {
         format_args!(
             "\nBlocks of leaves that were not looked up since a start, one at a time: when the daemon has become quiet and the \
              kernel holds the newest part of the index (opened), when it holds nothing of it (cold), and the same blocks \
-             again: p50 / p99, µs.\n\n\
+             again: p50 / p99, µs, medians of the rounds; ratios: median (least–most).\n\n\
              | past | blocks | opened | cold | again | without a past: opened | cold | again | p99 to without: opened | cold |\n\
              | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         ),
     );
     for (past, figures) in rows {
         let [aged, young] = &figures.cold;
-        let of = |Cold { opened, first, again, .. }: &Cold| {
-            [opened, first, again]
-                .map(|touch| format!("{:.0} / {:.0}", touch.p50_us, touch.p99_us))
-                .join(" | ")
+        let columns: [fn(&Cold) -> Touch; 3] = [|cold| cold.opened, |cold| cold.first, |cold| cold.again];
+        let of = |rounds: &[Cold]| {
+            let median = |figures: Vec<f64>| Spread::of(figures).median;
+            let column = |touch: fn(&Cold) -> Touch| {
+                let p50 = median(rounds.iter().map(|cold| touch(cold).p50_us).collect());
+                let p99 = median(rounds.iter().map(|cold| touch(cold).p99_us).collect());
+                format!("{p50:.0} / {p99:.0}")
+            };
+            columns.map(column).join(" | ")
         };
+        let ratio = |touch: fn(&Cold) -> Touch| {
+            let rounds = aged.iter().zip(young).map(|(aged, young)| touch(aged).p99_us / touch(young).p99_us);
+            let Spread { median, min, max } = Spread::of(rounds.collect());
+            format!("**{median:.2}** ({min:.2}–{max:.2})")
+        };
+        let blocks = aged.first().map_or(0, |cold| cold.blocks);
         put(
             out,
             format_args!(
-                "| {past} | {} | {} | {} | {:.2} | {:.2} |",
-                aged.blocks,
+                "| {past} | {blocks} | {} | {} | {} | {} |",
                 of(aged),
                 of(young),
-                aged.opened.p99_us / young.opened.p99_us,
-                aged.first.p99_us / young.first.p99_us
+                ratio(columns[0]),
+                ratio(columns[1])
             ),
         );
     }
