@@ -145,7 +145,7 @@ impl Tuned {
         // A row is looked up by its whole key, and is about as long as such a block.
         table.set_block_size(4 << 10);
         in_pieces(table);
-        // A row has an entry of its own in them: in RocksDB's 4 KiB, one read of twenty waits for one more piece.
+        // A row has an entry of its own in them: pieces of RocksDB's 4 KiB would be too many to have been read before.
         table.set_metadata_block_size(32 << 10);
         // All of it is in one level, and in what was written last.
         in_large_levels(options);

@@ -81,7 +81,7 @@ impl Bench {
     }
 }
 
-fn options() -> StoreOptions {
+pub(super) fn options() -> StoreOptions {
     StoreOptions { segment_bytes: SEGMENT, pool_segments: 1, reserve_bytes: 0, ..StoreOptions::default() }
 }
 
@@ -284,16 +284,8 @@ fn a_forced_revert_that_fails_cuts_nobody_off() {
 fn a_read_during_which_its_volume_is_reverted_returns_nothing_of_the_new_head() {
     let directory = tempfile::tempdir().unwrap();
     Store::create(directory.path(), &options()).unwrap();
-    let index = Arc::new(SimKv::new());
-    let seams = Seams {
-        storage: Arc::new(DirectoryStorage::open(directory.path()).unwrap()),
-        index: Arc::clone(&index) as Arc<dyn Kv>,
-        catalogue: Arc::new(SimKv::synced()),
-        clock: Arc::new(SystemClock),
-        secrets: || 7,
-        reach: None,
-    };
-    let store = Store::open_on(seams, options()).unwrap();
+    let index = SimKv::new();
+    let store = open_with(directory.path(), &SimKv::synced(), &index).unwrap();
     let name: VolumeName = "web1".parse().unwrap();
     let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
     let volume = store.create_volume(&name, spec).unwrap();
@@ -353,16 +345,8 @@ fn rot(index: &SimKv, family: Family, number: u64) {
 fn a_damaged_row_of_one_volume_does_not_keep_the_others_out_of_the_index() {
     let directory = tempfile::tempdir().unwrap();
     Store::create(directory.path(), &options()).unwrap();
-    let index = Arc::new(SimKv::new());
-    let seams = Seams {
-        storage: Arc::new(DirectoryStorage::open(directory.path()).unwrap()),
-        index: Arc::clone(&index) as Arc<dyn Kv>,
-        catalogue: Arc::new(SimKv::synced()),
-        clock: Arc::new(SystemClock),
-        secrets: || 7,
-        reach: None,
-    };
-    let store = Store::open_on(seams, options()).unwrap();
+    let index = SimKv::new();
+    let store = open_with(directory.path(), &SimKv::synced(), &index).unwrap();
     let spec = VolumeSpec { size_bytes: 4 << 20, logical_block_size: 4096 };
     let volumes = ["first", "second"].map(|name| store.create_volume(&name.parse().unwrap(), spec).unwrap());
     // So many changes of a leaf that it is looked at for an image.
@@ -386,16 +370,8 @@ fn a_damaged_row_of_one_volume_does_not_keep_the_others_out_of_the_index() {
 fn a_line_that_cannot_be_flattened_leaves_no_other_long() {
     let directory = tempfile::tempdir().unwrap();
     Store::create(directory.path(), &options()).unwrap();
-    let index = Arc::new(SimKv::new());
-    let seams = Seams {
-        storage: Arc::new(DirectoryStorage::open(directory.path()).unwrap()),
-        index: Arc::clone(&index) as Arc<dyn Kv>,
-        catalogue: Arc::new(SimKv::synced()),
-        clock: Arc::new(SystemClock),
-        secrets: || 7,
-        reach: None,
-    };
-    let store = Store::open_on(seams, options()).unwrap();
+    let index = SimKv::new();
+    let store = open_with(directory.path(), &SimKv::synced(), &index).unwrap();
     let spec = VolumeSpec { size_bytes: 1 << 20, logical_block_size: 4096 };
     let names = ["first", "second"].map(|name| name.parse::<VolumeName>().unwrap());
     let volumes = names.each_ref().map(|name| store.create_volume(name, spec).unwrap());
@@ -420,7 +396,7 @@ fn open_on(directory: &Path, catalogue: &SimKv) -> Result<Store> {
 }
 
 /// The same with this index.
-fn open_with(directory: &Path, catalogue: &SimKv, index: &SimKv) -> Result<Store> {
+pub(super) fn open_with(directory: &Path, catalogue: &SimKv, index: &SimKv) -> Result<Store> {
     let seams = Seams {
         storage: Arc::new(DirectoryStorage::open(directory).unwrap()),
         index: Arc::new(index.clone()),

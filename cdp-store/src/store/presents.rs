@@ -84,7 +84,7 @@ impl Store {
 
     fn write_presents_of_all(&self, next: &mut (VolumeId, u64), goes_on: impl Fn() -> bool) -> Result<()> {
         let index = &self.inner.shared.index;
-        let (mut pace, mut damage, mut wrote) = (Pace::gentle(), Ok(()), false);
+        let (mut pace, mut outcome, mut wrote) = (Pace::gentle(), Ok(()), false);
         let begin = *next;
         'pass: for volume in self.lasting().filter(|volume| volume.id() >= begin.0) {
             let mut from = if volume.id() == begin.0 { begin.1 } else { 0 };
@@ -108,9 +108,9 @@ impl Store {
                     // Something was written meanwhile, so most likely the pass will go on here.
                     Ok(false) => continue,
                     Ok(true) => wrote = true,
-                    Err(error) if is_damage(&error) => damage = damage.and(Err(failed(error))),
+                    Err(error) if is_damage(&error) => outcome = outcome.and(Err(failed(error))),
                     Err(error) => {
-                        damage = Err(failed(error));
+                        outcome = Err(failed(error));
                         break 'pass;
                     }
                 }
@@ -119,13 +119,13 @@ impl Store {
             }
         }
         if wrote && goes_on() {
-            damage = damage.and(self.index_flush());
+            outcome = outcome.and(self.index_flush());
         } else if wrote {
             // Whoever writes now is not to wait for it.
             let mut health = self.inner.index_health.lock().unwrap_or_else(PoisonError::into_inner);
             health.changes_since_flush += 1;
         }
-        damage
+        outcome
     }
 }
 

@@ -3,11 +3,10 @@
 
 use cdp_types::{BlockDevice, Event, IoBuf, Op, Origin, RequestId, VolumeName, Wait};
 
-use super::super::{Seams, StoreOptions, VolumeSpec};
+use super::super::VolumeSpec;
+use super::super::meanwhile_tests::{open_with, options};
 use super::*;
-use crate::clock::SystemClock;
 use crate::index::{Family, Kv, SimKv, WriteBatch};
-use crate::storage::uring::DirectoryStorage;
 
 /// A store without background threads, whose index no cache holds.
 struct Bench {
@@ -15,22 +14,6 @@ struct Bench {
     volumes: [Arc<Volume>; 2],
     databases: [SimKv; 2],
     directory: tempfile::TempDir,
-}
-
-fn options() -> StoreOptions {
-    StoreOptions { segment_bytes: 1 << 20, pool_segments: 1, reserve_bytes: 0, ..StoreOptions::default() }
-}
-
-fn open_on(directory: &std::path::Path, [index, catalogue]: &[SimKv; 2]) -> Store {
-    let seams = Seams {
-        storage: Arc::new(DirectoryStorage::open(directory).unwrap()),
-        index: Arc::new(index.clone()),
-        catalogue: Arc::new(catalogue.clone()),
-        clock: Arc::new(SystemClock),
-        secrets: || 7,
-        reach: None,
-    };
-    Store::open_on(seams, options()).unwrap()
 }
 
 fn names() -> [VolumeName; 2] {
@@ -42,7 +25,7 @@ impl Bench {
         let directory = tempfile::tempdir().unwrap();
         Store::create(directory.path(), &options()).unwrap();
         let databases = [SimKv::new(), SimKv::synced()];
-        let store = open_on(directory.path(), &databases);
+        let store = open_with(directory.path(), &databases[1], &databases[0]).unwrap();
         let spec = VolumeSpec { size_bytes: 1 << 30, logical_block_size: 4096 };
         let volumes = names().map(|name| store.create_volume(&name, spec).unwrap());
         Self { store, volumes, databases, directory }
@@ -52,7 +35,7 @@ impl Bench {
         let Self { store, volumes, databases, directory } = self;
         store.close().unwrap();
         drop((volumes, store));
-        let store = open_on(directory.path(), &databases);
+        let store = open_with(directory.path(), &databases[1], &databases[0]).unwrap();
         let volumes = names().map(|name| store.volume(&name).unwrap());
         Self { store, volumes, databases, directory }
     }
