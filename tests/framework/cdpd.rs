@@ -10,14 +10,16 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::image::Image;
-use crate::process::{Process, run, tied, wait_for};
+use crate::process::{Process, run, tail, tied, wait_for};
 use crate::programs::built;
 use crate::scene::Scene;
 
 /// How long the daemon may take until it serves, a recovery included, on a busy machine.
-const READY: Duration = Duration::from_secs(30);
+const READY: Duration = Duration::from_secs(120);
+/// What it says if the writes of the last one have not ended when it gives up waiting for them.
+const STILL_LOCKED: &str = "is still locked, though its last owner";
 /// How long a clean stop may take.
-const STOP: Duration = Duration::from_secs(30);
+const STOP: Duration = Duration::from_secs(120);
 /// How long a command of the tool may take; the longest read a whole disk.
 const COMMAND: Duration = Duration::from_secs(180);
 
@@ -56,10 +58,18 @@ impl Cdpd {
         let _ = std::fs::remove_file(&self.notify);
         let notify = UnixDatagram::bind(&self.notify)?;
         notify.set_nonblocking(true)?;
-        let mut command = tied(&built("cdpd")?);
-        command.arg("--store").arg(&self.store).env("NOTIFY_SOCKET", &self.notify);
-        let mut process = Process::spawn("cdpd", command, &self.log)?;
+        let spawn = || {
+            let mut command = tied(&built("cdpd")?);
+            command.arg("--store").arg(&self.store).env("NOTIFY_SOCKET", &self.notify);
+            Process::spawn("cdpd", command, &self.log)
+        };
+        let mut process = spawn()?;
         wait_for("cdpd to be ready", READY, || {
+            // A disk that stands still for seconds keeps the writes of one that was killed under way: systemd, too, would
+            // start it again.
+            if process.must_run().is_err() && tail(&self.log, 1).contains(STILL_LOCKED) {
+                process = spawn()?;
+            }
             process.must_run()?;
             let mut message = [0; 4096];
             let got = notify.recv(&mut message).unwrap_or(0);
@@ -241,6 +251,17 @@ impl Tool {
         let path = socket.to_string_lossy();
         self.run(&["volume", "serve", volume, "--vhost-user", &path, "--queues", &queues.to_string()])?;
         Ok(socket)
+    }
+
+    /// Waits until the daemon has seen the end of a volume's last guest, and of its requests.
+    ///
+    /// # Errors
+    /// The tool fails, or a guest is still there.
+    pub fn wait_until_free(&self, volume: &str) -> Result<()> {
+        wait_for(&format!("the end of the guest of '{volume}'"), COMMAND, || {
+            let shown = self.json(&["volume", "show", volume])?;
+            Ok((shown["serving"]["status"] != "connected").then_some(()))
+        })
     }
 
     /// Copies a volume at an instant (`web1@head`) into a raw image beside the store.

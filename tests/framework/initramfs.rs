@@ -59,7 +59,7 @@ pub(crate) fn build(modules: &[Module]) -> Result<Vec<u8>> {
 
 /// What the dynamic linker would load, itself included, at the paths where it would look.
 fn shared_libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = run(Command::new("ldd").arg(program), Duration::from_secs(20))?;
+    let output = run(Command::new("ldd").arg(program), Duration::from_secs(60))?;
     // A static program makes ldd fail; it needs nothing.
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     Ok(parse_ldd(&text))

@@ -99,7 +99,7 @@ fn load(file: &Path) -> Result<Vec<u8>> {
         Some("zst") => "zstd",
         _ => return Ok(fs::read(file)?),
     };
-    let output = run(Command::new(system(unpack)?).arg("-dc").arg(file), Duration::from_secs(20))?;
+    let output = run(Command::new(system(unpack)?).arg("-dc").arg(file), Duration::from_secs(60))?;
     if !output.status.success() {
         bail!("{unpack} cannot unpack {}", file.display());
     }

@@ -15,7 +15,7 @@ const POLL: Duration = Duration::from_millis(10);
 /// What counts of the time between two looks: a test that was itself stopped has not waited for anybody.
 const COUNTED: Duration = Duration::from_secs(5);
 /// How long the output of a command that has ended is waited for.
-const AFTER_END: Duration = Duration::from_secs(2);
+const AFTER_END: Duration = Duration::from_secs(10);
 
 /// Looks until `probe` has an answer.
 ///

@@ -66,7 +66,7 @@ pub fn qemu_version() -> Result<(u32, u32)> {
         return Ok(*version);
     }
     let qemu = system("qemu-system-x86_64")?;
-    let text = run_ok(Command::new(qemu).arg("--version"), Duration::from_secs(20))?;
+    let text = run_ok(Command::new(qemu).arg("--version"), Duration::from_secs(60))?;
     let version = parse_version(&text).with_context(|| format!("no version in: {text}"))?;
     Ok(*VERSION.get_or_init(|| version))
 }

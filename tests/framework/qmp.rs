@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 
 use crate::process::wait_for;
 
-/// No command that tests send takes longer than this, `stop` with a slow disk included.
-const ANSWER: Duration = Duration::from_secs(30);
+/// No command that tests send takes longer than this, `stop` with a slow disk included; nor does a QEMU take longer to be
+/// there, though whoever starts it takes a checkpoint first.
+const ANSWER: Duration = Duration::from_secs(180);
 
 /// A connection, past its greeting.
 #[derive(Debug)]

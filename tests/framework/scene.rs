@@ -137,12 +137,17 @@ pub fn run_scene(body: impl FnOnce(&Scene) -> Result<()>) {
         Err(error) => panic!("no directory to test in: {error:#}"),
     };
     let result = catch_unwind(AssertUnwindSafe(|| body(&scene).and_then(|()| scene.judge_logs())));
-    if !matches!(result, Ok(Ok(()))) {
-        print!("{}", scene.tails());
+    if matches!(result, Ok(Ok(()))) {
+        return;
     }
+    print!("{}", scene.tails());
     match result {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => panic!("{error:?}"),
+        Ok(Err(error)) => {
+            println!("{error:?}");
+            // Last and short, since of a long output often only the end is kept.
+            panic!("{error:#}");
+        }
         Err(panic) => resume_unwind(panic),
     }
 }

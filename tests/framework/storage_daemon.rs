@@ -30,7 +30,7 @@ impl StorageDaemon {
         command.args(["--blockdev", &file]);
         command.args(["--blockdev", "driver=raw,node-name=raw,file=file,discard=unmap", "--export", &export]);
         let mut process = Process::spawn("qemu-storage-daemon", command, &scene.path("storage-daemon.log"))?;
-        wait_for("qemu-storage-daemon's socket", std::time::Duration::from_secs(20), || {
+        wait_for("qemu-storage-daemon's socket", std::time::Duration::from_secs(60), || {
             process.must_run()?;
             Ok(socket.exists().then_some(()))
         })?;

@@ -24,7 +24,7 @@ fn an_imported_debian_boots_to_a_login_prompt_and_its_changes_are_history() {
         guest.type_console("root\n")?;
         guest.wait_console(&format!("root@{HOST_NAME}"), Duration::from_secs(120))?;
         guest.type_console("echo was $((6 * 7)) here >/root/note; sync; echo done $((1 + 1))\n")?;
-        guest.wait_console("done 2", Duration::from_secs(60))?;
+        guest.wait_console("done 2", Duration::from_secs(120))?;
         guest.kill()?;
 
         let now = tool.extract("debian@head", "now.img")?;

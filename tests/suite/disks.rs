@@ -57,7 +57,7 @@ fn a_volume_that_grows_grows_in_its_running_guest() {
         format(&mut guest, "vda")?;
         tool.run(&["volume", "resize", "web1", "--size", "384M"])?;
         let grown = (384 << 20).to_string();
-        wait_for("the guest to see its disk grow", Duration::from_secs(20), || {
+        wait_for("the guest to see its disk grow", Duration::from_secs(120), || {
             Ok((guest.run("blockdev --getsize64 /dev/vda")?.trim() == grown).then_some(()))
         })?;
         // Online, into space that was not there before.

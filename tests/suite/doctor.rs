@@ -162,8 +162,9 @@ fn a_cut_is_told_to_the_program_of_the_configuration_which_may_forbid_it() {
         let (told, veto) = (scene.path("told"), scene.path("veto"));
         let script =
             format!("cat >>{0}; echo >>{0}; echo seen; test ! -e {1}", told.display(), veto.display());
-        let section =
-            format!("[checkpoint]\ncallback = ['/bin/sh', '-c', '{script}']\ncallback_required = true\n");
+        let section = format!(
+            "[checkpoint]\ncallback = ['/bin/sh', '-c', '{script}']\ncallback_required = true\ncallback_timeout_s = 120\n"
+        );
         std::fs::create_dir(scene.path("store"))?;
         std::fs::write(scene.path("store").join("cdpd.toml"), section)?;
         let mut cdpd = Cdpd::start(scene)?;

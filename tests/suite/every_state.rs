@@ -5,6 +5,7 @@ use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use e2e::process::wait_for;
 use e2e::{Cdpd, Guest, Scene, Tool, run_scene};
 use serde_json::Value;
 
@@ -15,7 +16,7 @@ use crate::tap::{Moment, Side, Tap};
 use Side::{Daemon, Qemu};
 
 /// How long a state may take to come, and how long the other side to notice a death.
-const LIMIT: Duration = Duration::from_secs(40);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// A state of taking a checkpoint: its name, the mode, and when it is reached.
 type State = (&'static str, &'static str, Moment);
@@ -121,6 +122,14 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
+    /// Waits until a daemon that has just started has given up what the last one was at.
+    fn wait_until_undone(&self) -> Result<()> {
+        wait_for("the checkpoint to be undone", LIMIT, || {
+            let listed = self.machine.checkpoints()?;
+            Ok(listed.iter().all(|one| one["state"] != "begun").then_some(()))
+        })
+    }
+
     /// Nothing is half done, and what was complete is.
     fn must_be_settled(&self, complete: &str) -> Result<()> {
         let listed = self.machine.checkpoints()?;
@@ -145,7 +154,8 @@ impl<'a> Stage<'a> {
         self.interrupt_saving(state, || cdpd.kill9())?;
         cdpd.start_again()?;
         Load::wait_for_progress(guest, 1)?;
-        ensure!(Load::mismatches(guest)? == (0, 0), "the guest has noticed something");
+        Load::must_match(guest)?;
+        self.wait_until_undone()?;
         let complete = id_of(&self.machine.take("hot")?)?;
         self.must_be_settled(&complete)?;
         Ok(complete)
@@ -167,6 +177,7 @@ impl<'a> Stage<'a> {
                     let said = self.interrupt(&args, moments, later, || cdpd.kill9())?;
                     waiting.kill()?;
                     cdpd.start_again()?;
+                    self.wait_until_undone()?;
                     said
                 }
             };

@@ -98,7 +98,7 @@ fn save_and_restore(scene: &Scene, mode: &str) -> Result<(u64, u64)> {
     println!("{}", disk.command("close")?);
     receiver.join().map_err(|_| anyhow!("the receiver has panicked"))??;
     Load::wait_for_progress(&guest, 2)?;
-    ensure!(Load::mismatches(&guest)? == (0, 0), "the guest itself has not noticed anything");
+    Load::must_match(&guest)?;
     guest.kill()?;
     drop(disk);
 

@@ -1,11 +1,12 @@
 //! A guest at work in a way that shows whether its memory and its disk are of one instant, wherever it goes on.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use e2e::Guest;
 use e2e::process::wait_for;
 use e2e::workload::block_content;
@@ -16,6 +17,9 @@ const BLOCKS: u64 = 8192;
 const SLOTS: u64 = 32;
 /// Page buffers.
 const PAGES: u64 = 8192;
+/// How the two programs' reports begin.
+const PAGES_SAY: &str = "pages:";
+const STAMP_SAYS: &str = "stamp:";
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// `guest-agent pages` and `guest-agent stamp` on all disks of a guest, heard on the console.
@@ -54,34 +58,70 @@ impl Load {
     /// Waits until a restored guest has said anything.
     pub(crate) fn wait_for_word(guest: &Guest) -> Result<()> {
         wait_for("a word of the restored guest", LIMIT, || {
-            Ok(said(guest, "pages:", "sweeps").zip(said(guest, "stamp:", "rounds")).map(drop))
+            Ok(said(guest, PAGES_SAY, "sweeps")?.zip(said(guest, STAMP_SAYS, "rounds")?).map(drop))
         })
     }
 
     /// Waits until all pages have been checked that many times more, by the slowest reader, and all slots written.
     pub(crate) fn wait_for_progress(guest: &Guest, sweeps: u64) -> Result<()> {
-        let (before, rounds) =
-            (said(guest, "pages:", "sweeps").unwrap_or(0), said(guest, "stamp:", "rounds").unwrap_or(0));
+        let so_far = || -> Result<(u64, u64)> {
+            let (swept, stamped) = (said(guest, PAGES_SAY, "sweeps")?, said(guest, STAMP_SAYS, "rounds")?);
+            Ok((swept.unwrap_or(0), stamped.unwrap_or(0)))
+        };
+        let (before, rounds) = so_far()?;
         wait_for("sweeps over all pages", LIMIT, || {
-            let swept = said(guest, "pages:", "sweeps").unwrap_or(0) >= before + sweeps;
-            let stamped = said(guest, "stamp:", "rounds").unwrap_or(0) > rounds;
-            Ok((swept && stamped).then_some(()))
+            let (swept, stamped) = so_far()?;
+            Ok((swept >= before + sweeps && stamped > rounds).then_some(()))
         })
     }
 
     /// How many pages and stamps did not hold what they should.
     pub(crate) fn mismatches(guest: &Guest) -> Result<(u64, u64)> {
         let of = |program| {
-            said(guest, program, "mismatches").with_context(|| format!("{program} has said nothing"))
+            said(guest, program, "mismatches")?.with_context(|| format!("{program} has said nothing"))
         };
-        Ok((of("pages:")?, of("stamp:")?))
+        Ok((of(PAGES_SAY)?, of(STAMP_SAYS)?))
+    }
+
+    /// That all pages and stamps held what they should: memory and disks are of one instant.
+    pub(crate) fn must_match(guest: &Guest) -> Result<()> {
+        let (pages, stamps) = Self::mismatches(guest)?;
+        let sound = (pages, stamps) == (0, 0);
+        ensure!(
+            sound,
+            "memory and disks are not of one instant: {pages} pages and {stamps} stamps do not match"
+        );
+        Ok(())
     }
 }
 
-/// The last number behind a word in the last line of the console that begins with a program's name.
-fn said(guest: &Guest, program: &str, word: &str) -> Option<u64> {
-    let console = String::from_utf8_lossy(&std::fs::read(guest.console()).ok()?).into_owned();
-    let line =
-        console.lines().rev().find(|line| line.starts_with(program) && line.contains("mismatches "))?;
-    line.split_whitespace().skip_while(|&it| it != word).nth(1)?.parse().ok()
+/// A number in the last report of a program, if it has made one.
+fn said(guest: &Guest, program: &str, word: &str) -> Result<Option<u64>> {
+    let lines = guest.said()?;
+    let report = lines.lines().rev().find_map(|line| report(line, program));
+    Ok(report.and_then(|numbers| numbers.get(word).copied()))
+}
+
+/// The numbers of a line that is a program's report, whole: the kernel may say something in its middle.
+fn report<'a>(line: &'a str, program: &str) -> Option<HashMap<&'a str, u64>> {
+    let words: Vec<&str> = line.strip_prefix(program)?.split_whitespace().collect();
+    let numbers: Option<HashMap<_, _>> =
+        words.chunks(2).map(|pair| Some((pair[0], pair.get(1)?.parse().ok()?))).collect();
+    numbers.filter(|numbers| numbers.contains_key("mismatches"))
+}
+
+#[test]
+fn a_report_that_the_kernel_has_spoken_into_is_none() {
+    let report = |line| report(line, PAGES_SAY);
+    let whole = report("pages: sweeps 4 refills 26076 mismatches 2").unwrap_or_default();
+    assert_eq!((whole["sweeps"], whole["mismatches"]), (4, 2));
+    for line in [
+        "pages: sweeps 4 refills 26076 mismatches ",
+        "pages: sweeps 4 refills 26076 mismatches [   22.009751] hrtimer: interrupt took 10440870 ns",
+        "pages: sweeps 4 ref[   22.009751] hrtimer: interrupt took 10440870 ns",
+        "pages: sweeps 4",
+        "stamp: rounds 21 writes 8332 mismatches 0",
+    ] {
+        assert!(report(line).is_none(), "{line}");
+    }
 }

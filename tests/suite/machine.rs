@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use e2e::{Guest, GuestBuilder, Scene, Tool};
 use serde_json::Value;
 
@@ -78,8 +78,9 @@ impl<'a> Machine<'a> {
         Ok(guest)
     }
 
-    /// A QEMU that waits to become this machine.
+    /// A QEMU that waits to become this machine, whose last one has left its disks.
     pub(crate) fn waiting(&self) -> Result<Guest> {
+        (0..self.shape.disks).try_for_each(|disk| self.tool.wait_until_free(&format!("{NAME}-{disk}")))?;
         self.builder.clone().waiting().boot(self.scene)
     }
 
@@ -101,7 +102,7 @@ impl<'a> Machine<'a> {
         self.tool.run(&["vm", "revert", NAME, "--to", to])?;
         Load::wait_for_word(&twin)?;
         Load::wait_for_progress(&twin, 2)?;
-        ensure!(Load::mismatches(&twin)? == (0, 0), "memory and disks are not of one instant");
+        Load::must_match(&twin)?;
         Ok(twin)
     }
 

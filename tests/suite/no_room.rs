@@ -12,7 +12,7 @@ use e2e::programs::system;
 use e2e::{Cdpd, Guest, Scene, Tool, run_scene};
 use serde_json::Value;
 
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
 /// What the store leaves free, and what it may have beyond that while there is too little: less than the guest changes
 /// of its memory, and enough for all else.

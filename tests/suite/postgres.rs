@@ -38,27 +38,23 @@ struct Database {
 impl Database {
     /// Types a command that prints a line with `word` and numbers at its end, and returns these.
     fn ask(&mut self, command: &str, word: &str) -> Result<Vec<i64>> {
-        let before = self.said(word).len();
+        let before = self.said(word)?.len();
         self.guest.type_console(&format!("{command}\n"))?;
-        wait_for(&format!("'{word}' after {command}"), ANSWER, || Ok(self.said(word).get(before).cloned()))
+        wait_for(&format!("'{word}' after {command}"), ANSWER, || Ok(self.said(word)?.get(before).cloned()))
     }
 
     /// The numbers of all lines that end with a word and numbers. A prompt may be before them, or what is being typed.
-    fn said(&self, word: &str) -> Vec<Vec<i64>> {
-        let console = std::fs::read(self.guest.console()).unwrap_or_default();
-        let console = String::from_utf8_lossy(&console);
-        // The last line may not be complete yet.
-        let complete = console.rsplit_once('\n').map_or("", |(complete, _)| complete);
+    fn said(&self, word: &str) -> Result<Vec<Vec<i64>>> {
         let numbers = |line: &str| {
             let (_, numbers) = line.rsplit_once(&format!("{word} "))?;
             numbers.split_whitespace().map(|number| number.parse().ok()).collect::<Option<Vec<i64>>>()
         };
-        complete.lines().filter_map(numbers).collect()
+        Ok(self.guest.said()?.lines().filter_map(numbers).collect())
     }
 
     /// The newest number that the ledger's client has printed.
-    fn printed(&self) -> Option<i64> {
-        self.said("ledger").last()?.first().copied()
+    fn printed(&self) -> Result<Option<i64>> {
+        Ok(self.said("ledger")?.last().and_then(|line| line.first().copied()))
     }
 
     fn log_in(&mut self) -> Result<()> {
@@ -88,7 +84,7 @@ impl Database {
              echo \"insert into ledger values ($n) returning 'led' || 'ger ' || n;\"; sleep 0.1; done | \
              su postgres -c 'psql -qAt bench') &\n",
         )?;
-        wait_for("the ledger", ANSWER, || Ok(self.printed().filter(|&number| number > 20)))?;
+        wait_for("the ledger", ANSWER, || Ok(self.printed()?.filter(|&number| number > 20)))?;
         Ok(())
     }
 
@@ -127,7 +123,7 @@ struct Taken {
 }
 
 fn take(tool: &Tool, database: &Database) -> Result<Taken> {
-    let printed = || database.printed().context("the ledger's client says nothing");
+    let printed = || database.printed()?.context("the ledger's client says nothing");
     let before = printed()?;
     let taken = tool.json(&["checkpoint", "take", "db", "--mode", "hot"])?;
     let after = printed()?;
@@ -156,7 +152,7 @@ fn go_back(scene: &Scene, tool: &Tool) -> Result<()> {
     let Taken { id, before, after } = &taken[CHECKPOINTS / 2];
     let mut database = Database { guest: builder.clone().waiting().boot(scene)? };
     tool.run(&["vm", "revert", "db", "--to", id])?;
-    let first = wait_for("the ledger", ANSWER, || Ok(database.said("ledger").first().cloned()))?;
+    let first = wait_for("the ledger", ANSWER, || Ok(database.said("ledger")?.first().cloned()))?;
     let first = *first.first().context("the ledger's client has printed nothing")?;
     // What was being committed or printed at that moment comes out after it.
     ensure!((*before..=after + 2).contains(&first), "goes on at {first}, not between {before} and {after}");

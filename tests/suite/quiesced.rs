@@ -33,17 +33,17 @@ fn machine(scene: &Scene, tool: &Tool) -> Result<(GuestBuilder, Guest, Tap)> {
     Ok((builder, guest, tap))
 }
 
-fn count(guest: &Guest) -> u64 {
-    let said = String::from_utf8_lossy(&std::fs::read(guest.console()).unwrap_or_default()).into_owned();
-    let counts = said.lines().rev().filter_map(|line| line.trim().strip_prefix("count ")?.parse().ok());
-    counts.into_iter().next().unwrap_or(0)
+fn count(guest: &Guest) -> Result<u64> {
+    let said = guest.said()?;
+    let count = said.lines().rev().find_map(|line| line.trim().strip_prefix("count ")?.parse().ok());
+    Ok(count.unwrap_or(0))
 }
 
 /// Waits until the guest has counted that much further.
 fn wait_for_count(guest: &Guest, more: u64) -> Result<()> {
-    let before = count(guest);
+    let before = count(guest)?;
     e2e::process::wait_for("the guest to count on", LIMIT, || {
-        Ok((count(guest) >= before + more).then_some(()))
+        Ok((count(guest)? >= before + more).then_some(()))
     })
 }
 
@@ -75,6 +75,7 @@ fn a_quiesced_checkpoint_has_clean_disks_and_a_machine_that_goes_on() {
             wait_for_count(&guest, 10)?;
         }
         guest.kill()?;
+        tool.wait_until_free("web1")?;
 
         // In its memory the file system stands still.
         let twin = builder.waiting().boot(scene)?;
@@ -103,9 +104,9 @@ fn a_daemon_that_is_killed_while_file_systems_stand_still_has_them_go_on_when_it
                 let tool = &tool;
                 let taking = threads.spawn(move || tool.json(&args));
                 let held = frozen.wait(LIMIT)?;
-                let before = count(&guest);
+                let before = count(&guest)?;
                 std::thread::sleep(Duration::from_secs(1));
-                ensure!(count(&guest) <= before + 1, "{mode}: the guest counts on, so nothing is frozen");
+                ensure!(count(&guest)? <= before + 1, "{mode}: the guest counts on, so nothing is frozen");
                 cdpd.kill9()?;
                 drop(held);
                 let taken = taking.join().map_err(|_| anyhow!("the tool's thread has panicked"))?;
@@ -115,8 +116,10 @@ fn a_daemon_that_is_killed_while_file_systems_stand_still_has_them_go_on_when_it
             cdpd.start_again()?;
             wait_for_count(&guest, 10)?;
             ensure!(guest.qmp().status()? == "running");
-            let listed = cdpd.tool().json_lines(&["checkpoint", "list", "web1"])?;
-            ensure!(listed.iter().all(|one| one["state"] == "aborted"), "{mode}: {listed:?}");
+            e2e::process::wait_for(&format!("the {mode} checkpoint to be undone"), LIMIT, || {
+                let listed = tool.json_lines(&["checkpoint", "list", "web1"])?;
+                Ok(listed.iter().all(|one| one["state"] == "aborted").then_some(()))
+            })?;
         }
         let taken = tool.json(&["checkpoint", "take", "web1", "--quiesce"])?;
         ensure!(taken["figures"]["quiesced"]["filesystems"] == 1, "{taken}");

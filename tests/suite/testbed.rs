@@ -18,7 +18,7 @@ fn a_guest_makes_a_file_system_and_what_it_synced_is_found_after_both_were_kille
         assert!(guest.run("exit 3").is_err());
         guest.run("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt")?;
         let mut writer = guest.spawn("guest-agent write /mnt/synced 11 synced")?;
-        while writer.next_line(Duration::from_secs(30))? != "synced 20" {}
+        while writer.next_line(Duration::from_secs(120))? != "synced 20" {}
         guest.kill()?;
         drop(daemon);
 

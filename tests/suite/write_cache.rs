@@ -7,7 +7,7 @@ use e2e::process::wait_for;
 use e2e::{Cdpd, Guest, Tool, run_scene};
 
 use crate::machine::id_of;
-use crate::vm_run::supervised;
+use crate::vm_run::wait_for_end;
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// So many are looked at.
@@ -85,7 +85,7 @@ fn a_write_cache_that_was_off_is_off_where_a_machine_goes_back_and_in_its_copy()
         ensure!(shown == "write through\n", "{shown}");
         guest.kill()?;
 
-        wait_for("the supervisor's end", LIMIT, || Ok(supervised(&tool, "web1")?.is_null().then_some(())))?;
+        wait_for_end(&tool, "web1")?;
         let mut plain = builder.run_by(scene, &tool, &["vm", "run", "web1"])?;
         ensure!(plain.run(SHOW)? == "write back\n", "it has booted");
         plain.kill()?;
@@ -105,6 +105,7 @@ fn a_write_cache_that_was_off_is_off_in_a_qemu_that_was_started_by_hand() {
         write_through(&mut guest)?;
         let taken = tool.json(&["checkpoint", "take", "web1"])?;
         guest.kill()?;
+        tool.wait_until_free("web1")?;
 
         let twin = builder.waiting().boot(scene)?;
         tool.run(&["vm", "revert", "web1", "--to", &id_of(&taken)?])?;

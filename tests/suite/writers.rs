@@ -1,13 +1,13 @@
 //! Guests that write test files, as several tests need them.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use e2e::workload::{KEPT_FILES, Progress, must_survive};
 use e2e::{Guest, Running};
 
 /// How long a writer may take for a step; a server that is down meanwhile included.
-pub(crate) const STEP: Duration = Duration::from_secs(60);
+pub(crate) const STEP: Duration = Duration::from_secs(120);
 
 /// Makes ext4 on a disk of the guest and mounts it; `/dev/vda` on `/mnt/vda`.
 pub(crate) fn format(guest: &mut Guest, disk: &str) -> Result<()> {
@@ -50,11 +50,9 @@ impl Writer {
         for line in self.running.new_lines() {
             self.progress.extend(Progress::parse(&line));
         }
-        let deadline = Instant::now() + STEP;
         let mut seen = 0;
         while seen < files {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let line = self.running.next_line(left)?;
+            let line = self.running.next_line(STEP)?;
             let Some(step) = Progress::parse(&line) else { bail!("{}: {line}", self.dir) };
             seen += usize::from(!matches!(step, Progress::Removing(_)));
             self.progress.push(step);
@@ -80,7 +78,7 @@ impl Writer {
 
     /// Everything that it said up to the end of its guest, which has been killed or reset.
     pub(crate) fn progress_of_the_dead(self) -> Result<Vec<Progress>> {
-        let lines = self.running.last_words(Duration::from_secs(20))?;
+        let lines = self.running.last_words(Duration::from_secs(60))?;
         Ok(lines.iter().filter_map(|line| Progress::parse(line)).collect())
     }
 }

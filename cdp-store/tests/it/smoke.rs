@@ -149,7 +149,7 @@ fn many_volumes_come_back_each_with_its_own_content() {
     drop(store);
     // Its threads let go of the lock in their own time.
     let open = || Store::open(&path, options).inspect_err(|_| std::thread::sleep(Duration::from_millis(50)));
-    let store = (0..100).find_map(|_| open().ok()).unwrap();
+    let store = (0..1200).find_map(|_| open().ok()).unwrap();
     for number in 1..=40 {
         let volume = store.volume(&name(number)).unwrap();
         assert_eq!(read(&*volume, u64::from(number) * 4096, 4096), vec![number; 4096], "volume {number}");

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use cdp_types::{BlockDevice, ByteRange, IoError, MemoryConfig, MemoryDevice, MemoryFaults};
@@ -13,7 +13,7 @@ use nbd_export::{
 use tempfile::TempDir;
 
 /// No wait in these tests is longer; it is reached only when something is broken.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// Size of the disk.
 pub(crate) const CAPACITY: u64 = 64 << 20;
 /// Length of the extents that the contexts tell of, in turns.
@@ -26,6 +26,8 @@ pub(crate) struct TestExports {
     pub(crate) dropped: Arc<AtomicUsize>,
     /// How often a context was asked for extents.
     pub(crate) looked: Arc<AtomicUsize>,
+    /// Whether who has asked for `slow` is to hear.
+    pub(crate) found_out: AtomicBool,
 }
 
 struct TestExport {
@@ -53,7 +55,7 @@ impl Exports for TestExports {
             "past" => "past",
             "busy" => return Err(ExportError::new(ExportErrorKind::Busy, "a guest has it")),
             "slow" => {
-                std::thread::sleep(Duration::from_secs(2));
+                eventually("the export's code ends", || self.found_out.load(Ordering::SeqCst));
                 return Err(ExportError::new(ExportErrorKind::Unknown, "slowly found out"));
             }
             _ => {
@@ -145,7 +147,13 @@ impl Fixture {
         let directory = tempfile::tempdir().unwrap();
         let disk = MemoryDevice::new(disk).unwrap();
         let (disk, opened) = (Arc::new(disk), AtomicUsize::new(0));
-        let exports = Arc::new(TestExports { disk, opened, dropped: Arc::default(), looked: Arc::default() });
+        let exports = Arc::new(TestExports {
+            disk,
+            opened,
+            dropped: Arc::default(),
+            looked: Arc::default(),
+            found_out: AtomicBool::new(false),
+        });
         let listen = Listen::Unix { path: directory.path().join("nbd.sock"), mode: 0o600 };
         let mut config = ServerConfig::new(vec![listen]);
         change(&mut config);

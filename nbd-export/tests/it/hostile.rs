@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nbd_export::Limits;
 
@@ -174,7 +174,6 @@ fn there_are_only_so_many_connections() {
 #[test]
 fn a_hundred_that_vanish_leave_nothing() {
     let fixture = Fixture::with(late(Duration::from_millis(2)), |_| {});
-    let start = Instant::now();
     for round in 0..100_u64 {
         let mut client = Client::ready(&fixture.socket(), "disk", Headers::Structured, &[]);
         for block in 0..round {
@@ -182,5 +181,4 @@ fn a_hundred_that_vanish_leave_nothing() {
         }
     }
     fixture.nobody_is_left();
-    assert!(start.elapsed() < Duration::from_secs(15));
 }

@@ -5,17 +5,22 @@ use std::time::Duration;
 use qmp_bridge::fake::{AgentConduct, GuestAgent};
 use qmp_bridge::{Agent, AgentOptions, ErrorKind};
 
-use crate::{SOON, timely};
+use crate::{PATIENCE, SOON, timely};
 
-fn options() -> AgentOptions {
-    AgentOptions { command_deadline: SOON, freeze_deadline: SOON, max_line_bytes: 4096 }
+fn options(command_deadline: Duration, freeze_deadline: Duration) -> AgentOptions {
+    AgentOptions { command_deadline, freeze_deadline, max_line_bytes: 4096 }
 }
 
+/// A guest for which no deadline is to pass.
 fn guest(conduct: AgentConduct) -> (tempfile::TempDir, GuestAgent, Agent) {
+    guest_within(options(PATIENCE, PATIENCE), conduct)
+}
+
+fn guest_within(options: AgentOptions, conduct: AgentConduct) -> (tempfile::TempDir, GuestAgent, Agent) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("agent");
     let guest = GuestAgent::start(&path, conduct).unwrap();
-    let agent = Agent::new(&path, options());
+    let agent = Agent::new(&path, options);
     (dir, guest, agent)
 }
 
@@ -37,7 +42,7 @@ async fn a_guest_is_frozen_and_thawed_past_old_answers_in_the_port() {
     assert_eq!(timely(frozen.thaw()).await.unwrap(), 2);
     assert!(!guest.is_frozen());
     assert_eq!(guest.thaws(), 1);
-    let mut agent = Agent::new(&_dir.path().join("agent"), options());
+    let mut agent = Agent::new(&_dir.path().join("agent"), options(PATIENCE, PATIENCE));
     assert_eq!(timely(agent.freeze_status()).await.unwrap(), "thawed");
 }
 
@@ -52,7 +57,7 @@ async fn a_frozen_guest_that_is_forgotten_thaws() {
 
 #[tokio::test]
 async fn a_freeze_that_is_not_answered_is_undone() {
-    let (_dir, guest, agent) = guest(AgentConduct::FreezesInSilence);
+    let (_dir, guest, agent) = guest_within(options(PATIENCE, SOON), AgentConduct::FreezesInSilence);
     let error = timely(agent.freeze()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Deadline);
     assert_eq!(guest.thaws(), 1);
@@ -61,7 +66,7 @@ async fn a_freeze_that_is_not_answered_is_undone() {
 
 #[tokio::test]
 async fn a_freeze_that_ends_when_nobody_waits_any_more_is_undone() {
-    let (_dir, guest, agent) = guest(AgentConduct::FreezesSlowly(20 * SOON));
+    let (_dir, guest, agent) = guest_within(options(SOON, SOON), AgentConduct::FreezesSlowly(20 * SOON));
     let error = timely(agent.freeze()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Deadline);
     assert!(qmp_bridge::thawing() > 0, "nobody can tell that it still has to be thawed");
@@ -133,12 +138,12 @@ async fn a_thaw_is_tried_again_on_a_new_connection() {
 
 #[tokio::test]
 async fn a_guest_without_agent_is_not_asked_to_freeze() {
-    let (_dir, guest, agent) = guest(AgentConduct::Absent);
+    let (_dir, guest, agent) = guest_within(options(SOON, SOON), AgentConduct::Absent);
     let error = timely(agent.freeze()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Deadline);
     assert!(error.to_string().contains("qemu-ga"), "{error}");
     assert_eq!(guest.thaws(), 0);
-    let nobody = Agent::new(&_dir.path().join("none"), options());
+    let nobody = Agent::new(&_dir.path().join("none"), options(PATIENCE, PATIENCE));
     assert_eq!(timely(nobody.freeze()).await.unwrap_err().kind(), ErrorKind::Unreachable);
 }
 
@@ -152,7 +157,7 @@ async fn a_socket_that_somebody_else_holds_is_not_taken_for_one_that_is_gone() {
     let _listener = socket.listen(1).unwrap();
     let mut kinds = Vec::new();
     for _ in 0..4 {
-        kinds.push(timely(Agent::new(&path, options()).freeze()).await.unwrap_err().kind());
+        kinds.push(timely(Agent::new(&path, options(SOON, SOON)).freeze()).await.unwrap_err().kind());
     }
     assert_eq!((kinds[0], kinds[3]), (ErrorKind::Deadline, ErrorKind::Held));
 }

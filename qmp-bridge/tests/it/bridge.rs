@@ -7,7 +7,7 @@ use qmp_bridge::fake::{Fake, Fault, Say};
 use qmp_bridge::{Backlog, Backoff, Bridge, ErrorKind, Notice, State};
 use serde_json::{Value, json};
 
-use crate::{DEADLINE, hasty_options, timely};
+use crate::{DEADLINE, PATIENCE, options, timely};
 
 const FAST: Backoff = Backoff { first: Duration::from_millis(10), longest: Duration::from_millis(50) };
 
@@ -25,7 +25,7 @@ async fn a_bridge_comes_back_and_repeats_nothing() {
         }
     })
     .unwrap();
-    let bridge = Bridge::start(&path, hasty_options(), FAST);
+    let bridge = Bridge::start(&path, options(PATIENCE), FAST);
     let mut subscription = bridge.subscribe(Backlog::default());
     let client = timely(bridge.connected(DEADLINE)).await.unwrap();
     let error = timely(client.execute_raw("stop", Value::Null)).await.unwrap_err();
@@ -58,7 +58,7 @@ async fn a_bridge_comes_back_and_repeats_nothing() {
 async fn a_bridge_says_why_it_is_not_connected_and_connects_once_it_can() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
-    let bridge = Bridge::start(&path, hasty_options(), FAST);
+    let bridge = Bridge::start(&path, options(PATIENCE), FAST);
     let error = timely(bridge.connected(Duration::from_millis(100))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unreachable);
     assert!(
@@ -72,7 +72,7 @@ async fn a_bridge_says_why_it_is_not_connected_and_connects_once_it_can() {
 #[tokio::test]
 async fn subscriptions_end_with_their_bridge() {
     let dir = tempfile::tempdir().unwrap();
-    let bridge = Bridge::start(&dir.path().join("qmp"), hasty_options(), FAST);
+    let bridge = Bridge::start(&dir.path().join("qmp"), options(PATIENCE), FAST);
     let mut subscription = bridge.subscribe(Backlog::default());
     drop(bridge);
     assert!(timely(subscription.next()).await.is_none());

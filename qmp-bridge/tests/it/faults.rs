@@ -7,7 +7,7 @@ use qmp_bridge::fake::{Fake, Fault, Say, Step, Transcript};
 use qmp_bridge::{Client, Error, ErrorKind, Options};
 use serde_json::{Value, json};
 
-use crate::{SOON, hasty, timely};
+use crate::{PATIENCE, SOON, options, patient, timely};
 
 const GREETING: &str = r#"{"qemu": {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}, "capabilities": ["oob"]}}}
 {"client": {"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}, "id": 0}}
@@ -22,10 +22,14 @@ fn says(text: &str) -> Transcript {
 
 /// What comes of connecting to something that plays `transcript`.
 async fn connecting(transcript: Transcript) -> Error {
+    connecting_within(PATIENCE, transcript).await
+}
+
+async fn connecting_within(deadline: Duration, transcript: Transcript) -> Error {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
     let _fake = Fake::replay(&path, vec![transcript]).unwrap();
-    timely(hasty(&path)).await.unwrap_err()
+    timely(Client::connect(&path, options(deadline))).await.unwrap_err()
 }
 
 /// What comes of `query-status` where QEMU then does what `rest` says.
@@ -34,7 +38,7 @@ async fn asking(rest: &str) -> Error {
     let path = dir.path().join("qmp");
     let text = format!("{GREETING}{{\"client\": {{\"execute\": \"query-status\", \"id\": 1}}}}\n{rest}");
     let _fake = Fake::replay(&path, vec![Transcript::parse(&text).unwrap()]).unwrap();
-    let client = hasty(&path).await.unwrap();
+    let client = patient(&path).await.unwrap();
     timely(client.execute_raw("query-status", Value::Null)).await.unwrap_err()
 }
 
@@ -56,7 +60,7 @@ async fn another_protocol_is_named_by_what_it_says() {
 async fn a_socket_that_another_client_holds_says_what_to_do() {
     let mut silent = Transcript::default();
     silent.push(Step::Fault(Fault::Silence));
-    let error = connecting(silent).await;
+    let error = connecting_within(SOON, silent).await;
     assert_eq!(error.kind(), ErrorKind::Held);
     assert!(error.to_string().contains("-qmp unix:PATH,server=on,wait=off"), "{error}");
 }
@@ -64,7 +68,7 @@ async fn a_socket_that_another_client_holds_says_what_to_do() {
 #[tokio::test]
 async fn a_path_where_nobody_listens_is_unreachable() {
     let dir = tempfile::tempdir().unwrap();
-    let error = timely(hasty(&dir.path().join("none"))).await.unwrap_err();
+    let error = timely(patient(&dir.path().join("none"))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unreachable);
 }
 
@@ -73,7 +77,8 @@ async fn a_qemu_that_ends_before_or_after_its_greeting_is_gone() {
     assert_eq!(connecting(Transcript::default().broken_at(0, Fault::HangUp)).await.kind(), ErrorKind::Gone);
     let greeted = Transcript::parse(GREETING).unwrap();
     assert_eq!(connecting(greeted.broken_at(2, Fault::HangUp)).await.kind(), ErrorKind::Gone);
-    assert_eq!(connecting(greeted.broken_at(2, Fault::Silence)).await.kind(), ErrorKind::Deadline);
+    let silent = greeted.broken_at(2, Fault::Silence);
+    assert_eq!(connecting_within(SOON, silent).await.kind(), ErrorKind::Deadline);
     assert_eq!(connecting(greeted.broken_at(2, Fault::Say(b"?\n".into()))).await.kind(), ErrorKind::Nonsense);
 }
 
@@ -86,7 +91,7 @@ async fn an_event_that_overtakes_the_end_of_the_negotiation_does_no_harm() {
     lines.push(r#"{"client": {"execute": "query-status", "id": 1}}"#);
     lines.push(r#"{"qemu": {"return": {"running": true, "status": "running"}, "id": 1}}"#);
     let _fake = Fake::replay(&path, vec![Transcript::parse(&lines.join("\n")).unwrap()]).unwrap();
-    let client = hasty(&path).await.unwrap();
+    let client = patient(&path).await.unwrap();
     assert!(timely(qmp_bridge::control::run_state(&client)).await.unwrap().running);
 }
 
@@ -133,7 +138,7 @@ async fn a_reply_of_another_form_is_unexpected() {
     let path = dir.path().join("qmp");
     let _fake =
         Fake::answering(&path, (7, 2, 0), |_, _| vec![Say::Return(json!({"running": "perhaps"}))]).unwrap();
-    let client = hasty(&path).await.unwrap();
+    let client = patient(&path).await.unwrap();
     let error = timely(qmp_bridge::control::run_state(&client)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unexpected);
 }

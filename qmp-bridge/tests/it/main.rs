@@ -21,19 +21,22 @@ use qmp_bridge::{Client, Options};
 /// No test may take longer.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Short enough for tests that wait for it to pass, long enough for a busy machine where it must not.
+/// Short enough for tests that wait for it to pass.
 const SOON: Duration = Duration::from_millis(300);
+
+/// Long enough for a machine that is busy with other things, where it must not pass.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What a test does, within its deadline.
 async fn timely<T>(test: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, test).await.expect("the test hangs")
 }
 
-/// A client with deadlines that a test can wait for.
-async fn hasty(path: &Path) -> qmp_bridge::Result<Client> {
-    Client::connect(path, hasty_options()).await
+/// A client to which something else than a deadline happens.
+async fn patient(path: &Path) -> qmp_bridge::Result<Client> {
+    Client::connect(path, options(PATIENCE)).await
 }
 
-fn hasty_options() -> Options {
-    Options { greeting_deadline: SOON, command_deadline: SOON, max_line_bytes: 100_000 }
+fn options(deadline: Duration) -> Options {
+    Options { greeting_deadline: deadline, command_deadline: deadline, max_line_bytes: 100_000 }
 }

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 
 use crate::qemu::{Qemu, SMALL, furnished, storage_daemon};
 use crate::scenario::{checkpoint, describe};
-use crate::{DEADLINE, hasty_options, timely};
+use crate::{DEADLINE, SOON, options, timely};
 
 const QEMU: &str = "qemu-system-x86_64";
 const NONE: [&str; 3] = ["-machine", "none", "-S"];
@@ -100,7 +100,7 @@ async fn a_second_client_is_told_that_the_socket_is_held_and_gets_it_afterwards(
     let qemu = Qemu::start(QEMU, dir.path(), &NONE);
     let first = Client::connect(&qemu.qmp, Options::default()).await.unwrap();
     let backoff = Backoff { first: Duration::from_millis(50), longest: Duration::from_millis(50) };
-    let bridge = Bridge::start(&qemu.qmp, hasty_options(), backoff);
+    let bridge = Bridge::start(&qemu.qmp, options(SOON), backoff);
     let held =
         |state: &State| matches!(state, State::Disconnected { reason } if reason.kind() == ErrorKind::Held);
     timely(bridge.until(held)).await;

@@ -8,7 +8,7 @@ use qmp_bridge::migration::Mode;
 use qmp_bridge::{Client, ErrorKind, Options, Result};
 
 use crate::scenario::{checkpoint, describe};
-use crate::{hasty_options, timely};
+use crate::{PATIENCE, options, timely};
 
 const VERSIONS: [&str; 2] = ["7.2", "10.0"];
 const MODES: [Mode; 3] = [Mode::Hot, Mode::Live, Mode::Pause];
@@ -106,7 +106,7 @@ async fn broken(transcript: Transcript, mode: Mode) -> Result<()> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
     let _fake = Fake::replay(&path, vec![transcript]).unwrap();
-    let client = Client::connect(&path, hasty_options()).await?;
+    let client = Client::connect(&path, options(PATIENCE)).await?;
     checkpoint(&client, mode, Path::new("/run/vm/stream")).await.map(drop)
 }
 

@@ -9,7 +9,7 @@ use qmp_bridge::migration::{self, Mode, Plan, Saved, Settings};
 use qmp_bridge::{Client, ErrorKind, MigrationStatus, control};
 use serde_json::{Map, Value, json};
 
-use crate::{hasty, timely};
+use crate::{patient, timely};
 
 const MODES: [Mode; 3] = [Mode::Hot, Mode::Live, Mode::Pause];
 
@@ -131,7 +131,7 @@ async fn ends_as_it_began(mode: Mode, trouble: Option<(&'static str, Trouble)>) 
     .unwrap();
 
     let mut saved = None;
-    let begun = begin(&hasty(&path).await.unwrap(), mode, &mut saved).await;
+    let begun = begin(&patient(&path).await.unwrap(), mode, &mut saved).await;
     let Some(saved) = saved else {
         // Nothing had been changed yet.
         assert!(begun.is_err());
@@ -142,7 +142,7 @@ async fn ends_as_it_began(mode: Mode, trouble: Option<(&'static str, Trouble)>) 
     let mut attempts = 0;
     let ended = loop {
         attempts += 1;
-        match migration::wind_down(&hasty(&path).await.unwrap(), &saved).await {
+        match migration::wind_down(&patient(&path).await.unwrap(), &saved).await {
             Ok(progress) => break progress.status,
             Err(error) => assert!(attempts < 3, "{error}"),
         }
@@ -191,7 +191,7 @@ async fn a_plan_turns_off_all_that_it_does_not_want_and_leaves_alone_what_somebo
         plays.lock().unwrap().answer(name, arguments)
     })
     .unwrap();
-    let client = hasty(&path).await.unwrap();
+    let client = patient(&path).await.unwrap();
     let mut saved = None;
     timely(begin(&client, Mode::Hot, &mut saved)).await.unwrap();
     {
@@ -218,7 +218,7 @@ async fn a_migration_that_somebody_else_began_with_other_settings_is_left_alone(
         plays.lock().unwrap().answer(name, arguments)
     })
     .unwrap();
-    let client = hasty(&path).await.unwrap();
+    let client = patient(&path).await.unwrap();
     let before = Settings::read(&client).await.unwrap();
     let saved = Plan::new(Mode::Hot, Duration::ZERO).changes(&client, &before, true).unwrap();
     {
@@ -239,7 +239,7 @@ async fn a_qemu_that_lacks_the_capability_of_a_mode_is_told_apart() {
     model.capabilities.remove("background-snapshot");
     let _fake =
         Fake::answering(&path, (5, 2, 0), move |name, arguments| model.answer(name, arguments)).unwrap();
-    let error = timely(begin(&hasty(&path).await.unwrap(), Mode::Hot, &mut None)).await.unwrap_err();
+    let error = timely(begin(&patient(&path).await.unwrap(), Mode::Hot, &mut None)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::UnknownCommand);
     assert!(error.to_string().contains("background-snapshot"), "{error}");
 }
@@ -255,7 +255,7 @@ async fn a_guest_that_goes_to_sleep_meanwhile_is_left_asleep_and_nobody_waits_fo
         vec![Say::Return(json!({ "running": false, "status": "suspended" }))]
     })
     .unwrap();
-    let client = hasty(&path).await.unwrap();
+    let client = patient(&path).await.unwrap();
     timely(control::run_again(&client)).await.unwrap();
     assert_eq!(*asked.lock().unwrap(), ["query-status"]);
 }

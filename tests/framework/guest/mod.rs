@@ -21,7 +21,7 @@ pub use channel::Running;
 /// How long a boot may take: 3 s on an idle machine, far more with two emulators on two busy cores.
 const BOOT: Duration = Duration::from_secs(120);
 /// How long an ordinary command may take.
-const COMMAND: Duration = Duration::from_secs(90);
+const COMMAND: Duration = Duration::from_secs(300);
 
 /// A running guest; dropping it kills its QEMU.
 #[derive(Debug)]
@@ -58,7 +58,7 @@ fn connect_keyboard(socket: &Path) -> Result<UnixStream> {
 /// Connects to a socket of QEMU once it is there.
 fn connect(socket: &Path) -> Result<UnixStream> {
     let what = format!("QEMU's socket {}", socket.display());
-    wait_for(&what, Duration::from_secs(30), || Ok(UnixStream::connect(socket).ok()))
+    wait_for(&what, BOOT, || Ok(UnixStream::connect(socket).ok()))
 }
 
 impl Guest {
@@ -139,7 +139,7 @@ impl Guest {
     /// QEMU does not end in time, or not with success.
     pub fn quit(mut self) -> Result<()> {
         self.qmp.execute("quit", json!({}))?;
-        let status = self.qemu.wait(Duration::from_secs(30))?;
+        let status = self.qemu.wait(BOOT)?;
         ensure!(status.success(), "QEMU: {status}");
         Ok(())
     }
@@ -149,7 +149,11 @@ impl Guest {
     /// # Errors
     /// The operating system's.
     pub fn kill(mut self) -> Result<()> {
-        self.qemu.kill()
+        self.qemu.kill()?;
+        // If `cdp-tool` has started it, the kernel kills it after that.
+        wait_for(&format!("the end of {}'s QEMU", self.name), BOOT, || {
+            Ok(UnixStream::connect(&self.places.qmp).is_err().then_some(()))
+        })
     }
 
     /// Waits until the console has said `text`.
@@ -179,10 +183,15 @@ impl Guest {
         Ok(())
     }
 
-    /// What the console has said so far.
-    #[must_use]
-    pub fn console(&self) -> &Path {
-        &self.places.console
+    /// The lines that the console has said so far. One that is still being said is not among them: the serial port says a
+    /// character at a time, so half a number would be a number, or none.
+    ///
+    /// # Errors
+    /// The console's log cannot be read.
+    pub fn said(&self) -> Result<String> {
+        let console = &self.places.console;
+        let bytes = std::fs::read(console).with_context(|| console.display().to_string())?;
+        Ok(String::from_utf8_lossy(complete_lines(&bytes)).into_owned())
     }
 
     fn channel(&mut self) -> Result<&mut Channel> {
@@ -200,5 +209,26 @@ impl Guest {
 
     fn describe(&self, command: &str) -> String {
         format!("{}: {command}", self.name)
+    }
+}
+
+/// Without what is behind the last end of a line.
+fn complete_lines(said: &[u8]) -> &[u8] {
+    let end = said.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
+    &said[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::complete_lines;
+
+    #[test]
+    fn a_line_that_is_still_being_said_has_not_been_said() {
+        assert_eq!(
+            complete_lines(b"sweeps 1 mismatches 0\r\nsweeps 2 mismatches "),
+            b"sweeps 1 mismatches 0\r\n"
+        );
+        assert_eq!(complete_lines(b"sweeps 1"), b"");
+        assert_eq!(complete_lines(b"sweeps 1\n"), b"sweeps 1\n");
     }
 }

@@ -21,7 +21,9 @@ pub const DEFAULT_QUEUES: u16 = 16;
 pub const MAX_QUEUES: u16 = 256;
 
 /// How long a guest that has just ended may take to be noticed: whoever waits for its end reverts its disk next.
-const PARTING: Duration = Duration::from_millis(400);
+const PARTING: Duration = Duration::from_secs(2);
+/// How often that is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// The servers of one store.
 ///
@@ -240,7 +242,7 @@ impl Servers {
         loop {
             match self.store.revert(targets, false) {
                 Err(error) if error.kind() == cdp_store::ErrorKind::Busy && began.elapsed() < patience => {
-                    std::thread::sleep(PARTING / 8);
+                    std::thread::sleep(LOOK_EVERY);
                 }
                 outcome => return outcome,
             }
@@ -290,7 +292,7 @@ impl Servers {
         let reverted = loop {
             match self.store.revert_vm(vm, to, false) {
                 Err(error) if error.kind() == cdp_store::ErrorKind::Busy && began.elapsed() < PARTING => {
-                    std::thread::sleep(PARTING / 8);
+                    std::thread::sleep(LOOK_EVERY);
                 }
                 Err(error) if error.kind() == cdp_store::ErrorKind::Busy => {
                     let text =

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -37,6 +37,8 @@ struct Shared {
     saved: Mutex<BTreeMap<u64, Vec<u8>>>,
     /// Pages whose faults are not answered for now, by guest address.
     held: Mutex<BTreeSet<u64>>,
+    /// Faults that are not answered yet.
+    waiting: AtomicUsize,
     delay: Duration,
     ended: AtomicBool,
     /// All of memory as it was when the protection began.
@@ -65,6 +67,7 @@ impl Saver {
             memory: Arc::clone(memory),
             saved: Mutex::default(),
             held: Mutex::default(),
+            waiting: AtomicUsize::new(0),
             delay,
             ended: AtomicBool::new(false),
             before,
@@ -81,6 +84,11 @@ impl Saver {
 
     pub(crate) fn release(&self) {
         self.shared.held.lock().unwrap().clear();
+    }
+
+    /// How many faults wait to be answered: each is of somebody who stands still in the kernel.
+    pub(crate) fn waiting(&self) -> usize {
+        self.shared.waiting.load(Ordering::Acquire)
     }
 
     /// Whether the page was saved because somebody wanted to write to it.
@@ -129,6 +137,7 @@ impl Shared {
             waiting.extend(self.faults());
             let held = self.held.lock().unwrap().clone();
             waiting.retain(|&addr| held.contains(&addr) || !self.save(addr));
+            self.waiting.store(waiting.len(), Ordering::Release);
         }
     }
 

@@ -30,6 +30,7 @@ fn hold_many(bed: &Bed, guest: &mut Guest) -> (Saver, std::sync::mpsc::Receiver<
     guest.start_rings(Some(&bases));
     guest.rings[0].submit(MANY);
     eventually("all requests wait", || bed.guard.stats().waiting == u64::from(MANY));
+    eventually("the helpers are in the kernel", || saver.waiting() == HELPERS as usize);
     (saver, troubles)
 }
 

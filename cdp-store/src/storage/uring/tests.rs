@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{FlockOperation, flock};
 use tempfile::{TempDir, tempdir};
 
-use super::{DirectoryStorage, OUTWAIT};
+use super::DirectoryStorage;
 use crate::storage::{AlignedBuf, Done, Lane, Storage, conformance};
 
 /// Long enough for any machine, short enough to notice.
@@ -134,11 +134,11 @@ mod locking {
         let error = DirectoryStorage::open_within(directory.path(), Duration::from_millis(50)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::WouldBlock);
         assert!(error.to_string().contains("has ended"), "{error}");
+        let began = Instant::now();
         let last_writes = thread::spawn(move || {
             thread::sleep(Duration::from_millis(200));
             drop(lock);
         });
-        let began = Instant::now();
         DirectoryStorage::open_within(directory.path(), SOON).unwrap();
         assert!(began.elapsed() >= Duration::from_millis(100));
         last_writes.join().unwrap();
@@ -219,7 +219,7 @@ mod locking {
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        let storage = DirectoryStorage::open_within(directory.path(), OUTWAIT).unwrap();
+        let storage = DirectoryStorage::open_within(directory.path(), SOON).unwrap();
         let contents = || {
             let mut bytes = AlignedBuf::zeroed(16 << 20);
             storage.open("f").unwrap().read_at(0, &mut bytes).unwrap();
