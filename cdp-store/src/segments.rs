@@ -251,11 +251,14 @@ impl Segments {
     }
 
     fn read_header(&self, file: &Arc<dyn File>, store: [u8; 16]) -> Result<Option<SegmentHeader>> {
-        let stride = header_stride(self.alignment.physical_block);
-        let mut copies = AlignedBuf::zeroed(2 * stride as usize);
-        file.read_at(0, &mut copies).map_err(|e| Error::io(format!("reading {}", file.name()), e))?;
+        let stride = header_stride(self.alignment.physical_block) as usize;
+        let mut copies = AlignedBuf::zeroed(2 * stride);
+        let unread = match file.read_at(0, &mut copies) {
+            Ok(()) => None,
+            Err(_) => read_apart(file, &mut copies, stride),
+        };
         let mut newest: Option<SegmentHeader> = None;
-        for at in [0, stride as usize] {
+        for at in [0, stride] {
             match SegmentHeader::decode(&copies[at..at + SegmentHeader::LEN]) {
                 Ok(header) if header.store == store => {
                     // A recycled slot whose new header was torn shows the old one in its other copy: the newer counts.
@@ -270,7 +273,14 @@ impl Segments {
                 Ok(_) | Err(_) => {}
             }
         }
-        Ok(newest)
+        match (newest, unread) {
+            (None, Some(error)) => Err(Error::io(format!("reading {}", file.name()), error)),
+            (newest, Some(error)) => {
+                tracing::warn!("{}: one copy of its header cannot be read: {error}", file.name());
+                Ok(newest)
+            }
+            (newest, None) => Ok(newest),
+        }
     }
 
     /// Takes a discovered segment into use.
@@ -607,6 +617,21 @@ impl Segments {
         }
         Ok(PoolStep::Filled)
     }
+}
+
+/// Reads a header's two copies one by one, since a disk that does not read one may read the other; what it does not read
+/// is zero. Returns why that is.
+fn read_apart(file: &Arc<dyn File>, copies: &mut AlignedBuf, stride: usize) -> Option<io::Error> {
+    copies.fill(0);
+    let mut copy = AlignedBuf::zeroed(stride);
+    let mut unread = None;
+    for at in [0, stride] {
+        match file.read_at(at as u64, &mut copy) {
+            Ok(()) => copies[at..at + stride].copy_from_slice(&copy),
+            Err(error) => unread = Some(error),
+        }
+    }
+    unread
 }
 
 #[cfg(test)]

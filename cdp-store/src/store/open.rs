@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use cdp_types::Generation;
 
@@ -124,16 +125,29 @@ impl Store {
         if !dir.join(SUPERBLOCK).exists() {
             return Err(Error::new(ErrorKind::Foreign, format!("{at} holds no store")));
         }
+        let began = Instant::now();
+        let passed_ms = || began.elapsed().as_millis() as u64;
         let storage =
             DirectoryStorage::open(dir).map_err(|e| Error::io(format!("opening the store {at}"), e))?;
+        tracing::debug!(
+            passed_ms = passed_ms(),
+            "the store is locked, and nobody else's writes are under way"
+        );
         let tuning = RocksOptions { memory_bytes: options.index_memory_bytes, ..RocksOptions::default() };
         let index = open_or_rebuild(&dir.join(INDEX_DIRECTORY), |p| RocksKv::open(p, &tuning))?;
         let catalogue = open_or_rebuild(&dir.join(CATALOGUE_DIRECTORY), |p| RocksKv::open_synced(p))?;
+        tracing::debug!(passed_ms = passed_ms(), "the databases are open");
         let clock = Arc::new(SystemClock);
         let reach = Some(PathBuf::from(reach::DIRECTORY));
         let seams = Seams { storage: Arc::new(storage), index, catalogue, clock, secrets: random, reach };
-        let store = Opening::new(seams, options, Mode::Write)?.told_by(progress).run()?;
+        let opening = Opening::new(seams, options, Mode::Write)?.told_by(progress);
+        tracing::debug!(
+            passed_ms = passed_ms(),
+            "the segments' headers are read, and the generation is claimed"
+        );
+        let store = opening.run()?;
         store.start_background()?;
+        tracing::debug!(passed_ms = passed_ms(), "the logs are recovered, and the store is open");
         Ok(store)
     }
 
@@ -205,19 +219,30 @@ pub(super) fn write_slot(
     file.write_at(slot_at(storage, slot), &bytes).map_err(|e| Error::io("writing superblock", e))
 }
 
-/// The newer of the two valid slots.
-pub(super) fn read_superblock(storage: &dyn Storage, file: &dyn File) -> Result<Superblock> {
-    let mut newest: Option<Superblock> = None;
-    let mut why = FormatError::Absent;
+/// The newer of the two valid slots, and which one that is.
+pub(super) fn read_superblock(storage: &dyn Storage, file: &dyn File) -> Result<(Superblock, u64)> {
+    let mut newest: Option<(Superblock, u64)> = None;
+    let (mut invalid, mut unread) = (FormatError::Absent, None);
     for slot in 0..2 {
         let mut bytes = AlignedBuf::zeroed(slot_at(storage, 1) as usize);
         let at = slot_at(storage, slot);
-        file.read_at(at, &mut bytes).map_err(|e| Error::io(format!("reading superblock, byte {at}"), e))?;
+        if let Err(error) = file.read_at(at, &mut bytes) {
+            tracing::warn!("superblock, byte {at}: this copy cannot be read: {error}");
+            unread = Some(Error::io(format!("reading superblock, byte {at}"), error));
+            continue;
+        }
         match Superblock::decode(&bytes[..SUPERBLOCK_LEN]) {
-            Ok(found) if newest.is_none_or(|n| n.generation < found.generation) => newest = Some(found),
+            Ok(found) if newest.is_none_or(|(newest, _)| newest.generation < found.generation) => {
+                newest = Some((found, slot));
+            }
             Ok(_) => {}
-            Err(error) => why = error,
+            // The other copy may be one from before the store was taken over by a newer program.
+            Err(error @ FormatError::Newer { .. }) => {
+                return Err(Error::format(format!("superblock, byte {at}"), error));
+            }
+            Err(error) => invalid = error,
         }
     }
-    newest.ok_or_else(|| Error::format("superblock: neither of its two copies is valid", why))
+    let neither = || Error::format("superblock: neither of its two copies is valid", invalid);
+    newest.ok_or_else(|| unread.unwrap_or_else(neither))
 }

@@ -58,14 +58,14 @@ pub(super) struct Opening {
 }
 
 impl Opening {
-    /// 1. Find the segments, and claim a new generation in the older superblock slot, and sync it: one that is newer
-    ///    than any segment's too, in case a dead process's claim landed over a newer one. Crash: the claim is lost or
-    ///    it holds; no `Seq`, origin or incarnation of this opening was given out before.
+    /// 1. Find the segments, and claim a new generation in a superblock slot, but not in the newest valid one, and sync
+    ///    it: one that is newer than any segment's too, in case a dead process's claim landed over a newer one. Crash:
+    ///    the claim is lost or it holds; no `Seq`, origin or incarnation of this opening was given out before.
     /// 2. Remove empty slots: whoever held them last may still write to them.
     pub(super) fn new(seams: Seams, options: StoreOptions, mode: Mode) -> Result<Self> {
         let storage = &*seams.storage;
         let file = storage.open(SUPERBLOCK).map_err(|e| Error::io("opening superblock", e))?;
-        let mut superblock = read_superblock(storage, &*file)?;
+        let (mut superblock, newest_slot) = read_superblock(storage, &*file)?;
         let segments = Arc::new(Segments::new(
             Arc::clone(&seams.storage),
             superblock.segment_bytes,
@@ -80,7 +80,7 @@ impl Opening {
             }
             let written = discovered.iter().filter_map(|f| f.segment.as_ref()).map(|s| s.generation()).max();
             superblock.generation = Generation(superblock.generation.max(written.unwrap_or_default()).0 + 1);
-            write_slot(storage, &*file, superblock.generation.0 % 2, &superblock)?;
+            write_slot(storage, &*file, 1 - newest_slot, &superblock)?;
             file.sync().map_err(|e| Error::io("syncing superblock", e))?;
             if superblock.generation >= segments::GENERATION_LIMIT {
                 let text = "the store has been opened 16 million times; copy its volumes into a new one";

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cdp_store::storage::sim::{Fault, OpKind, When};
-use cdp_store::{CloneSpec, ErrorKind};
+use cdp_store::{CloneSpec, Error, ErrorKind};
 use cdp_types::{BlockDevice, Instant, IoErrorKind, Op, Origin, Seq};
 
 use crate::bench::{Bench, block_of, write_op};
@@ -277,12 +277,116 @@ fn a_killed_process_spares_the_next_one_the_search_behind_the_end() {
     assert!(noted < forgotten, "{noted} steps with notes, {forgotten} without");
 }
 
-/// Kills the process, and opens the store again while reads of a file fail; its first one, of the segment's header, does not.
-fn restart_failing_reads(bench: &mut Bench, file: &str, when: When) {
+/// Kills the process, and opens the store again while reads of a file fail; of a segment, the first one is of its header.
+fn restart_failing_reads(bench: &mut Bench, file: &str, whens: &[When]) -> Result<(), Error> {
     bench.machine.crash(Crash::Kill);
-    let file = Some(file.to_owned());
-    bench.machine.disk.fail(Fault { kind: OpKind::Read, file, when, errno: libc::EIO });
-    bench.machine.open().unwrap();
+    for &when in whens {
+        let file = Some(file.to_owned());
+        bench.machine.disk.fail(Fault { kind: OpKind::Read, file, when, errno: libc::EIO });
+    }
+    bench.machine.open()
+}
+
+/// Nothing is read-only, and everything that was written is there.
+fn assert_whole(bench: &Bench) {
+    assert!(bench.machine.volume(&bench.name(0)).refusal().is_none());
+    for block in 0..=BLOCKS {
+        assert_eq!(bench.block(0, block).unwrap(), 100 + block);
+    }
+}
+
+#[test]
+fn one_copy_of_a_segments_header_is_enough() {
+    // Both at once, then each: the first or the second of them is not read.
+    for copy in [1, 2] {
+        let mut bench = with_flushed_blocks(copy);
+        let file = bench.file_of(&bench.records(0)[0]);
+        restart_failing_reads(&mut bench, &file, &[When::Nth(0), When::Nth(copy)]).unwrap();
+        assert_whole(&bench);
+    }
+}
+
+#[test]
+fn a_segment_of_which_no_header_is_read_keeps_the_store_closed() {
+    let mut bench = with_flushed_blocks(4);
+    let file = bench.file_of(&bench.records(0)[0]);
+    let error = restart_failing_reads(&mut bench, &file, &[0, 1, 2].map(When::Nth)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+    assert!(error.to_string().contains(&file), "{error} does not name {file}");
+    bench.restart(Crash::Kill);
+    assert_whole(&bench);
+}
+
+/// The superblock's two slots.
+fn slots(bench: &Bench) -> [Vec<u8>; 2] {
+    let bytes = bench.machine.disk.contents("superblock").unwrap();
+    let (first, second) = bytes.split_at(bytes.len() / 2);
+    [first.to_vec(), second.to_vec()]
+}
+
+/// Where one of them is.
+fn slot_at(bench: &Bench, slot: usize) -> usize {
+    slots(bench)[0].len() * slot
+}
+
+/// Damages one of them.
+fn spoil_slot(bench: &Bench, slot: usize) {
+    bench.machine.disk.flip_bit("superblock", (slot_at(bench, slot) + 50) as u64, 3);
+}
+
+#[test]
+fn one_slot_of_the_superblock_is_enough() {
+    for unread in [0, 1] {
+        for openings in [0, 1] {
+            let mut bench = with_flushed_blocks(openings);
+            (0..openings).for_each(|_| bench.restart(Crash::Kill));
+            restart_failing_reads(&mut bench, "superblock", &[When::Nth(unread)]).unwrap();
+            assert_whole(&bench);
+            bench.restart(Crash::Kill);
+            assert_whole(&bench);
+        }
+    }
+    let mut bench = with_flushed_blocks(3);
+    let error = restart_failing_reads(&mut bench, "superblock", &[When::From(0)]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+}
+
+#[test]
+fn a_superblock_of_which_a_newer_program_has_written_one_slot_is_refused() {
+    for slot in [0, 1] {
+        let mut bench = with_flushed_blocks(slot as u64);
+        // Version 2, and the checksum over it (docs/format.md, "The prefix of every structure").
+        let was = slots(&bench)[slot].clone();
+        let mut newer = was[..4096].to_vec();
+        newer[12] = 2;
+        let checksum = cdp_types::crc32c([&[0; 8], &newer[..28], &newer[32..]]);
+        newer[28..32].copy_from_slice(&checksum.to_le_bytes());
+        for (at, (was, is)) in was.iter().zip(&newer).enumerate() {
+            for bit in (0..8).filter(|bit| (was ^ is) >> bit & 1 == 1) {
+                bench.machine.disk.flip_bit("superblock", (slot_at(&bench, slot) + at) as u64, bit);
+            }
+        }
+        bench.machine.crash(Crash::Kill);
+        assert_eq!(bench.machine.open().unwrap_err().kind(), ErrorKind::Newer);
+    }
+}
+
+#[test]
+fn an_opening_writes_over_no_superblock_slot_that_is_the_only_good_one() {
+    for (openings, spoilt) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let mut bench = with_flushed_blocks(openings);
+        (0..openings).for_each(|_| bench.restart(Crash::Kill));
+        spoil_slot(&bench, spoilt);
+        let before = slots(&bench);
+        bench.restart(Crash::Kill);
+        let after = slots(&bench);
+        assert_eq!(before[1 - spoilt], after[1 - spoilt], "a power cut would have left neither");
+        assert_ne!(before[spoilt], after[spoilt]);
+        // Had it been torn.
+        spoil_slot(&bench, spoilt);
+        bench.restart(Crash::Kill);
+        assert_whole(&bench);
+    }
 }
 
 #[test]
@@ -294,16 +398,13 @@ fn a_log_that_cannot_be_read_keeps_no_other_volume_from_being_served() {
         }
         let head = bench.machine.volume(&bench.name(0)).head().seq;
         let file = bench.file_of(&bench.records(0)[0]);
-        restart_failing_reads(&mut bench, &file, When::From(1));
+        restart_failing_reads(&mut bench, &file, &[When::From(1)]).unwrap();
         assert_read_only(&bench, 0, &file);
         let known = bench.machine.volume(&bench.name(0)).head().seq;
         assert_eq!(known, if is_indexed { head } else { Seq::ZERO });
         // The disk is well again: nothing was cut.
         bench.restart(Crash::Kill);
-        assert!(bench.machine.volume(&bench.name(0)).refusal().is_none());
-        for block in 0..=BLOCKS {
-            assert_eq!(bench.block(0, block).unwrap(), 100 + block);
-        }
+        assert_whole(&bench);
     }
 }
 
@@ -311,11 +412,8 @@ fn a_log_that_cannot_be_read_keeps_no_other_volume_from_being_served() {
 fn what_cannot_be_read_ahead_hides_no_batch_before_it() {
     let mut bench = with_flushed_blocks(2);
     let file = bench.file_of(&bench.records(0)[0]);
-    restart_failing_reads(&mut bench, &file, When::Nth(1));
-    assert!(bench.machine.volume(&bench.name(0)).refusal().is_none());
-    for block in 0..=BLOCKS {
-        assert_eq!(bench.block(0, block).unwrap(), 100 + block);
-    }
+    restart_failing_reads(&mut bench, &file, &[When::Nth(1)]).unwrap();
+    assert_whole(&bench);
 }
 
 #[test]
@@ -337,8 +435,5 @@ fn a_segment_whose_header_has_rotted_is_not_thrown_away() {
     }
     flip(&bench);
     bench.restart(Crash::Kill);
-    assert!(bench.machine.volume(&bench.name(0)).refusal().is_none());
-    for block in 0..=BLOCKS {
-        assert_eq!(bench.block(0, block).unwrap(), 100 + block);
-    }
+    assert_whole(&bench);
 }
