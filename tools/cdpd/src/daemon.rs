@@ -4,10 +4,10 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use cdp_store::{ErrorKind, Store};
+use cdp_store::{ErrorKind, OpeningProgress, Store, VerifyProgress};
 use cdp_types::VmControl;
 use ckpt::gate::Gate;
 use jiff::Timestamp;
@@ -22,9 +22,12 @@ use crate::machines::{Machines, schedule};
 use crate::nbd::NbdServer;
 use crate::serving::Servers;
 use crate::socket;
+use crate::systemd::{NotifyState, notify};
 
 /// How often sockets that could not be made are tried again.
 const RETRY_EVERY: Duration = Duration::from_secs(5);
+/// How often an opening that takes long says how far it has come.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 /// How long clients of the API get to take their answers when the daemon stops.
 const ANSWERS_DEADLINE: Duration = Duration::from_secs(5);
 /// How long guests' requests in flight get. Those left are failed by closing the store; none is acknowledged
@@ -58,6 +61,7 @@ impl Daemon {
     /// The store cannot be opened, or a socket of the API cannot be made. A volume's socket that cannot be
     /// made is no error: it is logged, shown, and tried again.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
+        let began = Instant::now();
         let opening = config.clone();
         let store = on_thread(move || open(&opening)).await?;
         let (stopping, stop) = watch::channel(false);
@@ -97,7 +101,8 @@ impl Daemon {
         app.set_nbd(nbd);
         let retries = tokio::spawn(retry(Arc::clone(&app)));
         let schedules = tokio::spawn(schedule::keep_to_schedules(Arc::clone(&app)));
-        tracing::info!(store = %config.store.display(), version = env!("CARGO_PKG_VERSION"), "ready");
+        let (store, took_ms) = (config.store.display(), began.elapsed().as_millis() as u64);
+        tracing::info!(%store, version = env!("CARGO_PKG_VERSION"), took_ms, "ready");
         Ok(Self { app, stopping, listeners, retries, schedules, recovery, config })
     }
 
@@ -173,9 +178,28 @@ fn open(config: &Config) -> anyhow::Result<Store> {
             .with_context(|| format!("cannot make a store in {directory}"))?;
         tracing::info!(store = %directory, "made a new store");
     }
-    Store::open(&config.store, config.options).map_err(|error| {
+    Store::open_with_progress(&config.store, config.options, tell_of_replay()).map_err(|error| {
         let advice = advice(error.kind());
         anyhow!(error).context(format!("cannot open the store in {directory}{advice}"))
+    })
+}
+
+/// Says now and then, to the log and to systemd, how much of the logs an opening has read. Usually it is over before that.
+fn tell_of_replay() -> OpeningProgress {
+    let mut told = Instant::now();
+    Box::new(move |VerifyProgress { done_bytes, total_bytes }| {
+        if told.elapsed() < TELL_EVERY {
+            return;
+        }
+        told = Instant::now();
+        tracing::info!(
+            read_bytes = done_bytes,
+            at_most_bytes = total_bytes,
+            "reading what the index lacks from the logs"
+        );
+        let mib = |bytes| bytes >> 20;
+        let text = format!("reading the logs: {} MiB of at most {}", mib(done_bytes), mib(total_bytes));
+        notify(&[NotifyState::Status(&text)]);
     })
 }
 

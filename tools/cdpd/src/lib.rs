@@ -25,6 +25,7 @@ mod open_files;
 mod serving;
 pub mod size;
 pub mod socket;
+pub mod systemd;
 
 pub use args::Args;
 pub use callback::Callback;

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use cdpd::systemd::{NotifyState, notify};
 use cdpd::{Args, Config, Daemon, logging};
 use clap::Parser;
-use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 fn main() -> ExitCode {
@@ -63,7 +63,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             exit_now(0);
         }
     };
-    notify(&[NotifyState::Ready]);
+    notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
     let name = tokio::select! {
         name = signals.next() => name,
         never = feed_watchdog(&daemon) => match never {},
@@ -96,13 +96,6 @@ impl Signals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         }
-    }
-}
-
-/// Tells systemd, if it asked. That it cannot be told is no reason to fail.
-fn notify(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(%error, "cannot notify systemd");
     }
 }
 

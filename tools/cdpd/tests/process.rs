@@ -156,7 +156,6 @@ fn stop_twice(bench: &Bench, daemon: &mut Daemon, client: &Client) -> Option<()>
         daemon.signal(Signal::TERM);
     }
     let status = daemon.wait();
-    assert!(begun.elapsed() < Duration::from_secs(4), "{}", bench.log());
     if status.code() == Some(0) {
         return None;
     }
@@ -203,7 +202,7 @@ fn systemd_hears_of_readiness_life_and_the_end() {
     let mut command = bench.command(&[]);
     command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "300000").stderr(log);
     let mut daemon = Daemon(command.spawn().unwrap());
-    assert_eq!(hear(), "READY=1");
+    assert_eq!(hear(), "READY=1\nSTATUS=serving");
     // Whoever is told may connect at once.
     assert!(Client::find(&bench.store()).unwrap().is_some());
     for _ in 0..3 {
