@@ -238,10 +238,9 @@ mod tests {
     #[test]
     fn a_command_past_its_deadline_is_killed_and_its_output_quoted() {
         let started = Instant::now();
-        let error =
-            run(Command::new("sh").args(["-c", "echo here; exec sleep 60"]), Duration::from_millis(300))
-                .unwrap_err();
-        assert!(started.elapsed() < Duration::from_secs(10));
+        let error = run(Command::new("sh").args(["-c", "echo here; exec sleep 60"]), Duration::from_secs(3))
+            .unwrap_err();
+        assert!(started.elapsed() < Duration::from_secs(50));
         assert!(format!("{error:#}").contains("here"), "{error:#}");
     }
 
@@ -249,9 +248,9 @@ mod tests {
     fn output_that_a_child_of_a_command_holds_open_is_not_waited_for() {
         let started = Instant::now();
         let mut command = Command::new("sh");
-        command.args(["-c", "echo here; sleep 20 & true"]);
-        assert_eq!(run_ok(&mut command, Duration::from_secs(10)).unwrap(), "here\n");
-        assert!(started.elapsed() < Duration::from_secs(15));
+        command.args(["-c", "echo here; sleep 60 & true"]);
+        assert_eq!(run_ok(&mut command, Duration::from_secs(50)).unwrap(), "here\n");
+        assert!(started.elapsed() < Duration::from_secs(50));
     }
 
     #[test]
