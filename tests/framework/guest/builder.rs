@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -16,6 +17,10 @@ use crate::process::{Process, tied};
 use crate::programs::{qemu_version, system};
 use crate::qmp::Qmp;
 use crate::scene::Scene;
+
+/// How QEMU 10.0 was seen to end itself while a machine with four emulated processors and two of our disks booted, once: a
+/// check in `hw/pci/msix.c`, which neither guest nor server has to do with. It is the emulator's, so it is no test's result.
+const EMULATORS_OWN_END: &str = "msix_table_mmio_write: Assertion";
 
 /// What the guest is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -179,7 +184,14 @@ impl GuestBuilder {
     /// # Errors
     /// QEMU, the kernel or a tool is missing, QEMU refuses, or the guest does not boot in time.
     pub fn boot(self, scene: &Scene) -> Result<Guest> {
-        self.start(scene, None)
+        match self.clone().start(scene, None) {
+            Err(error) if format!("{error:#}").contains(EMULATORS_OWN_END) => {
+                println!("QEMU's emulator has ended itself, so it is started again: {error:#}");
+                std::thread::sleep(Duration::from_secs(1));
+                self.start(scene, None)
+            }
+            outcome => outcome,
+        }
     }
 
     /// As [`GuestBuilder::boot`], but QEMU is started by a command of `cdp-tool` (`vm run`, `vm clone`), to which it is
