@@ -4,6 +4,7 @@
 //! its own lane and reports how that went. Ordinals are given under the volume's lock, so the log has one
 //! order whichever queues write it; acknowledgements leave in that order ([`LogState::complete`]).
 
+mod ahead;
 mod draft;
 mod open;
 mod recover;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use cdp_types::{Ordinal, Seq};
 
+use super::ahead::Ahead;
 use super::scan::{BatchAt, ChainReader, Fence};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BatchPlace;
@@ -109,7 +110,7 @@ pub fn recover(
 ) -> Result<Recovery> {
     let mut walk =
         Walk { end: LogEnd::EMPTY, durable: known_durable, undecided: VecDeque::new(), at_watermark: None };
-    let mut reader = match watermark.filter(|w| w.ordinal > Ordinal(0)) {
+    let reader = match watermark.filter(|w| w.ordinal > Ordinal(0)) {
         None => ChainReader::new(chain),
         Some(watermark) => match walk.start_at(chain, watermark) {
             Err(error) if error.kind() == ErrorKind::Io => {
@@ -119,39 +120,13 @@ pub fn recover(
         },
     }
     .fenced(fence);
-    let mut unreadable = None;
-    while let Some(batch) = or_unreadable(reader.next(), &mut unreadable)?.flatten() {
-        walk.claim(&batch);
-        walk.undecided.push_back(batch);
-        walk.release(visit)?;
-    }
-    let ends_at = reader.position().and_then(|(segment, offset)| {
-        let place = LogPos::new(segment.header.incarnation, offset)?;
-        Some(End { place, secret: segment.header.secret })
-    });
-    let claimed = match reached {
-        _ if unreadable.is_some() => known_durable,
-        Some(_) if ends_at == reached => known_durable,
-        _ => {
-            let claimed = or_unreadable(reader.claims_beyond(), &mut unreadable)?;
-            claimed.map_or(known_durable, |claimed| claimed.max(known_durable))
-        }
+    let Some(ahead) = Ahead::worthwhile(chain, reader.segment()) else {
+        return walk.to_the_end(reader, known_durable, reached, visit);
     };
-    let next = walk.undecided.back().map_or(walk.end.ordinal, |b| b.header.ordinal).next();
-    let rot = (claimed >= next).then(|| describe(&reader, next, claimed));
-    walk.durable = walk.durable.max(Ordinal(claimed.0.min(next.0 - 1)));
-    walk.release(visit)?;
-    while let Some(batch) = walk.undecided.pop_front() {
-        if or_unreadable(batch.payload_is_whole(), &mut unreadable)? != Some(true) {
-            break;
-        }
-        walk.end = walk.end.after(&batch);
-        visit(batch, false)?;
-    }
-    let Walk { end, durable, at_watermark, .. } = walk;
-    let damage = unreadable.map(|error| Damage::unreadable(&error, claimed.max(durable))).or(rot);
-    let is_whole = damage.is_none() && end.ordinal.next() == next;
-    Ok(Recovery { end, durable, at_watermark, damage, reached: ends_at.filter(|_| is_whole) })
+    std::thread::scope(|scope| {
+        let _walking = ahead.start(scope);
+        walk.to_the_end(reader.behind(&ahead), known_durable, reached, visit)
+    })
 }
 
 /// What a log has to do without because the disk does not read it is noted, the first of it; other errors are the caller's.
@@ -219,6 +194,49 @@ impl Walk {
         self.durable = self.durable.max(watermark.ordinal);
         self.at_watermark = Some(batch);
         Ok(reader)
+    }
+
+    /// From where the reader is on.
+    fn to_the_end(
+        mut self,
+        mut reader: ChainReader<'_>,
+        known_durable: Ordinal,
+        reached: Option<End>,
+        visit: &mut dyn FnMut(BatchAt, bool) -> Result<()>,
+    ) -> Result<Recovery> {
+        let mut unreadable = None;
+        while let Some(batch) = or_unreadable(reader.next(), &mut unreadable)?.flatten() {
+            self.claim(&batch);
+            self.undecided.push_back(batch);
+            self.release(visit)?;
+        }
+        let ends_at = reader.position().and_then(|(segment, offset)| {
+            let place = LogPos::new(segment.header.incarnation, offset)?;
+            Some(End { place, secret: segment.header.secret })
+        });
+        let claimed = match reached {
+            _ if unreadable.is_some() => known_durable,
+            Some(_) if ends_at == reached => known_durable,
+            _ => {
+                let claimed = or_unreadable(reader.claims_beyond(), &mut unreadable)?;
+                claimed.map_or(known_durable, |claimed| claimed.max(known_durable))
+            }
+        };
+        let next = self.undecided.back().map_or(self.end.ordinal, |b| b.header.ordinal).next();
+        let rot = (claimed >= next).then(|| describe(&reader, next, claimed));
+        self.durable = self.durable.max(Ordinal(claimed.0.min(next.0 - 1)));
+        self.release(visit)?;
+        while let Some(batch) = self.undecided.pop_front() {
+            if or_unreadable(batch.payload_is_whole(), &mut unreadable)? != Some(true) {
+                break;
+            }
+            self.end = self.end.after(&batch);
+            visit(batch, false)?;
+        }
+        let Self { end, durable, at_watermark, .. } = self;
+        let damage = unreadable.map(|error| Damage::unreadable(&error, claimed.max(durable))).or(rot);
+        let is_whole = damage.is_none() && end.ordinal.next() == next;
+        Ok(Recovery { end, durable, at_watermark, damage, reached: ends_at.filter(|_| is_whole) })
     }
 
     fn claim(&mut self, batch: &BatchAt) {

@@ -1,10 +1,12 @@
 //! Reading a log back: batch by batch along the chain, across segments.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use cdp_types::{Generation, Ordinal};
 use serde::{Deserialize, Serialize};
 
+use super::ahead::Ahead;
 use crate::error::{Error, Result};
 use crate::format::{BatchHeader, BatchPlace, Cut, FormatError, RecordKind, data_start};
 use crate::segments::Segment;
@@ -12,6 +14,10 @@ use crate::storage::{AlignedBuf, File};
 
 /// Bytes read at a time while headers are walked: many small batches come with one read.
 const WINDOW: usize = 256 << 10;
+/// Behind a batch of so many bytes or more, the next one's header is read alone: nearly all of a window would be payload.
+const LONG_BATCH: u64 = 32 << 10;
+/// What is read of it then, in bytes, which is all of it for up to some hundred blocks.
+const SHORT_WINDOW: usize = 4096;
 
 /// A batch found in a segment.
 #[derive(Debug)]
@@ -117,6 +123,12 @@ pub struct ChainReader<'a> {
     window_len: usize,
     /// In this segment, up to here, the disk does not read everything: no more is asked for than is needed.
     sparing_until: Option<(usize, u64)>,
+    /// How long the last batch was, in bytes.
+    batch_len: u64,
+    /// Those that walk the segments that come next.
+    ahead: Option<&'a Ahead<'a>>,
+    /// What they have found in this one, from here on.
+    found: VecDeque<BatchAt>,
 }
 
 impl<'a> ChainReader<'a> {
@@ -135,6 +147,9 @@ impl<'a> ChainReader<'a> {
             window_at: None,
             window_len: WINDOW,
             sparing_until: None,
+            batch_len: 0,
+            ahead: None,
+            found: VecDeque::new(),
         }
     }
 
@@ -159,6 +174,18 @@ impl<'a> ChainReader<'a> {
         Self { fence, ..self }
     }
 
+    /// The same reader, which takes what others have found in the segments that it comes to.
+    #[must_use]
+    pub(super) fn behind(self, ahead: &'a Ahead<'a>) -> Self {
+        Self { ahead: Some(ahead), ..self }
+    }
+
+    /// Which segment of the chain it is in.
+    #[must_use]
+    pub(super) fn segment(&self) -> usize {
+        self.at
+    }
+
     /// Where the batch that `next` looked for last would be: segment and byte.
     #[must_use]
     pub fn position(&self) -> Option<(&Arc<Segment>, u64)> {
@@ -176,10 +203,12 @@ impl<'a> ChainReader<'a> {
             && next.header.first_ordinal == last.next()
         {
             (self.at, self.offset) = (self.at + 1, data_start(next.header.physical_block));
+            self.found = self.ahead.map(|ahead| ahead.take(self.at)).unwrap_or_default();
         }
         let batch = self.read_here()?;
         if let Some(batch) = &batch {
             self.last = Some((batch.header.ordinal, batch.crc));
+            self.batch_len = batch.end() - self.offset;
             self.offset = batch.end();
         }
         Ok(batch)
@@ -188,7 +217,11 @@ impl<'a> ChainReader<'a> {
     fn read_here(&mut self) -> Result<Option<BatchAt>> {
         let Some(segment) = self.chain.get(self.at) else { return Ok(None) };
         let segment = Arc::clone(segment);
-        let Some(batch) = self.read_batch(&segment, self.offset)? else { return Ok(None) };
+        let batch = match self.found.pop_front().filter(|found| found.header.place.offset == self.offset) {
+            None => self.read_batch(&segment, self.offset)?,
+            found => found,
+        };
+        let Some(batch) = batch else { return Ok(None) };
         let found = (batch.header.ordinal, batch.header.previous_crc);
         let opening = (segment.header.first_ordinal, segment.header.previous_crc);
         let is_first = self.offset == data_start(segment.header.physical_block);
@@ -240,20 +273,33 @@ impl<'a> ChainReader<'a> {
     /// which only whoever wants that block is to hear of.
     fn fill_window(&mut self, segment: &Arc<Segment>, offset: u64, needed: usize) -> Result<()> {
         self.window_at = None;
-        self.window_len = WINDOW;
+        let needed = needed.min(WINDOW);
         let spares = self.sparing_until.is_some_and(|(at, until)| at == self.at && offset < until);
-        if spares || read(&segment.file, offset, &mut self.window).is_err() {
+        let wanted = match self.batch_len {
+            _ if spares => needed,
+            LONG_BATCH.. => needed.max(SHORT_WINDOW),
+            _ => WINDOW,
+        };
+        let mut outcome = self.read_window(segment, offset, wanted);
+        if outcome.is_err() && wanted > needed {
             // A disk may try for seconds before it gives a block up: not once more for each batch before that.
-            if !spares {
-                self.sparing_until = Some((self.at, offset + WINDOW as u64));
-            }
-            let needed = needed.min(WINDOW);
-            let mut bytes = AlignedBuf::zeroed(needed);
-            read(&segment.file, offset, &mut bytes)?;
-            self.window[..needed].copy_from_slice(&bytes);
-            self.window_len = needed;
+            self.sparing_until = Some((self.at, offset + wanted as u64));
+            outcome = self.read_window(segment, offset, needed);
         }
+        outcome?;
         self.window_at = Some((self.at, offset));
+        Ok(())
+    }
+
+    fn read_window(&mut self, segment: &Segment, offset: u64, len: usize) -> Result<()> {
+        if len == WINDOW {
+            read(&segment.file, offset, &mut self.window)?;
+        } else {
+            let mut bytes = AlignedBuf::zeroed(len);
+            read(&segment.file, offset, &mut bytes)?;
+            self.window[..len].copy_from_slice(&bytes);
+        }
+        self.window_len = len;
         Ok(())
     }
 

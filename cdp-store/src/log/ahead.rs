@@ -1,0 +1,283 @@
+//! Walking a long log's segments ahead of whoever reads it.
+//!
+//! Each batch says where the next one lies, so that a log is read one look after the other, and the disk has one request at
+//! a time. But where a segment's first batch lies is known: the segments that come next are walked by threads of their own,
+//! side by side. What these find is taken by the reader where it would have looked for it, and that is all: what they did
+//! not find, or could not read, it looks for itself.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, Scope};
+
+use super::scan::{BatchAt, ChainReader};
+use crate::segments::Segment;
+
+/// How much of a log must lie behind the segment that its reader begins in, in bytes: for less it gains nothing, and what a
+/// simulated disk does follows from the order of what is asked of it.
+const FROM_BYTES: u64 = 64 << 20;
+/// Threads that walk: each waits for the disk most of the time.
+const THREADS: usize = 4;
+/// How far ahead of the reader, in segments. What was found in one takes some 20 MB at most.
+const AHEAD: usize = 6;
+
+/// What was found in the segments of a chain that its reader has not come to.
+#[derive(Debug)]
+pub(super) struct Ahead<'a> {
+    chain: &'a [Arc<Segment>],
+    walked: Mutex<Walked>,
+    /// Told when the reader has gone on, and when a segment has been walked.
+    changed: Condvar,
+    is_over: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Walked {
+    /// Where the reader is.
+    reader: usize,
+    /// The next segment to be walked.
+    next: usize,
+    under_way: BTreeSet<usize>,
+    found: BTreeMap<usize, VecDeque<BatchAt>>,
+}
+
+impl<'a> Ahead<'a> {
+    /// For a reader that is in this segment of the chain; `None` if it would gain nothing.
+    pub(super) fn worthwhile(chain: &'a [Arc<Segment>], reader: usize) -> Option<Self> {
+        let rest = chain.get(reader + 1..).unwrap_or_default();
+        let bytes: u64 = rest.iter().map(|segment| segment.header.capacity).sum();
+        (rest.len() > 1 && bytes >= FROM_BYTES).then(|| Self::new(chain, reader))
+    }
+
+    fn new(chain: &'a [Arc<Segment>], reader: usize) -> Self {
+        let walked = Walked { reader, next: reader + 1, under_way: BTreeSet::new(), found: BTreeMap::new() };
+        Self { chain, walked: Mutex::new(walked), changed: Condvar::new(), is_over: AtomicBool::new(false) }
+    }
+
+    /// Begins; it is over when what this returns is dropped, whatever has been walked.
+    pub(super) fn start<'scope, 'env>(&'env self, scope: &'scope Scope<'scope, 'env>) -> Walking<'env, 'a> {
+        for number in 0..THREADS {
+            let walker = Builder::new().name(format!("cdp-ahead-{number}"));
+            if let Err(error) = walker.spawn_scoped(scope, || self.walk()) {
+                tracing::debug!("the log is walked by fewer threads: {error}");
+            }
+        }
+        Walking { ahead: self }
+    }
+
+    /// What was found in a segment that its reader has come to, in order; nothing if nobody has been there.
+    pub(super) fn take(&self, reader: usize) -> VecDeque<BatchAt> {
+        let mut walked = self.walked();
+        walked.reader = reader;
+        walked.next = walked.next.max(reader + 1);
+        self.changed.notify_all();
+        while walked.under_way.contains(&reader) {
+            walked = self.changed.wait(walked).unwrap_or_else(PoisonError::into_inner);
+        }
+        walked.found = walked.found.split_off(&reader);
+        walked.found.remove(&reader).unwrap_or_default()
+    }
+
+    fn walk(&self) {
+        while let Some(mut walk) = self.next_walk() {
+            let mut reader = ChainReader::new(&self.chain[walk.segment..=walk.segment]);
+            // An error is for the reader to find, who knows what to make of it.
+            while let Ok(Some(batch)) = reader.next() {
+                walk.found.push_back(batch);
+                if self.is_over.load(Ordering::Relaxed) {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The next segment to be walked, when the reader is near enough; `None` when all is over.
+    fn next_walk(&self) -> Option<Walk<'_, 'a>> {
+        let mut walked = self.walked();
+        while walked.next < self.chain.len() && !self.is_over.load(Ordering::Relaxed) {
+            if walked.next <= walked.reader + AHEAD {
+                let segment = walked.next;
+                walked.next += 1;
+                walked.under_way.insert(segment);
+                return Some(Walk { ahead: self, segment, found: VecDeque::new() });
+            }
+            walked = self.changed.wait(walked).unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+
+    fn walked(&self) -> MutexGuard<'_, Walked> {
+        self.walked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// While this lives, segments are walked.
+#[derive(Debug)]
+pub(super) struct Walking<'e, 'a> {
+    ahead: &'e Ahead<'a>,
+}
+
+impl Drop for Walking<'_, '_> {
+    fn drop(&mut self) {
+        // Under the lock: whoever has looked at this waits by then, or looks again.
+        let _walked = self.ahead.walked();
+        self.ahead.is_over.store(true, Ordering::Relaxed);
+        self.ahead.changed.notify_all();
+    }
+}
+
+/// One segment's walk. However it ends, nobody waits for it any longer.
+struct Walk<'w, 'a> {
+    ahead: &'w Ahead<'a>,
+    segment: usize,
+    found: VecDeque<BatchAt>,
+}
+
+impl Drop for Walk<'_, '_> {
+    fn drop(&mut self) {
+        let mut walked = self.ahead.walked();
+        walked.under_way.remove(&self.segment);
+        if self.segment >= walked.reader {
+            walked.found.insert(self.segment, std::mem::take(&mut self.found));
+        }
+        self.ahead.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::atomic::AtomicU64;
+
+    use cdp_types::{BranchId, Generation, Ordinal, Seq, VolumeId};
+
+    use super::super::{LogContext, LogEnd, LogState};
+    use super::*;
+    use crate::ErrorKind;
+    use crate::clock::{StoreClock, SystemClock};
+    use crate::format::{Record, RecordKind, data_start};
+    use crate::segments::{DIRECTORY, Segments};
+    use crate::storage::Storage;
+    use crate::storage::sim::{Fault, OpKind, SimDisk, When};
+
+    const BATCHES: u64 = 200;
+    const CAPACITY: u64 = 256 << 10;
+
+    /// A log of more segments than are walked ahead, with batches of a block or two and some much longer ones.
+    fn log() -> (SimDisk, Vec<Arc<Segment>>) {
+        let disk = SimDisk::new(1);
+        let storage = disk.open();
+        storage.create_directory(DIRECTORY).unwrap();
+        let segments = Arc::new(Segments::new(Arc::new(storage), CAPACITY, 0, 0));
+        segments.start_generation(Generation(1));
+        let context = LogContext {
+            store: [1; 16],
+            generation: Generation(1),
+            segments: Arc::clone(&segments),
+            clock: StoreClock::new(Arc::new(SystemClock), 0),
+            next_seq: AtomicU64::new(Seq::first_of(Generation(1)).0),
+            secrets: || 7,
+            batch_bytes: 64 << 10,
+        };
+        let mut log = LogState::new(VolumeId(1), BranchId(1), &LogEnd::EMPTY, None);
+        for number in 0..BATCHES {
+            let body = vec![number as u8; if number % 7 < 3 { 40_000 } else { 100 }];
+            let mut append =
+                || log.append_synced(&context, Record::event(RecordKind::Store, 0), body.clone());
+            if append().is_err_and(|error| error.kind() == ErrorKind::NoSpace) {
+                assert!(log.supply(segments.create(CAPACITY).unwrap()).is_none());
+                log.append_synced(&context, Record::event(RecordKind::Store, 0), body).unwrap();
+            }
+        }
+        let chain: Vec<Arc<Segment>> = segments.all().into_iter().map(|(_, segment)| segment).collect();
+        assert!(chain.len() > AHEAD + 2, "{} segments", chain.len());
+        (disk, chain)
+    }
+
+    /// The batches that a reader finds, and where it ends, or with which error.
+    type Read = (Vec<(Ordinal, u32, u64)>, std::result::Result<Option<(String, u64)>, ErrorKind>);
+
+    fn read(mut reader: ChainReader<'_>) -> Read {
+        let mut batches = Vec::new();
+        loop {
+            match reader.next() {
+                Ok(Some(batch)) => batches.push((batch.header.ordinal, batch.crc, batch.payload_at)),
+                Ok(None) => {
+                    let at = reader.position().map(|(segment, at)| (segment.file.name().to_owned(), at));
+                    return (batches, Ok(at));
+                }
+                Err(error) => return (batches, Err(error.kind())),
+            }
+        }
+    }
+
+    fn read_behind(chain: &[Arc<Segment>]) -> Read {
+        let ahead = Ahead::new(chain, 0);
+        std::thread::scope(|scope| {
+            let _walking = ahead.start(scope);
+            read(ChainReader::new(chain).behind(&ahead))
+        })
+    }
+
+    #[test]
+    fn a_reader_behind_others_finds_what_it_would_have_found_alone() {
+        let (_disk, chain) = log();
+        let alone = read(ChainReader::new(&chain));
+        assert_eq!(alone.0.len() as u64, BATCHES);
+        assert_eq!(read_behind(&chain), alone);
+    }
+
+    #[test]
+    fn damage_and_what_the_disk_does_not_read_end_it_where_they_would_have() {
+        for segment in [0, 1, 3] {
+            let (disk, chain) = log();
+            let name = chain[segment].file.name();
+            let fault = Fault {
+                kind: OpKind::Read,
+                file: Some(name.to_owned()),
+                when: When::From(0),
+                errno: libc::EIO,
+            };
+            disk.fail(fault);
+            let alone = read(ChainReader::new(&chain));
+            assert_eq!(alone.1, Err(ErrorKind::Io));
+            assert_eq!(read_behind(&chain), alone);
+            disk.clear_faults();
+
+            let first = data_start(chain[segment].header.physical_block);
+            disk.flip_bit(name, first + 96, 3);
+            let alone = read(ChainReader::new(&chain));
+            assert_eq!(alone.1, Ok(Some((name.to_owned(), first))));
+            assert_eq!(read_behind(&chain), alone);
+        }
+    }
+
+    #[test]
+    fn what_was_found_is_there_when_its_reader_comes_and_no_more_than_it_may_be() {
+        let (_disk, chain) = log();
+        let ahead = Ahead::new(&chain, 0);
+        std::thread::scope(|scope| {
+            let _walking = ahead.start(scope);
+            let alone = read(ChainReader::new(&chain[1..=1])).0;
+            // What is not under way was not begun, or is there.
+            while ahead.walked().next <= AHEAD {
+                std::thread::yield_now();
+            }
+            let found = ahead.take(1);
+            assert_eq!(
+                found.iter().map(|b| (b.header.ordinal, b.crc, b.payload_at)).collect::<Vec<_>>(),
+                alone
+            );
+            ahead.take(5);
+            assert!(ahead.walked().found.keys().all(|&segment| (5..=5 + AHEAD).contains(&segment)));
+        });
+        // Nobody goes on behind it, nor waits.
+        assert!(ahead.next_walk().is_none());
+    }
+
+    #[test]
+    fn short_logs_are_read_alone() {
+        let (_disk, chain) = log();
+        assert!(Ahead::worthwhile(&chain, 0).is_none());
+    }
+}
