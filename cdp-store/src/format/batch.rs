@@ -315,10 +315,12 @@ impl BatchHeader {
         if body_at + body_len > bytes.len() {
             return Err(FormatError::Field("record, block or body count"));
         }
-        let records = bytes[BATCH_FIXED_LEN..crcs_at]
-            .chunks_exact(RECORD_LEN)
-            .map(Record::decode)
-            .collect::<Result<Vec<_>, _>>()?;
+        let encoded = bytes[BATCH_FIXED_LEN..crcs_at].chunks_exact(RECORD_LEN);
+        // Many are kept while a log is recovered, and most of them are short.
+        let mut records = Vec::with_capacity(encoded.len());
+        for record in encoded {
+            records.push(Record::decode(record)?);
+        }
         let stored: u64 = records.iter().filter(|r| r.kind.has_payload()).map(|r| r.count).sum();
         if stored != blocks as u64 || records.last().is_some_and(|r| r.flags.more()) {
             return Err(FormatError::Field("block count"));

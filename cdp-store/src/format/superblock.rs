@@ -14,7 +14,8 @@ const CREATED: usize = 64;
 const END: usize = 72;
 const _: () = assert!(END <= SUPERBLOCK_LEN);
 
-/// One slot. The two are written in turn, so a torn write leaves the other: a claim is durable or did not happen.
+/// One slot of two. The one that counts is never written over, so a torn write leaves it: a claim is durable or did not
+/// happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Superblock {
     /// The store's id.

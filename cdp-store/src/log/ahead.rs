@@ -3,7 +3,10 @@
 //! Each batch says where the next one lies, so that a log is read one look after the other, and the disk has one request at
 //! a time. But where a segment's first batch lies is known: the segments that come next are walked by threads of their own,
 //! side by side. What these find is taken by the reader where it would have looked for it, and that is all: what they did
-//! not find, or could not read, it looks for itself.
+//! not find, or could not read, it looks for itself (so a disk is asked twice for what it does not read).
+//!
+//! What was found and not taken yet is in memory. How much that may be in all is bounded: of a segment no more than
+//! [`WALK_BYTES`], of some segments ahead, for one log of this process at a time.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,13 +16,17 @@ use std::thread::{Builder, Scope};
 use super::scan::{BatchAt, ChainReader};
 use crate::segments::Segment;
 
-/// How much of a log must lie behind the segment that its reader begins in, in bytes: for less it gains nothing, and what a
-/// simulated disk does follows from the order of what is asked of it.
+/// How much of a log must lie behind the segment that its reader begins in, in bytes and in two segments at least: for less
+/// it gains nothing, and what a simulated disk does follows from the order of what is asked of it.
 const FROM_BYTES: u64 = 64 << 20;
 /// Threads that walk: each waits for the disk most of the time.
 const THREADS: usize = 4;
-/// How far ahead of the reader, in segments. What was found in one takes some 20 MB at most.
+/// How far ahead of the reader, in segments.
 const AHEAD: usize = 6;
+/// How much memory the batches that were found in one segment may take, in bytes. The rest of it is its reader's.
+const WALK_BYTES: usize = 8 << 20;
+/// Whether a log is being walked ahead in this process.
+static IS_WALKED: AtomicBool = AtomicBool::new(false);
 
 /// What was found in the segments of a chain that its reader has not come to.
 #[derive(Debug)]
@@ -29,6 +36,23 @@ pub(super) struct Ahead<'a> {
     /// Told when the reader has gone on, and when a segment has been walked.
     changed: Condvar,
     is_over: AtomicBool,
+    _permit: Option<Permit>,
+}
+
+/// To walk ahead, for one log at a time.
+#[derive(Debug)]
+struct Permit;
+
+impl Permit {
+    fn take() -> Option<Self> {
+        (!IS_WALKED.swap(true, Ordering::Acquire)).then_some(Self)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        IS_WALKED.store(false, Ordering::Release);
+    }
 }
 
 #[derive(Debug)]
@@ -42,16 +66,23 @@ struct Walked {
 }
 
 impl<'a> Ahead<'a> {
-    /// For a reader that is in this segment of the chain; `None` if it would gain nothing.
+    /// For a reader that is in this segment of the chain; `None` if it would gain nothing, or another log is being walked.
     pub(super) fn worthwhile(chain: &'a [Arc<Segment>], reader: usize) -> Option<Self> {
         let rest = chain.get(reader + 1..).unwrap_or_default();
         let bytes: u64 = rest.iter().map(|segment| segment.header.capacity).sum();
-        (rest.len() > 1 && bytes >= FROM_BYTES).then(|| Self::new(chain, reader))
+        let permit = if rest.len() > 1 && bytes >= FROM_BYTES { Permit::take()? } else { return None };
+        Some(Self::new(chain, reader, Some(permit)))
     }
 
-    fn new(chain: &'a [Arc<Segment>], reader: usize) -> Self {
+    fn new(chain: &'a [Arc<Segment>], reader: usize, _permit: Option<Permit>) -> Self {
         let walked = Walked { reader, next: reader + 1, under_way: BTreeSet::new(), found: BTreeMap::new() };
-        Self { chain, walked: Mutex::new(walked), changed: Condvar::new(), is_over: AtomicBool::new(false) }
+        Self {
+            chain,
+            walked: Mutex::new(walked),
+            changed: Condvar::new(),
+            is_over: AtomicBool::new(false),
+            _permit,
+        }
     }
 
     /// Begins; it is over when what this returns is dropped, whatever has been walked.
@@ -82,11 +113,13 @@ impl<'a> Ahead<'a> {
         while let Some(mut walk) = self.next_walk() {
             let mut reader = ChainReader::new(&self.chain[walk.segment..=walk.segment]);
             // An error is for the reader to find, who knows what to make of it.
-            while let Ok(Some(batch)) = reader.next() {
+            let mut bytes = 0;
+            while bytes < WALK_BYTES
+                && !self.is_over.load(Ordering::Relaxed)
+                && let Ok(Some(batch)) = reader.next()
+            {
+                bytes += batch.memory_bytes();
                 walk.found.push_back(batch);
-                if self.is_over.load(Ordering::Relaxed) {
-                    return;
-                }
             }
         }
     }
@@ -155,7 +188,7 @@ mod tests {
     use super::*;
     use crate::ErrorKind;
     use crate::clock::{StoreClock, SystemClock};
-    use crate::format::{Record, RecordKind, data_start};
+    use crate::format::{Record, RecordKind};
     use crate::segments::{DIRECTORY, Segments};
     use crate::storage::Storage;
     use crate::storage::sim::{Fault, OpKind, SimDisk, When};
@@ -212,7 +245,7 @@ mod tests {
     }
 
     fn read_behind(chain: &[Arc<Segment>]) -> Read {
-        let ahead = Ahead::new(chain, 0);
+        let ahead = Ahead::new(chain, 0, None);
         std::thread::scope(|scope| {
             let _walking = ahead.start(scope);
             read(ChainReader::new(chain).behind(&ahead))
@@ -244,18 +277,22 @@ mod tests {
             assert_eq!(read_behind(&chain), alone);
             disk.clear_faults();
 
-            let first = data_start(chain[segment].header.physical_block);
-            disk.flip_bit(name, first + 96, 3);
-            let alone = read(ChainReader::new(&chain));
-            assert_eq!(alone.1, Ok(Some((name.to_owned(), first))));
-            assert_eq!(read_behind(&chain), alone);
+            // Its third batch first, then its first.
+            let mut reader = ChainReader::new(&chain[segment..=segment]);
+            let places = [(); 3].map(|()| reader.next().unwrap().unwrap().header.place.offset);
+            for place in [places[2], places[0]] {
+                disk.flip_bit(name, place + 96, 3);
+                let alone = read(ChainReader::new(&chain));
+                assert_eq!(alone.1, Ok(Some((name.to_owned(), place))));
+                assert_eq!(read_behind(&chain), alone);
+            }
         }
     }
 
     #[test]
     fn what_was_found_is_there_when_its_reader_comes_and_no_more_than_it_may_be() {
         let (_disk, chain) = log();
-        let ahead = Ahead::new(&chain, 0);
+        let ahead = Ahead::new(&chain, 0, None);
         std::thread::scope(|scope| {
             let _walking = ahead.start(scope);
             let alone = read(ChainReader::new(&chain[1..=1])).0;
@@ -273,6 +310,30 @@ mod tests {
         });
         // Nobody goes on behind it, nor waits.
         assert!(ahead.next_walk().is_none());
+    }
+
+    #[test]
+    fn what_others_have_found_is_not_read_again() {
+        let (disk, chain) = log();
+        let ahead = Ahead::new(&chain, 0, None);
+        std::thread::scope(|scope| {
+            let _walking = ahead.start(scope);
+            while ahead.walked().next <= AHEAD || !ahead.walked().under_way.is_empty() {
+                std::thread::yield_now();
+            }
+            let file = Some(chain[1].file.name().to_owned());
+            disk.fail(Fault { kind: OpKind::Read, file, when: When::From(0), errno: libc::EIO });
+            let (batches, end) = read(ChainReader::new(&chain).behind(&ahead));
+            assert_eq!((batches.len() as u64, end.is_ok()), (BATCHES, true));
+        });
+    }
+
+    #[test]
+    fn one_log_is_walked_at_a_time() {
+        let permit = Permit::take().unwrap();
+        assert!(Permit::take().is_none());
+        drop(permit);
+        assert!(Permit::take().is_some());
     }
 
     #[test]

@@ -121,11 +121,11 @@ pub fn recover(
     }
     .fenced(fence);
     let Some(ahead) = Ahead::worthwhile(chain, reader.segment()) else {
-        return walk.to_the_end(reader, known_durable, reached, visit);
+        return walk.go_on(reader, known_durable, reached, visit);
     };
     std::thread::scope(|scope| {
         let _walking = ahead.start(scope);
-        walk.to_the_end(reader.behind(&ahead), known_durable, reached, visit)
+        walk.go_on(reader.behind(&ahead), known_durable, reached, visit)
     })
 }
 
@@ -196,8 +196,8 @@ impl Walk {
         Ok(reader)
     }
 
-    /// From where the reader is on.
-    fn to_the_end(
+    /// From where the reader is to the end of the log.
+    fn go_on(
         mut self,
         mut reader: ChainReader<'_>,
         known_durable: Ordinal,

@@ -33,6 +33,12 @@ pub struct BatchAt {
 }
 
 impl BatchAt {
+    /// How much memory it takes, in bytes.
+    pub(super) fn memory_bytes(&self) -> usize {
+        let BatchHeader { records, block_crcs, body, .. } = &self.header;
+        size_of::<Self>() + size_of_val(&records[..]) + size_of_val(&block_crcs[..]) + body.len()
+    }
+
     /// Where the next batch of this segment starts.
     #[must_use]
     pub fn end(&self) -> u64 {
