@@ -180,17 +180,13 @@ impl Drop for Walk<'_, '_> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::sync::atomic::AtomicU64;
+    use cdp_types::{BranchId, Ordinal, VolumeId};
 
-    use cdp_types::{BranchId, Generation, Ordinal, Seq, VolumeId};
-
-    use super::super::{LogContext, LogEnd, LogState};
+    use super::super::testing::context;
+    use super::super::{LogEnd, LogState};
     use super::*;
     use crate::ErrorKind;
-    use crate::clock::{StoreClock, SystemClock};
     use crate::format::{Record, RecordKind};
-    use crate::segments::{DIRECTORY, Segments};
-    use crate::storage::Storage;
     use crate::storage::sim::{Fault, OpKind, SimDisk, When};
 
     const BATCHES: u64 = 200;
@@ -199,32 +195,26 @@ mod tests {
     /// A log of more segments than are walked ahead, with batches of a block or two and some much longer ones.
     fn log() -> (SimDisk, Vec<Arc<Segment>>) {
         let disk = SimDisk::new(1);
-        let storage = disk.open();
-        storage.create_directory(DIRECTORY).unwrap();
-        let segments = Arc::new(Segments::new(Arc::new(storage), CAPACITY, 0, 0));
-        segments.start_generation(Generation(1));
-        let context = LogContext {
-            store: [1; 16],
-            generation: Generation(1),
-            segments: Arc::clone(&segments),
-            clock: StoreClock::new(Arc::new(SystemClock), 0),
-            next_seq: AtomicU64::new(Seq::first_of(Generation(1)).0),
-            secrets: || 7,
-            batch_bytes: 64 << 10,
-        };
+        let context = context(&disk, CAPACITY);
         let mut log = LogState::new(VolumeId(1), BranchId(1), &LogEnd::EMPTY, None);
         for number in 0..BATCHES {
             let body = vec![number as u8; if number % 7 < 3 { 40_000 } else { 100 }];
             let mut append =
                 || log.append_synced(&context, Record::event(RecordKind::Store, 0), body.clone());
             if append().is_err_and(|error| error.kind() == ErrorKind::NoSpace) {
-                assert!(log.supply(segments.create(CAPACITY).unwrap()).is_none());
+                assert!(log.supply(context.segments.create(CAPACITY).unwrap()).is_none());
                 log.append_synced(&context, Record::event(RecordKind::Store, 0), body).unwrap();
             }
         }
-        let chain: Vec<Arc<Segment>> = segments.all().into_iter().map(|(_, segment)| segment).collect();
+        let chain: Vec<Arc<Segment>> =
+            context.segments.all().into_iter().map(|(_, segment)| segment).collect();
         assert!(chain.len() > AHEAD + 2, "{} segments", chain.len());
         (disk, chain)
+    }
+
+    fn make_unreadable(disk: &SimDisk, segment: &Segment) {
+        let file = Some(segment.file.name().to_owned());
+        disk.fail(Fault { kind: OpKind::Read, file, when: When::From(0), errno: libc::EIO });
     }
 
     /// The batches that a reader finds, and where it ends, or with which error.
@@ -265,13 +255,7 @@ mod tests {
         for segment in [0, 1, 3] {
             let (disk, chain) = log();
             let name = chain[segment].file.name();
-            let fault = Fault {
-                kind: OpKind::Read,
-                file: Some(name.to_owned()),
-                when: When::From(0),
-                errno: libc::EIO,
-            };
-            disk.fail(fault);
+            make_unreadable(&disk, &chain[segment]);
             let alone = read(ChainReader::new(&chain));
             assert_eq!(alone.1, Err(ErrorKind::Io));
             assert_eq!(read_behind(&chain), alone);
@@ -321,8 +305,7 @@ mod tests {
             while ahead.walked().next <= AHEAD || !ahead.walked().under_way.is_empty() {
                 std::thread::yield_now();
             }
-            let file = Some(chain[1].file.name().to_owned());
-            disk.fail(Fault { kind: OpKind::Read, file, when: When::From(0), errno: libc::EIO });
+            make_unreadable(&disk, &chain[1]);
             let (batches, end) = read(ChainReader::new(&chain).behind(&ahead));
             assert_eq!((batches.len() as u64, end.is_ok()), (BATCHES, true));
         });

@@ -10,6 +10,8 @@ mod open;
 mod recover;
 mod scan;
 mod state;
+#[cfg(test)]
+mod testing;
 
 pub use draft::{Draft, Pending};
 pub use recover::{LogEnd, Recovery, recover};

@@ -3,30 +3,16 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::clock::SystemClock;
-use crate::segments::DIRECTORY;
-use crate::storage::Storage;
+use crate::log::testing::context;
 use crate::storage::sim::{OpKind, SimDisk};
 
 #[test]
 fn an_event_that_could_not_be_written_is_not_in_flight_for_ever() {
     const SEGMENT: u64 = 1 << 20;
     let disk = SimDisk::new(1);
-    let storage = disk.open();
-    storage.create_directory(DIRECTORY).unwrap();
-    let segments = Arc::new(Segments::new(Arc::new(storage), SEGMENT, 0, 0));
-    segments.start_generation(Generation(1));
-    let context = LogContext {
-        store: [1; 16],
-        generation: Generation(1),
-        segments: Arc::clone(&segments),
-        clock: StoreClock::new(Arc::new(SystemClock), 0),
-        next_seq: AtomicU64::new(Seq::first_of(Generation(1)).0),
-        secrets: || 7,
-        batch_bytes: 64 << 10,
-    };
+    let context = context(&disk, SEGMENT);
     let mut log = LogState::new(VolumeId(1), BranchId(1), &LogEnd::EMPTY, None);
-    assert!(log.supply(segments.create(SEGMENT).unwrap()).is_none());
+    assert!(log.supply(context.segments.create(SEGMENT).unwrap()).is_none());
     let event = || Record::event(RecordKind::Durable, 0);
     log.append_synced(&context, event(), Vec::new()).unwrap();
     assert!(!log.had_failures());

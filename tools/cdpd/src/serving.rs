@@ -21,9 +21,7 @@ pub const DEFAULT_QUEUES: u16 = 16;
 pub const MAX_QUEUES: u16 = 256;
 
 /// How long a guest that has just ended may take to be noticed: whoever waits for its end reverts its disk next.
-const PARTING: Duration = Duration::from_secs(2);
-/// How often that is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const PARTING: Duration = Duration::from_millis(400);
 
 /// The servers of one store.
 ///
@@ -242,7 +240,7 @@ impl Servers {
         loop {
             match self.store.revert(targets, false) {
                 Err(error) if error.kind() == cdp_store::ErrorKind::Busy && began.elapsed() < patience => {
-                    std::thread::sleep(LOOK_EVERY);
+                    std::thread::sleep(PARTING / 8);
                 }
                 outcome => return outcome,
             }
@@ -292,7 +290,7 @@ impl Servers {
         let reverted = loop {
             match self.store.revert_vm(vm, to, false) {
                 Err(error) if error.kind() == cdp_store::ErrorKind::Busy && began.elapsed() < PARTING => {
-                    std::thread::sleep(LOOK_EVERY);
+                    std::thread::sleep(PARTING / 8);
                 }
                 Err(error) if error.kind() == cdp_store::ErrorKind::Busy => {
                     let text =
