@@ -32,6 +32,22 @@ fn a_guest_makes_a_file_system_and_what_it_synced_is_found_after_both_were_kille
 }
 
 #[test]
+fn every_processor_of_a_guest_is_awake_and_its_clock_ticks() {
+    run_scene(|scene| {
+        let mut guest = Guest::builder().smp(4).boot(scene)?;
+        for _ in 0..2 {
+            assert_eq!(guest.run("nproc")?, "4\n");
+            // Who sleeps on a processor is woken by that processor's own timer.
+            for mask in ["1", "2", "4", "8"] {
+                guest.run(&format!("taskset {mask} usleep 100000"))?;
+            }
+            guest.reset()?;
+        }
+        guest.quit()
+    });
+}
+
+#[test]
 fn a_reset_guest_comes_back_and_its_old_commands_end_with_an_error() {
     run_scene(|scene| {
         let raw = scene.path("raw.img");
