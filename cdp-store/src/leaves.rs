@@ -1,7 +1,6 @@
 //! Leaves in memory: a bounded cache of which blocks lie where, for heads and for past instants that are open.
 
 use std::collections::BTreeMap;
-use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -21,6 +20,8 @@ pub type SharedLeaves = Arc<Mutex<LeafCache>>;
 
 /// When another cache has to make way it gives back so many leaves at once.
 const RECLAIMED: usize = 64;
+/// Up to so many leaves are zeroed by one change; of more the whole ones are dropped.
+const MOST_ZEROED: usize = 16;
 
 /// How many leaves a store may cache, all its caches together. A cache with less than its fair share grows at the
 /// cost of the largest; so what is in use now does not starve because something else was first.
@@ -132,9 +133,24 @@ impl LeafCache {
         self.leaves.get_mut(leaf).map(|cached| &mut cached.states)
     }
 
-    /// Those of some leaves that are there, to be changed.
-    pub fn range_mut(&mut self, leaves: RangeInclusive<u64>) -> impl Iterator<Item = (u64, &mut Leaf)> {
-        self.leaves.range_mut(leaves).map(|(leaf, cached)| (*leaf, &mut cached.states))
+    /// Has blocks be zero whose leaves are there. Of many leaves those are dropped of which nothing else is left: a guest can
+    /// say the same of all of its disk a thousand times, and they are filled again only for what it reads.
+    pub fn zero(&mut self, blocks: BlockRange) {
+        if blocks.is_empty() {
+            return;
+        }
+        let fanout = FANOUT as u64;
+        let whole = blocks.first.div_ceil(fanout)..blocks.end() / fanout;
+        if !whole.is_empty() && self.leaves.range(whole.clone()).nth(MOST_ZEROED).is_some() {
+            let dropped: Vec<u64> = self.leaves.range(whole).map(|(&leaf, _)| leaf).collect();
+            dropped.iter().for_each(|leaf| drop(self.leaves.remove(leaf)));
+            self.given_back(dropped.len());
+        }
+        for (leaf, cached) in self.leaves.range_mut(blocks.first / fanout..=(blocks.end() - 1) / fanout) {
+            let from = blocks.first.saturating_sub(leaf * fanout).min(fanout) as usize;
+            let to = (blocks.end() - leaf * fanout).min(fanout) as usize;
+            cached.states[from..to].fill(BlockState::Zero);
+        }
     }
 
     /// Puts a leaf in.
@@ -221,6 +237,28 @@ mod tests {
         assert!(lens[1] >= 450, "{lens:?}");
         // It does not take more than that.
         assert!(lens[0] >= 450, "{lens:?}");
+    }
+
+    #[test]
+    fn what_is_zeroed_is_zero_where_it_is_still_known() {
+        let fanout = FANOUT as u64;
+        let (few, many) = (MOST_ZEROED as u64, 100);
+        let budget = budget_of(1000);
+        for (whole, left) in [(few, few), (few + 1, 0), (many, 0)] {
+            let cache = budget.cache(16);
+            fill(&cache, 0..many + 2);
+            let mut cache = lock_leaves(&cache);
+            // Half of the leaf before the whole ones, and one block of the leaf behind them.
+            cache.zero(BlockRange::new(fanout / 2, fanout / 2 + whole * fanout + 1));
+            assert_eq!(cache.len() as u64, many + 2 - whole + left);
+            let zeroed = [fanout / 2, fanout - 1, (whole + 1) * fanout].map(|block| cache.state(block));
+            assert_eq!(zeroed, [Some(BlockState::Zero); 3]);
+            let other = [0, fanout / 2 - 1, (whole + 1) * fanout + 1].map(|block| cache.state(block));
+            assert_eq!(other, [Some(unsaid()[0]); 3]);
+            let inside = [fanout, (whole + 1) * fanout - 1].map(|block| cache.state(block));
+            assert_eq!(inside, [(left > 0).then_some(BlockState::Zero); 2]);
+            assert_eq!(cache.len(), budget.used.load(Ordering::Relaxed));
+        }
     }
 
     #[test]

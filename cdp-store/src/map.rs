@@ -162,14 +162,8 @@ impl HeadMap {
             let change = Change { seq, first: run.first, count: run.count, state: ChangeState::Zero };
             self.current.push(key, change);
         }
-        if blocks.is_empty() || branch != self.head {
-            return;
-        }
-        let fanout = FANOUT as u64;
-        for (leaf, cached) in cache.range_mut(blocks.first / fanout..=(blocks.end() - 1) / fanout) {
-            let from = blocks.first.saturating_sub(leaf * fanout).min(fanout) as usize;
-            let to = (blocks.end() - leaf * fanout).min(fanout) as usize;
-            cached[from..to].fill(BlockState::Zero);
+        if branch == self.head {
+            cache.zero(blocks);
         }
     }
 

@@ -110,6 +110,8 @@ struct Pool {
     /// The slot being zero-filled, and how far that has come.
     filling: Option<(Blank, u64)>,
     wanted: VecDeque<(VolumeId, Wish)>,
+    /// Whose wish is being granted: there is space for it.
+    supplying: Option<VolumeId>,
     next_slot: u64,
     /// Files that were supplied without having been filled, newest first, and how far they may grow.
     growing: HashMap<VolumeId, Vec<Growing>>,
@@ -130,8 +132,8 @@ pub enum PoolStep {
     Busy,
     /// Nothing to do.
     Idle,
-    /// A log waits, and the file system has no space for it.
-    Full(VolumeId),
+    /// A log waits, and cannot be given its segment: there is no space, or no file can be made.
+    Refused(VolumeId, Error),
 }
 
 /// All segments of a store.
@@ -395,18 +397,25 @@ impl Segments {
         (FIRST_CAPACITY << opened.saturating_mul(2).min(16)).min(self.full_capacity)
     }
 
-    /// Orders a blank segment for a log; [`Segments::step`] will supply it.
-    pub fn order(&self, volume: VolumeId, wish: Wish) {
+    /// Orders a blank segment for a log, unless one is ordered already, which it says; [`Segments::step`] will supply it.
+    pub fn order(&self, volume: VolumeId, wish: Wish) -> bool {
         let mut pool = self.pool();
-        if !pool.wanted.iter().any(|(v, _)| *v == volume) {
+        let is_new = !pool.wanted.iter().any(|(v, _)| *v == volume);
+        if is_new {
             pool.wanted.push_back((volume, wish));
         }
+        is_new
     }
 
-    /// Whether a log waits for a segment.
+    /// How many logs wait for a segment.
     #[must_use]
-    pub fn is_wanted(&self) -> bool {
-        !self.pool().wanted.is_empty()
+    pub fn wanted(&self) -> usize {
+        self.pool().wanted.len()
+    }
+
+    /// Whether a log's segment is being made ready.
+    pub(crate) fn is_supplying(&self, volume: VolumeId) -> bool {
+        self.pool().supplying == Some(volume)
     }
 
     /// Blank full-sized slots at hand.
@@ -422,25 +431,26 @@ impl Segments {
     /// Does one piece of background work: supplies a log that waits, or zero-fills ahead.
     ///
     /// # Errors
-    /// If a file cannot be made or written for another reason than space.
+    /// If none waits, and a file cannot be made or written for another reason than space.
     pub fn step(&self) -> Result<PoolStep> {
         let wanted = self.pool().wanted.front().copied();
         if let Some((volume, wish)) = wanted {
-            return match self.supply(volume, wish) {
+            let supplied = self.supply(volume, wish);
+            let mut pool = self.pool();
+            pool.supplying = None;
+            return Ok(match supplied {
                 Ok(blank) => {
-                    self.pool().wanted.retain(|(v, _)| *v != volume);
-                    Ok(PoolStep::Supplied(volume, blank))
+                    pool.wanted.retain(|(v, _)| *v != volume);
+                    PoolStep::Supplied(volume, blank)
                 }
-                Err(error) if error.kind() == crate::ErrorKind::NoSpace => {
+                Err(error) => {
                     // Every log that waits is told in its turn, and one with a smaller wish may have it granted.
-                    let mut pool = self.pool();
                     if pool.wanted.front().is_some_and(|(v, _)| *v == volume) {
                         pool.wanted.rotate_left(1);
                     }
-                    Ok(PoolStep::Full(volume))
+                    PoolStep::Refused(volume, error)
                 }
-                Err(error) => Err(error),
-            };
+            });
         }
         match self.prefill() {
             Err(error) if error.kind() == crate::ErrorKind::NoSpace => Ok(PoolStep::Idle),
@@ -468,6 +478,7 @@ impl Segments {
         }
         self.check_space(capacity)?;
         let mut blank = self.create(capacity)?;
+        self.pool().supplying = Some(volume);
         let fills = filled || !full_sized;
         if !fills {
             self.reserve(&blank)?;
@@ -559,7 +570,10 @@ impl Segments {
         let name = slot_name(slot);
         let make = || -> io::Result<Arc<dyn File>> {
             let file = self.storage.create(&name)?;
-            self.storage.sync_directory(DIRECTORY)?;
+            self.storage.sync_directory(DIRECTORY).inspect_err(|_| {
+                // It is tried again and again, each time with another name. If it stays, the next opening removes it.
+                let _ = self.storage.remove(&name);
+            })?;
             Ok(file)
         };
         let file = make().map_err(|e| Error::io(format!("creating {name}"), e))?;
@@ -648,7 +662,7 @@ mod tests {
             match segments.step().unwrap() {
                 PoolStep::Idle => return supplied,
                 PoolStep::Supplied(..) => supplied += 1,
-                PoolStep::Filled | PoolStep::Busy | PoolStep::Full(_) => {}
+                PoolStep::Filled | PoolStep::Busy | PoolStep::Refused(..) => {}
             }
         }
         panic!("the pool never comes to rest");
@@ -663,7 +677,7 @@ mod tests {
         assert_eq!(segments.ready(), 2);
         let wish = Wish { capacity: FULL, filled: true, growing: false };
         for (wanted, ready) in [(1, 2), (2, 2), (3, 4), (4, 4), (5, 8), (9, 8)] {
-            (0..wanted).for_each(|volume| segments.order(VolumeId(volume), wish));
+            assert!((0..wanted).all(|volume| segments.order(VolumeId(volume), wish)));
             assert_eq!((step_until_idle(&segments) as u64, segments.ready()), (wanted, ready));
         }
     }

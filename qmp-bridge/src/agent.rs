@@ -112,7 +112,7 @@ impl Agent {
     ///
     /// # Errors
     /// `Deadline` (no agent runs, or the guest is too busy), `Refused` (some file system cannot, or they stand still
-    /// already), `UnknownCommand` (the agent may not, or not now), `Unreachable`, `Held` (its socket has another client),
+    /// already), `UnknownCommand` (the agent may not, or not now), `Unreachable`, `CannotConnect`, `Held` (its socket has another client),
     /// `Gone`, `Nonsense`.
     pub async fn freeze(mut self) -> Result<Frozen> {
         const FREEZE: &str = "guest-fsfreeze-freeze";
@@ -241,7 +241,10 @@ impl Connection {
                 io::ErrorKind::WouldBlock => {
                     (ErrorKind::Held, "somebody else talks to the guest agent, or QEMU hangs")
                 }
-                _ => (ErrorKind::Unreachable, "nobody listens for the guest agent"),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    (ErrorKind::Unreachable, "nobody listens for the guest agent")
+                }
+                _ => (ErrorKind::CannotConnect, "the guest agent may be there"),
             };
             Error::because(kind, path.display(), detail, error)
         })?;

@@ -64,7 +64,7 @@ impl Client {
     /// where it can.
     ///
     /// # Errors
-    /// `Unreachable`, `Held` (another client has this socket, or QEMU hangs), `NotQmp`, `Gone`, `Nonsense`,
+    /// `Unreachable`, `CannotConnect`, `Held` (another client has this socket, or QEMU hangs), `NotQmp`, `Gone`, `Nonsense`,
     /// `Refused`.
     pub async fn connect(path: &Path, options: Options) -> Result<Self> {
         let hub = Arc::new(Hub::default());

@@ -7,8 +7,10 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// Nobody listens at this path, or it may not be connected to: is the path right, does the machine run?
+    /// Nobody listens at this path: is it right, does the machine run?
     Unreachable,
+    /// Somebody may listen there, but this process cannot connect: it may not, or has no more files to open.
+    CannotConnect,
     /// The socket is there, and nothing comes out of it: another client holds it, or QEMU hangs.
     Held,
     /// What answers there speaks, but not QMP: the path of another socket.
@@ -31,6 +33,7 @@ impl fmt::Display for ErrorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Unreachable => "the socket cannot be reached",
+            Self::CannotConnect => "this process cannot connect to the socket",
             Self::Held => "the socket says nothing",
             Self::NotQmp => "this is not a QMP server",
             Self::Deadline => "no answer in time",

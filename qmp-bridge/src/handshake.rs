@@ -61,7 +61,7 @@ async fn connect(path: &Path) -> Result<UnixStream> {
             let detail = "nobody listens there: is the machine running, and this its -qmp socket?";
             Error::because(ErrorKind::Unreachable, path.display(), detail, error)
         }
-        _ => Error::because(ErrorKind::Unreachable, path.display(), error.to_string(), error),
+        _ => Error::because(ErrorKind::CannotConnect, path.display(), error.to_string(), error),
     })
 }
 

@@ -153,6 +153,12 @@ impl CheckpointRow {
         self.state == CheckpointState::Begun
     }
 
+    /// Whether there will never be anything of it.
+    #[must_use]
+    pub fn is_aborted(&self) -> bool {
+        matches!(self.state, CheckpointState::Aborted { .. })
+    }
+
     /// The instants that it names, each with the branch on which it lies.
     pub fn instants(&self) -> impl Iterator<Item = (BranchId, Seq)> {
         let members = self.saved().into_iter().flat_map(|s| &s.members).map(|m| (m.branch, m.seq));
@@ -300,9 +306,8 @@ impl Catalogue {
 
     /// A schedule that fails every time must not fill the catalogue.
     fn forget_old_failures(&mut self, vm: VmId, rows: &mut WriteBatch) {
-        let aborted = |row: &&CheckpointRow| matches!(row.state, CheckpointState::Aborted { .. });
-        let old: Vec<CheckpointId> =
-            self.checkpoints_of(vm).rev().filter(aborted).skip(ABORTED_KEPT).map(|row| row.id).collect();
+        let aborted = self.checkpoints_of(vm).rev().filter(|row| row.is_aborted());
+        let old: Vec<CheckpointId> = aborted.skip(ABORTED_KEPT).map(|row| row.id).collect();
         old.into_iter().for_each(|id| self.drop_checkpoint(id, rows));
     }
 }

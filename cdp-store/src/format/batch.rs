@@ -296,6 +296,14 @@ impl BatchHeader {
         Ok(len)
     }
 
+    /// Whether the first [`BATCH_FIXED_LEN`] bytes of a header say that it belongs to this store and lies in this place. A guest
+    /// that fills its blocks with something like headers knows neither.
+    #[must_use]
+    pub fn says_it_is_of(bytes: &[u8], store: [u8; 16], place: BatchPlace) -> bool {
+        let found = BatchPlace { incarnation: u64_at(bytes, INCARNATION), offset: u64_at(bytes, OFFSET) };
+        bytes[STORE..STORE + 16] == store && found == place
+    }
+
     /// Reads a header of exactly the length that [`Self::peek_len`] told, and checks that it lies where it says.
     /// Returns it with its checksum.
     ///

@@ -389,6 +389,10 @@ fn claims_in(
             for start in (0..piece.len()).step_by(unit) {
                 let Ok(len) = BatchHeader::peek_len(&piece[start..]) else { continue };
                 let offset = at + start as u64;
+                let place = BatchPlace { incarnation: segment.header.incarnation, offset };
+                if !BatchHeader::says_it_is_of(&piece[start..], segment.header.store, place) {
+                    continue;
+                }
                 let mut bytes = AlignedBuf::zeroed(len.next_multiple_of(unit));
                 read(&segment.file, offset, &mut bytes)?;
                 if let Some((header, _)) = decode(&bytes[..len], segment, offset)? {

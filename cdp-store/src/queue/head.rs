@@ -55,6 +55,8 @@ pub struct HeadQueue {
     pub(super) waiting: VecDeque<Pending>,
     /// A draft for which the log had no place.
     pub(super) blocked: Option<Draft>,
+    /// Since when, on the boot clock.
+    pub(super) blocked_since_ns: Option<u64>,
     /// Requests that change parts of blocks, in order of arrival; one is worked on at a time.
     pub(super) partial_waiting: VecDeque<Pending>,
     pub(super) partial: Option<PartialWrite>,
@@ -91,6 +93,7 @@ impl HeadQueue {
             events: Vec::new(),
             waiting: VecDeque::new(),
             blocked: None,
+            blocked_since_ns: None,
             partial_waiting: VecDeque::new(),
             partial: None,
             batches_in_flight: 0,

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use cdp_types::{BLOCK_SIZE, BlockRange, ByteRange, IoBuf, IoError, IoErrorKind, Op, Origin, Seq};
 
 use super::head::{HeadQueue, Job};
-use super::write::STORE_FULL;
 use crate::format::{RecordKind, block_crc};
 use crate::index::BlockState;
 use crate::log::{Append, Draft, Pending};
@@ -24,6 +23,8 @@ pub struct PartialWrite {
     pending: Pending,
     /// Whether it is in the counters already.
     counted: bool,
+    /// Since when the log has had no place for it, on the boot clock.
+    blocked_since_ns: Option<u64>,
     edges: Vec<Edge>,
     reads: usize,
     error: Option<IoError>,
@@ -179,12 +180,17 @@ impl HeadQueue {
             }
             Append::Blocked(draft) => {
                 drop(log);
-                let expired = volume.is_starved();
+                let since_ns = work.blocked_since_ns.unwrap_or_else(|| shared.clock.boot_ns());
+                let starved = volume.starved(since_ns);
                 for pending in draft.into_parts().1 {
-                    if expired {
-                        self.finish(pending.id, Err(IoError::new(IoErrorKind::NoSpace, STORE_FULL)));
+                    if let Some((kind, why)) = &starved {
+                        self.finish(pending.id, Err(IoError::new(*kind, why)));
                     } else {
-                        self.partial = Some(PartialWrite { counted: true, ..PartialWrite::new(pending) });
+                        self.partial = Some(PartialWrite {
+                            counted: true,
+                            blocked_since_ns: Some(since_ns),
+                            ..PartialWrite::new(pending)
+                        });
                     }
                 }
                 false
@@ -212,7 +218,7 @@ impl PartialWrite {
         edges.dedup();
         let edge = |block| Edge { block, as_of: Seq::ZERO, base: None, reading: None };
         let edges = edges.into_iter().map(edge).collect();
-        Self { pending, counted: false, edges, reads: 0, error: None }
+        Self { pending, counted: false, blocked_since_ns: None, edges, reads: 0, error: None }
     }
 
     fn payload_blocks(&self) -> u64 {

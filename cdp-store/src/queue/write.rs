@@ -10,8 +10,6 @@ use crate::format::RecordKind;
 use crate::log::{Append, Draft, Pending, Placement};
 use crate::storage::{AlignedBuf, Token};
 
-/// What a request is told that the store has no space for.
-pub(super) const STORE_FULL: &str = "the store is full; free space on its disk, or destroy a volume";
 /// Write buffers that a queue keeps for its next batches.
 const SPARE_BUFFERS: usize = 3;
 
@@ -51,6 +49,7 @@ impl HeadQueue {
     fn place(&mut self, draft: Draft) -> bool {
         match self.volume.append(draft, &self.inbox) {
             Append::Placed(placement, buffer) => {
+                self.blocked_since_ns = None;
                 self.start_batch(&placement, buffer);
                 true
             }
@@ -77,10 +76,12 @@ impl HeadQueue {
             self.fail_all(waiting, kind, &why);
             return;
         }
-        if self.volume.is_starved() {
+        let since_ns = *self.blocked_since_ns.get_or_insert_with(|| self.volume.shared().clock.boot_ns());
+        if let Some((kind, why)) = self.volume.starved(since_ns) {
+            self.blocked_since_ns = None;
             let (buffer, requests) = draft.into_parts();
             self.recycle(buffer);
-            self.fail_all(requests, IoErrorKind::NoSpace, STORE_FULL);
+            self.fail_all(requests, kind, &why);
         } else {
             self.blocked = Some(draft);
         }
@@ -199,12 +200,13 @@ impl HeadQueue {
     /// A batch was cut off. The requests of the one that failed get an error, unless it was for want of space;
     /// the others, which only came after it, run again.
     pub(super) fn batch_failed(&mut self, error: Option<IoErrorKind>, requests: Vec<Pending>) {
-        match error {
-            Some(kind) if kind != IoErrorKind::NoSpace => {
+        let now_ns = self.volume.shared().clock.boot_ns();
+        match (error, error.and_then(|_| self.volume.starved(now_ns))) {
+            (Some(kind), _) if kind != IoErrorKind::NoSpace => {
                 self.fail_all(requests, kind, "writing to the log failed");
             }
-            Some(_) if self.volume.is_starved() => self.fail_all(requests, IoErrorKind::NoSpace, STORE_FULL),
-            _ => {
+            (_, Some((kind, why))) => self.fail_all(requests, kind, &why),
+            (_, None) => {
                 for pending in requests.into_iter().rev() {
                     if is_partial(&pending.op) {
                         self.partial_waiting.push_front(pending);

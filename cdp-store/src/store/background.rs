@@ -119,7 +119,7 @@ impl Store {
     /// Does one piece of the pool's work; says whether there may be more. For stores without background threads.
     ///
     /// # Errors
-    /// What the file system says, other than that it is full.
+    /// What the file system says when segments are filled ahead, other than that it is full.
     pub fn pool_step(&self) -> Result<bool> {
         Ok(matches!(self.pool_progress()?, Progress::More | Progress::Filled))
     }
@@ -147,10 +147,13 @@ impl Store {
             }
             PoolStep::Filled => Ok(Progress::Filled),
             PoolStep::Busy => Ok(Progress::Later),
-            PoolStep::Full(volume) => {
+            PoolStep::Refused(volume, error) => {
                 let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);
-                if let Some(found) = volumes.get(&volume) {
-                    found.starve();
+                let found = volumes.get(&volume).cloned();
+                drop(volumes);
+                match found {
+                    Some(found) => found.refuse_segment(&error),
+                    None => self.inner.shared.log.segments.forget_wishes(volume),
                 }
                 Ok(Progress::Later)
             }
@@ -416,8 +419,11 @@ fn pool(store: &Store) -> Duration {
     match store.pool_progress() {
         Ok(Progress::More) => Duration::ZERO,
         Ok(Progress::Filled) => store.fill_pace(),
-        Ok(Progress::Later) if store.inner.shared.log.segments.is_wanted() => FULL_RETRY,
-        Ok(Progress::Later) => FILL_DELAY,
+        Ok(Progress::Later) => match store.inner.shared.log.segments.wanted() {
+            0 => FILL_DELAY,
+            // Each of them once in this time, however many wait.
+            wanted => FULL_RETRY / u32::try_from(wanted).unwrap_or(u32::MAX),
+        },
         Ok(Progress::None) => REST,
         Err(error) => {
             tracing::error!("supplying segments: {}", one_line(&error));

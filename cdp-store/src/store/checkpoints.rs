@@ -242,7 +242,8 @@ impl Store {
         row_of(ledger.catalogue(), id).map(|row| describe(ledger.catalogue(), row))
     }
 
-    /// A machine's checkpoint by its number or its label.
+    /// A machine's checkpoint by its number or its label. The label of one that was aborted is that of another one if that
+    /// has it as well.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`].
@@ -254,7 +255,7 @@ impl Store {
         let named = |row: &&CheckpointRow| {
             Some(row.id) == number || row.label.as_ref().is_some_and(|label| label.as_str() == text)
         };
-        let found = catalogue.checkpoints_of(of).rev().find(named);
+        let found = catalogue.checkpoints_of(of).filter(named).max_by_key(|row| (!row.is_aborted(), row.id));
         found.map(|row| describe(catalogue, row)).ok_or_else(|| {
             let text: String = text.escape_debug().take(80).collect();
             Error::new(ErrorKind::NotFound, format!("machine '{vm}' has no checkpoint '{text}'"))
@@ -267,10 +268,16 @@ impl Store {
     /// Once this returns.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::Exists`] and [`ErrorKind::Invalid`] for the label.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Exists`] and [`ErrorKind::Invalid`] for the label; [`ErrorKind::Invalid`] if it was
+    /// aborted, and is to be pinned or to have another label: there is nothing to keep or to go back to.
     pub fn edit_checkpoint(&self, id: CheckpointId, label: Option<Label>, pinned: bool) -> Result<()> {
         let mut ledger = self.ledger();
         let row = row_of(ledger.catalogue(), id)?;
+        let names = label.is_some() && row.label != label;
+        if row.is_aborted() && (names || pinned && !row.pinned) {
+            let text = format!("checkpoint {id} was aborted: there is nothing to keep or to go back to");
+            return Err(Error::new(ErrorKind::Invalid, text));
+        }
         if row.label != label {
             check_label(ledger.catalogue(), row.vm, label.as_ref())?;
         }
@@ -371,8 +378,11 @@ fn check_label(catalogue: &Catalogue, vm: VmId, label: Option<&Label>) -> Result
         let text = format!("'{label}' would be taken for a checkpoint's number");
         return Err(Error::new(ErrorKind::Invalid, text));
     }
-    let lives = |row: &&CheckpointRow| !matches!(row.state, CheckpointState::Aborted { .. });
-    match catalogue.checkpoints_of(vm).filter(lives).find(|row| row.label.as_ref() == Some(label)) {
+    match catalogue
+        .checkpoints_of(vm)
+        .filter(|row| !row.is_aborted())
+        .find(|row| row.label.as_ref() == Some(label))
+    {
         Some(row) => {
             let text = format!("checkpoint {} has the label '{label}' already", row.id);
             Err(Error::new(ErrorKind::Exists, text))

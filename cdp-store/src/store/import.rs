@@ -82,15 +82,14 @@ pub struct Scratch {
 }
 
 impl Store {
-    /// Makes a writable view of an instant: a clone without a name.
+    /// Makes a writable view of an instant of a volume: a clone without a name.
     ///
     /// # Errors
     /// As [`Store::resolve`].
-    pub fn scratch(&self, name: &VolumeName, instant: &Instant) -> Result<Scratch> {
-        let source = self.volume(name)?;
-        let origin = self.resolve_durably(&source, instant)?;
+    pub fn scratch(&self, source: &Arc<Volume>, instant: &Instant) -> Result<Scratch> {
+        let origin = self.resolve_durably(source, instant)?;
         let mut ledger = self.ledger();
-        let made = self.commit_clones(&mut ledger, &[source], &[origin], [None].into_iter())?;
+        let made = self.commit_clones(&mut ledger, &[Arc::clone(source)], &[origin], [None].into_iter())?;
         Ok(Scratch { store: self.clone(), volume: made.into_iter().next() })
     }
 }

@@ -170,8 +170,9 @@ fn what_several_threads_give_back_at_once_is_said_once() {
     let bench = Bench::new();
     write(&bench.store.volume(&bench.name).unwrap(), 4096);
     for _ in 0..12 {
-        let views: Vec<Scratch> =
-            (0..6).map(|_| bench.store.scratch(&bench.name, &Instant::Head).unwrap()).collect();
+        let views: Vec<Scratch> = (0..6)
+            .map(|_| bench.store.scratch(&bench.store.volume(&bench.name).unwrap(), &Instant::Head).unwrap())
+            .collect();
         std::thread::scope(|scope| {
             views.into_iter().for_each(|view| drop(scope.spawn(move || drop(view))));
         });
@@ -205,7 +206,7 @@ fn blank_segments_of_destroyed_volumes_are_given_back() {
     let bench = Bench::new();
     let files = |path: &Path| fs::read_dir(path.join("segments")).unwrap().count();
     for _ in 0..20 {
-        let view = bench.store.scratch(&bench.name, &Instant::Head).unwrap();
+        let view = bench.store.scratch(&bench.store.volume(&bench.name).unwrap(), &Instant::Head).unwrap();
         write(view.volume(), SEGMENT as usize / 2);
         // More than half of a segment is full, so that the next one is ordered.
         write(view.volume(), SEGMENT as usize / 4);

@@ -95,14 +95,11 @@ impl Volume {
             last.pop_front();
         }
         last.front().filter(|_| last.len() == keep && keep > 0).copied().ok_or_else(|| {
-            Error::new(
-                ErrorKind::NotFound,
-                format!(
-                    "the history has {} flushes, not {back}; the oldest is flush:-{}",
-                    last.len(),
-                    last.len().max(1)
-                ),
-            )
+            let text = match last.len() {
+                0 => "the history has no flushes".to_owned(),
+                there => format!("the history has {there} flushes, not {back}; the oldest is flush:-{there}"),
+            };
+            Error::new(ErrorKind::NotFound, text)
         })
     }
 

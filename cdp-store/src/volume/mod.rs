@@ -5,6 +5,7 @@ mod extents;
 mod history;
 mod indexing;
 mod info;
+mod supply;
 
 use std::fmt;
 use std::io;
@@ -19,17 +20,17 @@ use cdp_types::{
 
 use crate::catalogue::{BranchRow, VolumeRow};
 use crate::error::Result;
-use crate::format::data_start;
 use crate::index::FANOUT;
 use crate::leaves::States;
 use crate::lineage::At;
 use crate::loaders::Places;
-use crate::log::{Acked, Append, Draft, Failed, LogEnd, LogState};
+use crate::log::{Acked, Failed, LogEnd, LogState};
 use crate::map::{HeadMap, apply_changes};
 use crate::queue::{HeadQueue, Inbox, Mail};
 use crate::reach::End;
-use crate::segments::{Blank, Segment};
+use crate::segments::Segment;
 use crate::shared::Shared;
+use supply::Refused;
 
 pub(crate) use epochs::PlacedEpoch;
 pub use extents::ChangedRun;
@@ -81,8 +82,10 @@ pub struct Volume {
     whole_upto: Option<Seq>,
     /// Why it takes no writes: its log is damaged, or the store was opened for reading.
     read_only: OnceLock<String>,
-    /// Since when the store has been too full to give it a segment, on the boot clock; 0 if it is not.
-    starved_since_ns: AtomicU64,
+    /// Since when a cut has lacked a segment, on the boot clock; 0 if none does.
+    cut_waits_since_ns: AtomicU64,
+    /// Why the segment that its log has ordered has not come. Locked after `log`.
+    refused: Mutex<Option<Refused>>,
     /// Bytes acknowledged since the background was last asked to sync.
     unsynced_bytes: AtomicU64,
     /// Epochs that are armed on it.
@@ -133,7 +136,8 @@ impl Volume {
             listeners: Mutex::default(),
             tenure: AtomicU64::new(0),
             read_only,
-            starved_since_ns: AtomicU64::new(0),
+            cut_waits_since_ns: AtomicU64::new(0),
+            refused: Mutex::default(),
             counters: Counters::default(),
             row: RwLock::new(row),
             shared,
@@ -311,28 +315,6 @@ impl Volume {
 
     // -- Writing
 
-    /// Gives a draft its place in the log; orders a segment where one is needed.
-    pub(crate) fn append(&self, draft: Draft, owner: &Arc<Inbox>) -> Append {
-        let mut log = self.log();
-        self.append_locked(&mut log, draft, owner)
-    }
-
-    pub(crate) fn append_locked(&self, log: &mut LogState, draft: Draft, owner: &Arc<Inbox>) -> Append {
-        let outcome = log.append(&self.shared.log, draft, owner);
-        self.order_segment(log);
-        if let Append::Blocked(_) = outcome {
-            self.wait_for_change(owner);
-        }
-        outcome
-    }
-
-    fn order_segment(&self, log: &LogState) {
-        if let Some(wish) = log.wants_segment(&self.shared.log) {
-            self.shared.log.segments.order(self.id, wish);
-            self.shared.pool_bell.ring();
-        }
-    }
-
     /// Has `inbox` told to try again when a segment comes, a cut is made or a batch is acknowledged.
     pub(crate) fn wait_for_change(&self, inbox: &Arc<Inbox>) {
         let mut waiters = lock(&self.waiters);
@@ -411,54 +393,6 @@ impl Volume {
             batch.owner.send(Mail::Failed { error: batch.error, requests: batch.requests }, from);
         }
         self.wake_waiters(from);
-    }
-
-    /// Notes that there is no space for the segment that was ordered.
-    pub(crate) fn starve(&self) {
-        let now = self.shared.clock.boot_ns().max(1);
-        if self.starved_since_ns.compare_exchange(0, now, Memory::Relaxed, Memory::Relaxed).is_ok() {
-            tracing::warn!(volume = %self.id, "the store is full: writes wait, then fail");
-        }
-        let mut log = self.log();
-        if log.cut_wants_segment() {
-            // What is in flight can only end behind a cut, and for a cut there is space kept back. Somebody else may have
-            // taken that: it is waited for like all space, and then what is in flight must end without.
-            let unit = self.shared.log.segments.alignment().physical_block;
-            match self.shared.log.segments.create_of_reserve(data_start(unit) + u64::from(unit)) {
-                Ok(blank) => self.take_over(&mut log, blank),
-                Err(error) if self.is_starved() => log.poison(format!("no space for a cut: {error}")),
-                Err(error) => tracing::debug!(volume = %self.id, "no segment for a cut: {error}"),
-            }
-            self.cut_if_due(&mut log, None);
-        }
-        drop(log);
-        self.wake_waiters(None);
-    }
-
-    /// Whether it has waited for space longer than requests should.
-    pub(crate) fn is_starved(&self) -> bool {
-        let since = self.starved_since_ns.load(Memory::Relaxed);
-        let waited = self.shared.clock.boot_ns().saturating_sub(since);
-        since != 0 && u128::from(waited) >= self.shared.tuning.full_wait.as_nanos()
-    }
-
-    /// Hands over a blank segment that was ordered.
-    pub(crate) fn supply(&self, blank: Blank) {
-        if self.starved_since_ns.swap(0, Memory::Relaxed) != 0 {
-            tracing::info!(volume = %self.id, "the store has space again: writes go on");
-        }
-        let mut log = self.log();
-        self.take_over(&mut log, blank);
-        self.cut_if_due(&mut log, None);
-        drop(log);
-        self.wake_waiters(None);
-    }
-
-    /// Has the log take a blank segment; one that it had at hand already goes back.
-    pub(crate) fn take_over(&self, log: &mut LogState, blank: Blank) {
-        if let Some(spare) = log.supply(blank) {
-            self.shared.log.segments.give_back(spare);
-        }
     }
 
     /// Gives back what its log has at hand and will not use any more.

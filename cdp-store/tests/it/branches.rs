@@ -301,7 +301,7 @@ fn a_scratch_view_is_written_alone_and_vanishes() {
     write(&bench, &name, 0, 2);
     let store = bench.machine.store().clone();
     let volumes = store.volumes().len();
-    let scratch = store.scratch(&name, &Instant::Seq(at)).unwrap();
+    let scratch = store.scratch(&store.volume(&name).unwrap(), &Instant::Seq(at)).unwrap();
     let mut queue = scratch.volume().open_queue().unwrap();
     run(&mut *queue, Op::Flush).unwrap();
     bench.run(&mut *queue, write_op(1, 3, Origin(0))).unwrap();
@@ -317,7 +317,7 @@ fn a_scratch_view_is_written_alone_and_vanishes() {
     drop(queue);
     drop(scratch);
     assert!(store.segments().unwrap().len() < segments, "it gives its space back");
-    let forgotten = store.scratch(&name, &Instant::Seq(at)).unwrap();
+    let forgotten = store.scratch(&store.volume(&name).unwrap(), &Instant::Seq(at)).unwrap();
     std::mem::forget(forgotten);
     drop(store);
     bench.restart(Crash::Kill);

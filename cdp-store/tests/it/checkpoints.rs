@@ -357,6 +357,32 @@ fn a_checkpoint_pins_what_it_names_until_it_is_deleted() {
 }
 
 #[test]
+fn the_label_of_a_checkpoint_that_came_to_nothing_names_the_one_that_has_it_now() {
+    let (bench, vm) = bench(9);
+    let store = bench.machine.store();
+    write(&bench, 10);
+    let (good, _) = take(&bench, &vm, 100);
+    let mode = CheckpointMode::Pause;
+    let spec = CheckpointSpec { mode, label: Some(label("golden")), restore: Value::Null };
+    let failed = store.begin_checkpoint(&vm, spec).unwrap().id;
+    store.abort_checkpoint(failed, "no room").unwrap();
+    assert_eq!(store.find_checkpoint(&vm, "golden").unwrap().id, failed, "nobody else has it");
+
+    store.edit_checkpoint(good, Some(label("golden")), true).unwrap();
+    assert_eq!(store.find_checkpoint(&vm, "golden").unwrap().id, good);
+    assert_eq!(store.find_checkpoint(&vm, &failed.to_string()).unwrap().id, failed);
+    for (label, pinned) in [(Some(label("other")), false), (Some(label("golden")), true), (None, true)] {
+        let refused = store.edit_checkpoint(failed, label, pinned).unwrap_err();
+        assert!(
+            refused.kind() == ErrorKind::Invalid && refused.to_string().contains("was aborted"),
+            "{refused}"
+        );
+    }
+    store.edit_checkpoint(failed, None, false).unwrap();
+    assert_eq!(store.find_checkpoint(&vm, "golden").unwrap().id, good);
+}
+
+#[test]
 fn machines_are_kept_with_what_belongs_to_them() {
     let (mut bench, vm) = bench(10);
     let names = [bench.name(0), bench.name(1)];

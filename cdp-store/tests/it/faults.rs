@@ -10,7 +10,7 @@ use cdp_types::{
 };
 
 use crate::bench::{Bench, write_op};
-use crate::machine::Crash;
+use crate::machine::{Crash, FULL_WAIT};
 
 #[test]
 fn a_failed_sync_is_never_made_up_for() {
@@ -216,6 +216,74 @@ fn a_full_disk_is_back_pressure_then_an_error_and_ends_with_the_shortage() {
     bench.restart(Crash::PowerCut);
     assert_eq!(bench.block(0, 7).unwrap(), 77);
     assert_eq!(bench.block(0, (written - 9) % 1000).unwrap(), 5000 + written - 9);
+}
+
+#[test]
+fn a_request_waits_for_space_as_long_as_it_may_however_long_the_store_has_been_full() {
+    let bench = Bench::new(4);
+    bench.machine.disk.set_capacity(Some(3 << 20));
+    let clock = bench.machine.disk.clock();
+    let now = || Duration::from_nanos(cdp_store::clock::Clock::boot_ns(&clock));
+    for number in 0..5000 {
+        // What is ordered ahead of its use is refused for much longer than anybody may wait.
+        clock.advance(Duration::from_secs(1));
+        let _ = bench.machine.store().pool_step();
+        let began = now();
+        let Err(error) = bench.write(0, number % 1000, 5000 + number) else { continue };
+        assert_eq!(error.kind(), IoErrorKind::NoSpace);
+        let waited = now() - began;
+        assert!(waited >= FULL_WAIT, "{waited:?} after {number} writes");
+        return;
+    }
+    panic!("the disk never gets full");
+}
+
+#[test]
+fn requests_end_where_no_segment_can_be_made_and_go_on_once_one_can() {
+    // All files open that may be, and a file system that has become read-only.
+    for errno in [libc::EMFILE, libc::EROFS] {
+        let bench = Bench::new(4);
+        let mut written = 0;
+        while written < 60 {
+            bench.write(0, written, 5000 + written).unwrap();
+            written += 1;
+        }
+        bench.machine.disk.fail_rate(OpKind::Create, 1.0, errno);
+        let error = loop {
+            match bench.write(0, written % 1000, 5000 + written) {
+                Ok(()) => written += 1,
+                Err(error) => break error,
+            }
+            assert!(written < 5000, "the log needs no further segment");
+        };
+        assert!(
+            error.kind() == IoErrorKind::Device && error.to_string().contains("no further segment"),
+            "{error}"
+        );
+        assert_eq!(bench.write(0, 0, 1).unwrap_err().kind(), IoErrorKind::Device);
+        for back in 1..50 {
+            assert_eq!(
+                bench.block(0, (written - back) % 1000).unwrap(),
+                5000 + written - back,
+                "reads go on"
+            );
+        }
+        bench.machine.disk.clear_faults();
+        let again =
+            |bench: &Bench| bench.machine.store().pool_step().is_ok() && bench.write(0, 7, 77).is_ok();
+        assert!((0..20).any(|_| again(&bench)), "it could be made, and writes fail all the same");
+        assert_eq!(bench.block(0, 7).unwrap(), 77);
+    }
+}
+
+#[test]
+fn a_failed_write_ends_where_no_segment_can_be_made_for_its_cut() {
+    let bench = Bench::new(4);
+    bench.write(0, 0, 5000).unwrap();
+    bench.machine.disk.fail_rate(OpKind::Create, 1.0, libc::EMFILE);
+    bench.machine.disk.fail_nth(OpKind::Write, 0, libc::EIO);
+    assert_eq!(bench.write(0, 1, 6000).unwrap_err().kind(), IoErrorKind::Device);
+    assert_eq!(bench.block(0, 0).unwrap(), 5000);
 }
 
 #[test]

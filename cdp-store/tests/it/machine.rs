@@ -135,6 +135,8 @@ const DEPTH: usize = 6;
 pub const MOST_VOLUMES: usize = 3;
 /// Rounds after which requests that have not ended count as stuck.
 pub const PATIENCE: usize = 20_000;
+/// How long requests wait for space.
+pub const FULL_WAIT: Duration = Duration::from_millis(200);
 
 fn options() -> StoreOptions {
     StoreOptions {
@@ -142,7 +144,7 @@ fn options() -> StoreOptions {
         pool_segments: 1,
         map_budget_bytes: 0,
         index_memory_bytes: 0,
-        full_wait: Duration::from_millis(200),
+        full_wait: FULL_WAIT,
         reserve_bytes: 256 << 10,
         batch_bytes: 64 << 10,
         batches_in_flight: 2,

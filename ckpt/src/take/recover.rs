@@ -32,7 +32,10 @@ pub(super) async fn wind_down(
             wound = migration::wind_down(qmp, saved).await;
         }
         let Err(first) = wound else { return Ok(()) };
-        let again = Client::connect(qmp.path(), Options::default()).await.map_err(|_| first)?;
+        // Of the two that says more which tells a QEMU that has ended from one that nobody else gets to talk to.
+        let again = Client::connect(qmp.path(), Options::default()).await;
+        let again =
+            again.map_err(|error| if error.kind() == ErrorKind::Unreachable { first } else { error })?;
         migration::wind_down(&again, saved).await.map(drop)
     };
     with_unprotected(&saved.version, process, winding_down).await
@@ -122,7 +125,11 @@ async fn thaw_at_last(agent: &Path) -> Result<(), qmp_bridge::Error> {
         match error.kind() {
             // The guest has ended, and with it whatever stood still.
             ErrorKind::Unreachable => return Ok(()),
-            ErrorKind::Deadline | ErrorKind::Held | ErrorKind::Gone | ErrorKind::Nonsense
+            ErrorKind::Deadline
+            | ErrorKind::Held
+            | ErrorKind::CannotConnect
+            | ErrorKind::Gone
+            | ErrorKind::Nonsense
                 if Instant::now() < by =>
             {
                 tokio::time::sleep(LOOK_EVERY).await;

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use qmp_bridge::fake::{Fake, Fault, Say, Step, Transcript};
-use qmp_bridge::{Client, Error, ErrorKind, Options};
+use qmp_bridge::{Agent, AgentOptions, Client, Error, ErrorKind, Options};
 use serde_json::{Value, json};
 
 use crate::{PATIENCE, SOON, options, patient, timely};
@@ -70,6 +70,18 @@ async fn a_path_where_nobody_listens_is_unreachable() {
     let dir = tempfile::tempdir().unwrap();
     let error = timely(patient(&dir.path().join("none"))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unreachable);
+}
+
+#[tokio::test]
+async fn a_path_where_somebody_may_listen_whom_we_cannot_connect_to_is_not_said_to_be_empty() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("other");
+    // Whom this process may not connect to cannot be had as root; of another type is as good.
+    let _other = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let error = timely(patient(&path)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::CannotConnect);
+    let error = timely(Agent::new(&path, AgentOptions::default()).thaw()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::CannotConnect);
 }
 
 #[tokio::test]

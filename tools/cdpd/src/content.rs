@@ -30,9 +30,10 @@ pub type Sink<'a> = dyn FnMut(Frame) -> Result<bool, ApiError> + 'a;
 /// No such volume or instant; damage found by a checksum; whatever `sink` says. Nothing is then sent to it.
 pub fn read(store: &Store, what: &VolumeAt, sink: &mut Sink<'_>) -> Result<At, ApiError> {
     // Map and content are asked for separately; found once, the instant is the same for both.
-    let resolved = store.resolve(&what.volume, &what.instant)?;
-    let at = At::from(resolved);
+    // So is the volume: that can take a while, and another one may have got the name meanwhile.
     let volume = store.volume(&what.volume)?;
+    let resolved = store.resolve_of(&volume, &what.instant)?;
+    let at = At::from(resolved);
     let device = volume.open_resolved(resolved)?;
     let size_bytes = device.info().capacity;
     if !sink(Frame::Start(ContentStart { size_bytes, at: Some(at.clone()) }))? {

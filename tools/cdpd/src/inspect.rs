@@ -83,12 +83,14 @@ pub fn records(
     query: &RecordsQuery,
     visit: &mut dyn FnMut(Record) -> bool,
 ) -> Result<RecordsEnd, ApiError> {
-    let from = query.from.as_ref().map(|from| store.resolve(&query.volume, from)).transpose()?;
-    let to = store.resolve(&query.volume, &query.to)?;
+    // Once: what an instant means can take a while to find, and another volume may have got the name meanwhile.
+    let volume = store.volume(&query.volume)?;
+    let from = query.from.as_ref().map(|from| store.resolve_of(&volume, from)).transpose()?;
+    let to = store.resolve_of(&volume, &query.to)?;
     let first = from.map_or(Seq::ZERO, |from| from.seq).0.saturating_add(1);
     let (mut count, mut more) = (0, false);
     if first <= to.seq.0 {
-        store.volume(&query.volume)?.records(Seq(first), to.seq, &mut |record| {
+        volume.records(Seq(first), to.seq, &mut |record| {
             if query.limit.is_some_and(|limit| count >= limit) {
                 more = true;
                 return false;
@@ -109,9 +111,9 @@ pub fn map(
     what: &VolumeAt,
     visit: &mut dyn FnMut(ExtentInfo) -> bool,
 ) -> Result<MapEnd, ApiError> {
-    let at = store.resolve(&what.volume, &what.instant)?;
-    let mut count = 0;
     let volume = store.volume(&what.volume)?;
+    let at = store.resolve_of(&volume, &what.instant)?;
+    let mut count = 0;
     // Its branch may be deleted meanwhile, but not taken out of the index.
     let _held = volume.open_resolved(at)?;
     volume.extents(at, volume.blocks(), &mut |extent| {

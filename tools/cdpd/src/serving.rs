@@ -293,9 +293,15 @@ impl Servers {
                     std::thread::sleep(PARTING / 8);
                 }
                 Err(error) if error.kind() == cdp_store::ErrorKind::Busy => {
-                    let text =
-                        format!("{error}; end its QEMU first, and start it again with -incoming defer");
-                    return Err(ApiError::new(ErrorKind::Busy, text));
+                    // A checkpoint that is being taken is Busy as well, and somebody else's writes are.
+                    let has_guest = !self.connected(self.store.vm(vm)?.volumes.iter()).is_empty();
+                    let mut error = ApiError::from(error);
+                    if has_guest {
+                        error
+                            .message
+                            .push_str("; end its QEMU first, and start it again with -incoming defer");
+                    }
+                    return Err(error);
                 }
                 outcome => break outcome?,
             }

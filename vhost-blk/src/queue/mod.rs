@@ -380,7 +380,14 @@ impl Queue {
         };
         slot.kind = kind;
         slot.writable_len = u32::try_from(self.chain.writable_len).unwrap_or(u32::MAX);
-        std::mem::swap(&mut slot.writable, &mut self.chain.writable);
+        if let Action::Answer(..) = action {
+            // Nothing else is written, whatever a request that is refused says of its length: a log of written pages must
+            // not be marked for all that a guest can claim.
+            slot.writable.clear();
+            slot.writable.push(GuestRange { addr: slot.status, len: 1 });
+        } else {
+            std::mem::swap(&mut slot.writable, &mut self.chain.writable);
+        }
         if let Action::Submit(Op::Read { into: data, .. } | Op::Write { from: data, .. }) = &action {
             slot.bytes = data.len() as u64;
         } else {

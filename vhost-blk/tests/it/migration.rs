@@ -70,6 +70,8 @@ fn exactly_what_the_device_writes_is_marked_and_only_while_logging_is_on() {
         assert_eq!(log.take(), BTreeSet::from([status, used]), "a write changes no data in memory");
         assert_eq!(guest.request(IN, 0, &[], 8192).0, OK);
         assert_eq!(log.take(), BTreeSet::from([status, used, data, data + 1]));
+        assert_eq!(guest.request(99, 0, &[], 8192).0, UNSUPP);
+        assert_eq!(log.take(), BTreeSet::from([status, used]), "nothing is read for what is no request");
 
         switch(&mut guest, false);
         log.take();

@@ -77,6 +77,10 @@ pub(super) fn run(store: &Path, args: &VmRunArgs, output: &mut Output) -> anyhow
     let incoming = command.complete(&additions, true)?;
     let qmp = sockets.qmp.clone();
     let new = NewVm { name: args.name.clone(), volumes, qmp: sockets.qmp, agent, launch: Some(launch) };
+    if args.boot && known.is_some_and(|vm| vm.start_from.is_some() && vm.volumes != new.volumes) {
+        // First: as long as its memory counts, a clone keeps the disks to which that belongs.
+        client.delete::<()>(&format!("/v1/vms/{}/start", args.name))?;
+    }
     let vm: Vm = client.send(Method::PUT, &format!("/v1/vms/{}", args.name), &new)?;
     let start = start(&client, args, &vm)?;
     let machine = Machine {

@@ -8,7 +8,7 @@ use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::Response;
 use axum::{Extension, Json};
-use cdp_store::{VmInfo, VmSpec};
+use cdp_store::{CheckpointState, VmInfo, VmSpec};
 use cdp_types::{CheckpointId, Instant, VmName, VolumeName};
 use serde::Deserialize;
 
@@ -17,7 +17,7 @@ use super::stream::orders;
 use super::{App, Peer, at_work, blocking};
 use crate::api::{
     ApiError, Checkpoint, CheckpointChange, Diagnosis, ErrorKind, NewCheckpoint, NewVm, NewVmClone, Reverted,
-    Schedule, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
+    Schedule, Supervised, SupervisorReport, Vm, VmRevert, VmReverted, VmStarted,
 };
 use crate::machines::{Settings, Work, copies};
 
@@ -103,7 +103,10 @@ pub(super) async fn put(
         };
         // Not while a checkpoint is taken, of which the store does not know before QEMU has answered.
         let others = old.volumes != new.volumes;
-        let _working = others.then(|| app.machines.begin(&name, Work::Returning)).transpose()?;
+        let working = others.then(|| app.machines.begin(&name, Work::Returning)).transpose()?;
+        if working.is_some() {
+            app.machines.end_left(&name)?;
+        }
         // One may have been complete just before.
         let old = app.store.vm(&name)?;
         if others && old.checkpoints > 0 {
@@ -112,6 +115,16 @@ pub(super) async fn put(
                 "machine '{name}' has the disks {}, and {} checkpoints of them: give it the same, or remove it (vm remove)",
                 disks.join(" "),
                 old.checkpoints
+            );
+            return Err(ApiError::new(ErrorKind::Invalid, text));
+        }
+        if others && let Ok(origin) = copies::origin(&app.store, &old) {
+            let disks: Vec<&str> = old.volumes.iter().map(VolumeName::as_str).collect();
+            let text = format!(
+                "machine '{name}' is a clone that has not run yet, and the memory from which it starts (checkpoint {}) belongs \
+                 to the disks {}, in this order: give it the same, or have it boot (vm run {name} --boot)",
+                origin.checkpoint,
+                disks.join(" ")
             );
             return Err(ApiError::new(ErrorKind::Invalid, text));
         }
@@ -148,7 +161,10 @@ pub(super) async fn clone(
     check_paths(&new.qmp, new.agent.as_ref())?;
     let launch = new.launch.map(|launch| launch.said_by(peer.uid()));
     let new = NewVmClone { launch, ..new };
-    let vm = blocking(&app, move |app| view(app, copies::copy(&app.store, &name, new)?));
+    let vm = blocking(&app, move |app| {
+        let made = app.machines.between_deletions(|| copies::copy(&app.store, &name, new))?;
+        view(app, made)
+    });
     Ok((StatusCode::CREATED, Json(vm.await?)))
 }
 
@@ -168,6 +184,9 @@ pub(super) async fn start(
     to_its_end(async move {
         let _working = working;
         app.machines.make_ready(&app.servers, &info, origin.checkpoint).await?;
+        // From here on nobody but QEMU writes to them, but that has taken a while to start.
+        let machine = info.name.clone();
+        blocking(&app, move |app| copies::origin(&app.store, &app.store.vm(&machine)?).map(drop)).await?;
         let pages = app.machines.restore(&app.servers, &info, origin.checkpoint).await?;
         let still_frozen = app.machines.thaw(&info, origin.checkpoint).await;
         let name = info.name;
@@ -200,7 +219,13 @@ pub(super) async fn boot(
     State(app): State<Arc<App>>,
     Machine(name): Machine,
 ) -> Result<StatusCode, ApiError> {
-    blocking(&app, move |app| forget_origin(app, &name)).await?;
+    // Not while it is being started.
+    let working = app.machines.begin(&name, Work::Returning)?;
+    blocking(&app, move |app| {
+        let _working = working;
+        forget_origin(app, &name)
+    })
+    .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -284,8 +309,8 @@ pub(super) async fn remove(
     let working = app.machines.begin(&name, Work::Returning)?;
     blocking(&app, move |app| {
         let _working = working;
-        app.store.remove_vm(&name, delete_checkpoints)?;
-        app.machines.forget(&name);
+        app.machines.end_left(&name)?;
+        app.machines.remove(&name, delete_checkpoints)?;
         tracing::info!(vm = %name, "removed");
         Ok(StatusCode::NO_CONTENT)
     })
@@ -354,6 +379,12 @@ pub(super) async fn delete(
 ) -> Result<StatusCode, ApiError> {
     blocking(&app, move |app| {
         let found = app.store.find_checkpoint(&vm, &which)?;
+        if found.state == CheckpointState::Begun
+            && let Ok(_working) = app.machines.begin(&vm, Work::Returning)
+        {
+            // Nobody takes it.
+            app.machines.end_left(&vm)?;
+        }
         app.machines.delete_checkpoint(&vm, found.id)?;
         tracing::info!(vm = %vm, checkpoint = %found.id, "checkpoint deleted");
         Ok(StatusCode::NO_CONTENT)
@@ -370,6 +401,7 @@ pub(super) async fn revert(
     let VmRevert { to, disks_only } = request;
     let working = app.machines.begin(&name, Work::Returning)?;
     let (info, found) = blocking(&app, move |app| {
+        app.machines.end_left(&name)?;
         let found = app.machines.between_deletions(|| app.store.find_checkpoint(&name, &to))?;
         Ok((app.store.vm(&name)?, found))
     })
@@ -391,7 +423,18 @@ async fn put_back(
     blocking(app, move |app| check_clients(app, &disks)).await?;
     if !disks_only {
         // Before any disk is touched.
-        app.machines.make_ready(&app.servers, &info, id).await?;
+        let state = || app.machines.supervisors.state(&info.name);
+        let ran = state() == Some(Supervised::Running);
+        app.machines.make_ready(&app.servers, &info, id).await.map_err(|mut error| {
+            if ran && state().is_some_and(|state| state != Supervised::Running) {
+                error.message.push_str(&format!(
+                    "; QEMU of '{0}' has been ended for this, and one waits for its memory or is about to: cdp-tool vm revert \
+                     {0} again",
+                    info.name
+                ));
+            }
+            error
+        })?;
     }
     let name = info.name.clone();
     let volumes = blocking(app, move |app| app.servers.revert_vm(&name, id)).await?;

@@ -103,6 +103,7 @@ fn unanswered(path: &str, error: &Error) -> Check {
         }
         QmpError::NotQmp => "register the machine with the path of QEMU's -qmp socket".to_owned(),
         QmpError::Unreachable => format!("start QEMU with -qmp unix:{path},server=on,wait=off"),
+        QmpError::CannotConnect => format!("let the user that cdpd runs as read and write {path}"),
         _ => "see whether QEMU hangs, or has just ended".to_owned(),
     };
     Check::in_the_way(&MODES, "QMP", error.to_string(), cure)

@@ -2,6 +2,7 @@
 
 pub(crate) mod copies;
 mod doctor;
+mod keeping;
 pub(crate) mod schedule;
 mod settings;
 mod supervisor;
@@ -18,7 +19,7 @@ use cdp_types::{CheckpointId, Label, VmId, VmName, VolumeId, VolumeName};
 use ckpt::firsts::{Ahead, Firsts};
 use ckpt::gate::{DiskGuard, Gate, OnTrouble, Unguarded};
 use ckpt::take::{Disk, GIVE_UP_AFTER, Hold, Machine, Order, Taking};
-use qmp_bridge::{Client, Options};
+use qmp_bridge::{Client, Options, control};
 use tokio::sync::{Notify, watch};
 use vhost_blk::{FilePage, Guard, WriteCache};
 
@@ -171,31 +172,6 @@ impl Machines {
     /// To be held by whoever reads a machine's settings, or what is said of a checkpoint, and writes them again.
     pub(crate) fn settings(&self) -> MutexGuard<'_, ()> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Deletes a checkpoint of a machine, unless that is being put back to one: it may be this one, without which the machine
-    /// would have its old disks and no memory.
-    ///
-    /// # Errors
-    /// `Busy`: it is being put back; the store's.
-    pub(crate) fn delete_checkpoint(&self, vm: &VmName, id: CheckpointId) -> Result<(), ApiError> {
-        let _deleting = self.deleting.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.is_returning(vm) {
-            return Err(busy(vm, &Work::Returning));
-        }
-        Ok(self.store.delete_checkpoint(id)?)
-    }
-
-    /// Looks for the checkpoint to which a machine that has been taken for it is to be put back: a deletion that was under way
-    /// has ended by then, and another one is refused.
-    pub(crate) fn between_deletions<T>(&self, look: impl FnOnce() -> T) -> T {
-        let _deleting = self.deleting.lock().unwrap_or_else(PoisonError::into_inner);
-        look()
-    }
-
-    /// Forgets what checkpoints have learned of a machine that is not there any more.
-    pub(crate) fn forget(&self, vm: &VmName) {
-        self.firsts.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
     }
 
     fn firsts(&self, vm: &VmName) -> Arc<Firsts> {
@@ -385,12 +361,14 @@ impl Machines {
     }
 
     async fn take_from(
-        &self,
+        self: Arc<Self>,
         info: VmInfo,
         disks: Vec<Disk>,
         mut order: Order,
         hold: Hold,
     ) -> Result<CheckpointInfo, ApiError> {
+        let (machines, name) = (Arc::clone(&self), info.name.clone());
+        on_thread(move || machines.end_left(&name)).await?;
         let qmp = tokio::select! {
             connected = self.connect(&info) => connected?,
             // A QEMU that is being started may take long, and nothing is begun yet.
@@ -510,6 +488,10 @@ impl Machines {
     ) -> Result<(), ApiError> {
         // The store would not put its disks back. And what undoes the checkpoint takes any QEMU for the one that it was taken of.
         self.wait_until_undone(info).await?;
+        if self.supervisors.state(&info.name) == Some(Supervised::Waiting) && self.has_gone_on(info).await {
+            // It had taken longer to take its memory than it was given, and nobody was told that it has it.
+            self.supervisors.runs(&info.name);
+        }
         if self.supervisors.state(&info.name) == Some(Supervised::Running) {
             let qmp = self.connect(info).await?;
             let differences = ckpt::restore::differences(&self.store, to, &qmp).await.map_err(refused)?;
@@ -535,6 +517,13 @@ impl Machines {
             error
         })?;
         check(to, &ckpt::restore::differences(&self.store, to, &qmp).await.map_err(refused)?)
+    }
+
+    /// Whether a QEMU that had waited for memory does so no longer.
+    async fn has_gone_on(&self, info: &VmInfo) -> bool {
+        let Some(path) = &info.qmp else { return false };
+        let Ok(qmp) = Client::connect(Path::new(path), Options::default()).await else { return false };
+        control::run_state(&qmp).await.is_ok_and(|state| !state.is_incoming())
     }
 
     /// Lets file systems go that a machine's checkpoint has in its memory as stilled, now that the machine runs from
@@ -573,6 +562,14 @@ impl Machines {
             }
         }
     }
+}
+
+/// Runs what blocks on a thread that may.
+async fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let died = |_| Err(ApiError::new(ErrorKind::Internal, "a thread has died"));
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(died)
 }
 
 /// Ends when a checkpoint is to be given up.

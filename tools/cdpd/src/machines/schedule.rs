@@ -5,8 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
+use cdp_store::clock::{Clock, SystemClock};
 use cdp_store::{CheckpointInfo, CheckpointState, VmInfo};
 use cdp_types::{Label, VmName};
 use jiff::Timestamp;
@@ -58,7 +59,8 @@ struct Scheduled {
 /// The last attempt at a scheduled checkpoint of a machine.
 #[derive(Clone, Copy, Debug)]
 struct Attempt {
-    began: Instant,
+    /// Since boot, time in which the host was suspended included.
+    began: Duration,
     /// How long it took, if it came to nothing.
     failed_after: Option<Duration>,
 }
@@ -81,7 +83,7 @@ pub(crate) async fn keep_to_schedules(app: Arc<App>) {
         while let Some(done) = taking.try_join_next() {
             let Ok((vm, taken)) = done else { continue };
             if let Some(attempt) = attempts.get_mut(&vm).filter(|_| !taken) {
-                attempt.failed_after = Some(attempt.began.elapsed());
+                attempt.failed_after = Some(since_boot().saturating_sub(attempt.began));
             }
             busy.remove(&vm);
         }
@@ -96,7 +98,7 @@ pub(crate) async fn keep_to_schedules(app: Arc<App>) {
             if !runs || busy.contains(&info.name) || !is_due(&app, &info, &schedule, last) {
                 continue;
             }
-            attempts.insert(info.name.clone(), Attempt { began: Instant::now(), failed_after: None });
+            attempts.insert(info.name.clone(), Attempt { began: since_boot(), failed_after: None });
             busy.insert(info.name.clone());
             let (app, vm) = (Arc::clone(&app), info.name);
             taking.spawn(async move {
@@ -134,10 +136,10 @@ fn runs(app: &App, info: &VmInfo) -> bool {
 fn is_due(app: &App, info: &VmInfo, schedule: &Schedule, last: Option<Attempt>) -> bool {
     let every = Duration::from_secs(schedule.every_s);
     match last {
-        Some(last) => last.began.elapsed() >= last.pause(every),
+        Some(last) => since_boot().saturating_sub(last.began) >= last.pause(every),
         None => {
             let newest = complete(app, &info.name).iter().map(|one| one.created_ns).max();
-            newest.is_none_or(|newest| has_passed(every, newest, now_ns()))
+            newest.is_none_or(|newest| has_passed(every, newest, SystemClock.wall_ns()))
         }
     }
 }
@@ -149,7 +151,7 @@ fn has_passed(every: Duration, since_ns: u64, now_ns: u64) -> bool {
 
 /// Takes one, and says whether there is one.
 async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) -> bool {
-    let (mode, label) = (schedule.mode, label_of(now_ns()));
+    let (mode, label) = (schedule.mode, label_of(SystemClock.wall_ns()));
     let new = NewCheckpoint { mode, label, ..NewCheckpoint::default() };
     let taken = Arc::clone(&app.machines).take(&app.servers, vm, new).await;
     if let Err(error) = taken {
@@ -162,9 +164,12 @@ async fn take(app: &Arc<App>, vm: &VmName, schedule: &Schedule) -> bool {
     true
 }
 
-/// Deletes the oldest scheduled checkpoints of a machine.
+/// Deletes the oldest scheduled checkpoints of a machine. One from which a clone starts that has not run yet stays for as long,
+/// and does not count.
 fn thin_out(app: &App, vm: &VmName, keep: u64) {
-    for old in surplus(complete(app, vm), keep) {
+    let origins = app.machines.origins();
+    let free = complete(app, vm).into_iter().filter(|one| !origins.contains_key(&one.id));
+    for old in surplus(free.collect(), keep) {
         match app.machines.delete_checkpoint(vm, old.id) {
             Ok(()) => tracing::info!(%vm, checkpoint = %old.id, "scheduled checkpoint deleted"),
             Err(error) => tracing::warn!(%vm, checkpoint = %old.id, "cannot be deleted: {error}"),
@@ -209,9 +214,9 @@ fn label_of(time_ns: u64) -> Option<Label> {
     format!("{PREFIX}{text}").parse().ok()
 }
 
-fn now_ns() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+/// The time since boot by a clock that goes on while the host is suspended: "every day" is one of a person's days.
+fn since_boot() -> Duration {
+    Duration::from_nanos(SystemClock.boot_ns())
 }
 
 #[cfg(test)]
@@ -259,7 +264,7 @@ mod tests {
     #[test]
     fn one_that_came_to_nothing_is_tried_again_sooner_but_not_all_the_time() {
         let [minute, hour] = [60, 3600].map(Duration::from_secs);
-        let pause = |every, failed_after| Attempt { began: Instant::now(), failed_after }.pause(every);
+        let pause = |every, failed_after| Attempt { began: Duration::ZERO, failed_after }.pause(every);
         assert_eq!(pause(24 * hour, None), 24 * hour);
         assert_eq!(pause(24 * hour, Some(Duration::ZERO)), 24 * hour / 10);
         assert_eq!(pause(5 * minute, Some(Duration::ZERO)), minute);

@@ -117,7 +117,10 @@ impl Supervisors {
             waiting.map(drop).map_err(|_| gone())
         };
         tokio::time::timeout(limit, restarted).await.unwrap_or_else(|_| {
-            let text = format!("QEMU of machine '{vm}' was not started anew within {limit:?}");
+            let text = format!(
+                "QEMU of machine '{vm}' was not started anew within {limit:?}: does its cdp-tool vm run hang, or was it \
+                 suspended? Once it goes on it still ends that QEMU and starts one that waits for memory"
+            );
             Err(ApiError::new(ErrorKind::Unavailable, text))
         })
     }

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 
 use cdp_store::{CheckpointSpec, StoreOptions, VmSpec, VolumeSpec};
 use ckpt::doctor::Verdict;
+use qmp_bridge::fake::{Fake, Transcript};
 
 use super::*;
 use crate::config::VhostUser;
@@ -78,7 +79,7 @@ async fn a_checkpoint_that_waits_for_its_qemu_to_start_can_be_given_up() {
     let order = machines.order(&info, NewCheckpoint::default()).unwrap();
     let (cancel, cancelled) = watch::channel(false);
     let hold = Hold { cancel: cancelled, progress: watch::Sender::new(Taking::default()) };
-    let mut taking = std::pin::pin!(machines.take_from(info, Vec::new(), order, hold));
+    let mut taking = std::pin::pin!(Arc::clone(&machines).take_from(info, Vec::new(), order, hold));
     let soon = Duration::from_millis(100);
     assert!(tokio::time::timeout(soon, &mut taking).await.is_err(), "its QEMU may come yet");
     cancel.send_replace(true);
@@ -105,6 +106,58 @@ async fn a_stop_does_not_wait_for_a_qemu_that_is_to_be_given_memory() {
     machines.stop().await;
     let outcome = tokio::time::timeout(STARTING / 3, ready).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind, ErrorKind::Unavailable);
+    store.close().unwrap();
+}
+
+#[test]
+fn a_checkpoint_that_could_not_be_ended_when_it_failed_is_ended_later() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, machines, VmInfo { name: vm, .. }) = one_machine(directory.path());
+    let begin = || {
+        let restore = serde_json::Value::Null;
+        let spec = CheckpointSpec { mode: CheckpointMode::Pause, label: None, restore };
+        store.begin_checkpoint(&vm, spec)
+    };
+    let left = begin().unwrap().id;
+    assert_eq!(begin().unwrap_err().kind(), cdp_store::ErrorKind::Busy);
+    machines.end_left(&vm).unwrap();
+    assert!(matches!(store.checkpoint(left).unwrap().state, CheckpointState::Aborted { .. }));
+    machines.end_left(&vm).unwrap();
+    let other = begin().unwrap().id;
+    store.close().unwrap();
+    drop((machines, store));
+
+    // What a dead daemon has begun has to be undone outside the store as well.
+    let store = Store::open(&directory.path().join("store"), StoreOptions::default()).unwrap();
+    let machines = Machines::new(store.clone(), Gate::new(store.clone()), directory.path(), None);
+    machines.end_left(&vm).unwrap();
+    assert_eq!(store.checkpoint(other).unwrap().state, CheckpointState::Begun);
+    store.close().unwrap();
+}
+
+/// A QEMU that is asked how it does.
+fn qemu_that_is(state: &str) -> Transcript {
+    let text = format!(
+        r#"{{"qemu": {{"QMP": {{"version": {{"qemu": {{"major": 10, "minor": 0, "micro": 2}}, "package": ""}}, "capabilities": ["oob"]}}}}}}
+{{"client": {{"execute": "qmp_capabilities", "arguments": {{"enable": ["oob"]}}, "id": 0}}}}
+{{"qemu": {{"return": {{}}, "id": 0}}}}
+{{"client": {{"execute": "query-status", "id": 1}}}}
+{{"qemu": {{"return": {{"status": "{state}", "running": false}}, "id": 1}}}}
+"#
+    );
+    Transcript::parse(&text).unwrap()
+}
+
+#[tokio::test]
+async fn a_qemu_that_has_its_memory_is_not_believed_to_wait_for_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, machines, info) = one_machine(directory.path());
+    assert!(!machines.has_gone_on(&info).await, "there is none");
+    for (state, has_gone_on) in [("inmigrate", false), ("running", true), ("paused", true)] {
+        let path = directory.path().join("qmp");
+        let _qemu = Fake::replay(&path, vec![qemu_that_is(state)]).unwrap();
+        assert_eq!(machines.has_gone_on(&info).await, has_gone_on, "{state}");
+    }
     store.close().unwrap();
 }
 

@@ -106,6 +106,11 @@ impl StoreExports {
 
     fn open_head(&self, name: &VolumeName) -> Result<VolumeExport, ExportError> {
         let volume = self.store().volume(name).map_err(|e| refused(&e))?;
+        // It would be in the way of the revert, for which the machine's QEMU may have been ended already.
+        self.app
+            .machines
+            .check_disks(std::iter::once(name))
+            .map_err(|error| ExportError::new(ExportErrorKind::Busy, error.message))?;
         let may_write = self.heads.allow(name);
         let device: Arc<dyn BlockDevice> = Arc::clone(&volume) as _;
         let device = if may_write && !self.heads.beside_guests {
@@ -152,7 +157,7 @@ impl StoreExports {
         let known = |remembered: &HashMap<String, Remembered>| {
             remembered.get(text).filter(|known| known.volume == volume.id()).map(|known| known.at)
         };
-        let resolve = || self.store().resolve(&what.volume, &what.instant).map_err(|e| refused(&e));
+        let resolve = || self.store().resolve_of(volume, &what.instant).map_err(|e| refused(&e));
         if !matches!(what.instant, Instant::Head | Instant::Time(_) | Instant::FlushBack(_)) {
             // Always the same, as long as it is there.
             return resolve();
@@ -188,7 +193,7 @@ impl StoreExports {
         // The instant that whoever only reads it has under this name.
         let instant = Instant::Seq(self.resolve(text, what, &source)?.seq);
         let at = VolumeAt { volume: what.volume.clone(), instant };
-        let scratch = self.store().scratch(&at.volume, &at.instant).map_err(|e| refused(&e))?;
+        let scratch = self.store().scratch(&source, &at.instant).map_err(|e| refused(&e))?;
         let volume = Arc::clone(scratch.volume());
         let export = Arc::new(VolumeExport {
             name: format!("{at}{SCRATCH}"),

@@ -245,6 +245,40 @@ fn a_machine_keeps_its_disks_while_a_checkpoint_waits_for_its_qemu() {
 }
 
 #[test]
+fn a_clone_that_has_not_run_keeps_its_disks_and_its_checkpoint() {
+    let mut bench = Bench::new();
+    bench.create("web1", MIB).unwrap();
+    bench.create("data", MIB).unwrap();
+    bench.put_vm("vm", &["web1", "data"], &Value::Null).unwrap();
+    bench.stop();
+    let config = config(bench.root.path());
+    let store = Store::open(&config.store, config.options).unwrap();
+    let from = checkpoint(&store, &"vm".parse().unwrap(), false);
+    store.close().unwrap();
+    drop(store);
+    bench.start_again();
+
+    let clone = json!({ "at": from.to_string(), "name": "ci", "qmp": "/nowhere/q2" });
+    let made: Vm = bench.client.send(Method::POST, "/v1/vms/vm/clone", &clone).unwrap();
+    let disks: Vec<&str> = made.volumes.iter().map(|name| name.as_str()).collect();
+    let exchanged: Vec<&str> = disks.iter().rev().copied().collect();
+    let refused = bench.put_vm("ci", &exchanged, &Value::Null).unwrap_err();
+    assert!(refused.message.contains("in this order") && refused.message.contains("--boot"), "{refused}");
+    bench.put_vm("ci", &disks, &Value::Null).unwrap();
+    let one = format!("/v1/vms/vm/checkpoints/{from}");
+    for path in [&one, "/v1/vms/vm?delete_checkpoints=true"] {
+        let refused = bench.client.delete::<()>(path).unwrap_err();
+        assert!(refused.kind == ErrorKind::Busy && refused.message.contains("machine 'ci'"), "{refused}");
+    }
+
+    // It is to boot, so neither matters any more.
+    bench.client.delete::<()>("/v1/vms/ci/start").unwrap();
+    bench.put_vm("ci", &exchanged, &Value::Null).unwrap();
+    bench.client.delete::<()>(&one).unwrap();
+    bench.stop();
+}
+
+#[test]
 fn a_label_that_cannot_be_is_no_reason_to_try_again() {
     let mut bench = Bench::new();
     bench.create("web1", MIB).unwrap();
