@@ -115,6 +115,8 @@ struct Pool {
     next_slot: u64,
     /// Files that were supplied without having been filled, newest first, and how far they may grow.
     growing: HashMap<VolumeId, Vec<Growing>>,
+    /// Slots that earlier processes have left blank, and that are still to be removed.
+    retired: Vec<u64>,
     /// Full-sized slots that were supplied since the pool last had nothing to do.
     supplied: u32,
     /// How many times its usual size the pool should have; 0 and 1 are the same.
@@ -128,6 +130,8 @@ pub enum PoolStep {
     Supplied(VolumeId, Blank),
     /// Part of a slot was zero-filled; there is more to do.
     Filled,
+    /// A retired slot was removed; there may be more.
+    Removed,
     /// A log has just taken a full-sized slot: filling others can wait until that has stopped.
     Busy,
     /// Nothing to do.
@@ -302,6 +306,32 @@ impl Segments {
         self.storage.remove(&name).map_err(|e| Error::io(format!("removing {name}"), e))
     }
 
+    /// Has slots removed for good that whoever held them last may still write to: what lands in one whose name a crash or a power
+    /// cut brings back is older than the fence of its log. To remove a filled one can take a tenth of a second, so nobody
+    /// waits for it but who needs the space.
+    pub fn retire(&self, slots: Vec<u64>) {
+        self.pool().retired.extend(slots);
+    }
+
+    /// Removes at most so many retired slots; says whether there were any.
+    fn remove_retired(&self, most: usize) -> bool {
+        let mut removed = false;
+        for _ in 0..most {
+            let Some(slot) = self.pool().retired.pop() else { break };
+            removed = true;
+            if let Err(error) = self.discard_slot(slot) {
+                tracing::warn!("{error}; the next opening will try it again");
+            }
+        }
+        if removed
+            && self.pool().retired.is_empty()
+            && let Err(error) = self.storage.sync_directory(DIRECTORY)
+        {
+            tracing::warn!("syncing {DIRECTORY}/: {error}; blank files may come back after a power cut");
+        }
+        removed
+    }
+
     /// Takes back a blank that its log does not need: nobody has written to it but who has filled it with zeroes.
     pub fn give_back(&self, blank: Blank) {
         let mut pool = self.pool();
@@ -452,6 +482,9 @@ impl Segments {
                 }
             });
         }
+        if self.remove_retired(1) {
+            return Ok(PoolStep::Removed);
+        }
         match self.prefill() {
             Err(error) if error.kind() == crate::ErrorKind::NoSpace => Ok(PoolStep::Idle),
             other => other,
@@ -557,7 +590,13 @@ impl Segments {
     /// [`crate::ErrorKind::NoSpace`] if not even that is left, or if it cannot be made.
     pub(crate) fn create_of_reserve(&self, capacity: u64) -> Result<Blank> {
         let blank = self.create(capacity)?;
-        self.reserve(&blank).map(|()| blank)
+        match self.reserve(&blank) {
+            Err(error) if error.kind() == crate::ErrorKind::NoSpace && self.remove_retired(usize::MAX) => {
+                let blank = self.create(capacity)?;
+                self.reserve(&blank).map(|()| blank)
+            }
+            reserved => reserved.map(|()| blank),
+        }
     }
 
     /// Makes a slot; its name is durable when this returns, so no flush has to care for it.
@@ -581,11 +620,18 @@ impl Segments {
     }
 
     fn check_space(&self, capacity: u64) -> Result<()> {
-        let free = self.storage.free_bytes().map_err(|e| Error::io("asking for free space", e))?;
+        let free = || self.storage.free_bytes().map_err(|e| Error::io("asking for free space", e));
         let promised = self.promised_bytes()?;
-        if free < self.reserve_bytes.saturating_add(promised).saturating_add(capacity) {
-            let text =
-                format!("{free} bytes are free; {} are kept back, {promised} promised", self.reserve_bytes);
+        let wanted = self.reserve_bytes.saturating_add(promised).saturating_add(capacity);
+        let mut free_bytes = free()?;
+        if free_bytes < wanted && self.remove_retired(usize::MAX) {
+            free_bytes = free()?;
+        }
+        if free_bytes < wanted {
+            let text = format!(
+                "{free_bytes} bytes are free; {} are kept back, {promised} promised",
+                self.reserve_bytes
+            );
             return Err(Error::new(crate::ErrorKind::NoSpace, text));
         }
         Ok(())
@@ -662,7 +708,7 @@ mod tests {
             match segments.step().unwrap() {
                 PoolStep::Idle => return supplied,
                 PoolStep::Supplied(..) => supplied += 1,
-                PoolStep::Filled | PoolStep::Busy | PoolStep::Refused(..) => {}
+                PoolStep::Filled | PoolStep::Removed | PoolStep::Busy | PoolStep::Refused(..) => {}
             }
         }
         panic!("the pool never comes to rest");

@@ -14,6 +14,9 @@ use crate::storage::{AlignedBuf, File};
 
 /// Bytes read at a time while headers are walked: many small batches come with one read.
 const WINDOW: usize = 256 << 10;
+/// What is read first, in bytes; each further read is four times as long, up to a whole window. Of a thousand volumes most logs
+/// end right behind what the index has of them.
+const FIRST_WINDOW: usize = 16 << 10;
 /// Behind a batch of so many bytes or more, the next one's header is read alone: nearly all of a window would be payload.
 const LONG_BATCH: u64 = 32 << 10;
 /// What is read of it then, in bytes, which is all of it for up to some hundred blocks.
@@ -125,8 +128,8 @@ pub struct ChainReader<'a> {
     last: Option<(Ordinal, u32)>,
     window: AlignedBuf,
     window_at: Option<(usize, u64)>,
-    /// How much of it was read.
-    window_len: usize,
+    /// How much is read of it next where many batches may come with one read, in bytes.
+    next_window: usize,
     /// In this segment, up to here, the disk does not read everything: no more is asked for than is needed.
     sparing_until: Option<(usize, u64)>,
     /// How long the last batch was, in bytes.
@@ -142,16 +145,15 @@ impl<'a> ChainReader<'a> {
     #[must_use]
     pub fn new(chain: &'a [Arc<Segment>]) -> Self {
         let offset = chain.first().map_or(0, |s| data_start(s.header.physical_block));
-        let window = AlignedBuf::zeroed(WINDOW);
         Self {
             chain,
             fence: Fence::default(),
             at: 0,
             offset,
             last: None,
-            window,
+            window: AlignedBuf::zeroed(0),
             window_at: None,
-            window_len: WINDOW,
+            next_window: FIRST_WINDOW,
             sparing_until: None,
             batch_len: 0,
             ahead: None,
@@ -271,7 +273,7 @@ impl<'a> ChainReader<'a> {
     }
 
     fn is_in_window(&self, offset: u64, len: usize) -> bool {
-        let fits = |from| from <= offset && offset - from + len as u64 <= self.window_len as u64;
+        let fits = |from| from <= offset && offset - from + len as u64 <= self.window.len() as u64;
         self.window_at.is_some_and(|(at, from)| at == self.at && fits(from))
     }
 
@@ -284,7 +286,11 @@ impl<'a> ChainReader<'a> {
         let wanted = match self.batch_len {
             _ if spares => needed,
             LONG_BATCH.. => needed.max(SHORT_WINDOW),
-            _ => WINDOW,
+            _ => {
+                let next = self.next_window;
+                self.next_window = WINDOW.min(4 * next);
+                needed.max(next)
+            }
         };
         let mut outcome = self.read_window(segment, offset, wanted);
         if outcome.is_err() && wanted > needed {
@@ -298,15 +304,10 @@ impl<'a> ChainReader<'a> {
     }
 
     fn read_window(&mut self, segment: &Segment, offset: u64, len: usize) -> Result<()> {
-        if len == WINDOW {
-            read(&segment.file, offset, &mut self.window)?;
-        } else {
-            let mut bytes = AlignedBuf::zeroed(len);
-            read(&segment.file, offset, &mut bytes)?;
-            self.window[..len].copy_from_slice(&bytes);
+        if self.window.len() != len {
+            self.window = AlignedBuf::zeroed(len);
         }
-        self.window_len = len;
-        Ok(())
+        read(&segment.file, offset, &mut self.window)
     }
 
     /// The highest "durable" claim of any batch behind the place where the chain ended: in the rest of that segment,
@@ -317,11 +318,9 @@ impl<'a> ChainReader<'a> {
     pub fn claims_beyond(&mut self) -> Result<Ordinal> {
         let mut highest = Ordinal(0);
         if let Some(segment) = self.chain.get(self.at) {
-            let held = self
-                .window_at
-                .take()
-                .filter(|&(at, from)| at == self.at && (from..from + WINDOW as u64).contains(&self.offset))
-                .filter(|_| self.window_len == WINDOW);
+            let held = self.window_at.take().filter(|&(at, from)| {
+                at == self.at && (from..from + self.window.len() as u64).contains(&self.offset)
+            });
             let held = held.map(|(_, from)| (self.offset - from) as usize);
             highest = highest.max(claims_in(segment, self.offset, &mut self.window, held)?);
         }
@@ -379,6 +378,9 @@ fn claims_in(
     let (mut at, mut zeroes) = (from, 0);
     while at < end && zeroes < SEARCH_ZERO_BYTES {
         if held.is_none() {
+            if window.len() < WINDOW {
+                *window = AlignedBuf::zeroed(WINDOW);
+            }
             read(&segment.file, at, window)?;
         }
         let piece = &window[held.take().unwrap_or(0)..];
