@@ -43,6 +43,9 @@ const THREADS: usize = 8;
 /// How much of a slot without a valid header is looked at, in bytes, and at least as much behind the headers' place.
 const LOOK_BYTES: usize = 64 << 10;
 
+/// With so much free above the reserve nobody lacks the space of blanks that are not given back yet, in bytes.
+const AMPLE_BYTES: u64 = 1 << 30;
+
 /// How many times its usual size the pool may grow to.
 const MOST_GROWTH: usize = 4;
 /// A pool that has grown leaves so many full-sized slots' worth of space free.
@@ -99,6 +102,8 @@ pub struct Found {
     pub segment: Option<Arc<Segment>>,
     /// Neither is, but something was written to it, or cannot be read.
     pub is_doubtful: bool,
+    /// Neither is, and nothing was: its file.
+    pub blank: Option<Arc<dyn File>>,
 }
 
 /// A file that grows as it is written, and how far it may.
@@ -115,8 +120,6 @@ struct Pool {
     next_slot: u64,
     /// Files that were supplied without having been filled, newest first, and how far they may grow.
     growing: HashMap<VolumeId, Vec<Growing>>,
-    /// Slots that earlier processes have left blank, and that are still to be removed.
-    retired: Vec<u64>,
     /// Full-sized slots that were supplied since the pool last had nothing to do.
     supplied: u32,
     /// How many times its usual size the pool should have; 0 and 1 are the same.
@@ -130,8 +133,8 @@ pub enum PoolStep {
     Supplied(VolumeId, Blank),
     /// Part of a slot was zero-filled; there is more to do.
     Filled,
-    /// A retired slot was removed; there may be more.
-    Removed,
+    /// The space of a blank that was removed was given back; there may be more.
+    GivenBack,
     /// A log has just taken a full-sized slot: filling others can wait until that has stopped.
     Busy,
     /// Nothing to do.
@@ -150,6 +153,8 @@ pub struct Segments {
     reserve_bytes: u64,
     by_incarnation: RwLock<HashMap<u64, (u64, Arc<Segment>), RandomState>>,
     pool: Mutex<Pool>,
+    /// Files that earlier processes have left blank, and that have no name any more.
+    retired: Mutex<Vec<Arc<dyn File>>>,
     next_incarnation: AtomicU64,
     /// What is written ahead, one step long; every capacity is a multiple of it.
     zeroes: AlignedBuf,
@@ -196,6 +201,7 @@ impl Segments {
             reserve_bytes,
             by_incarnation: RwLock::default(),
             pool: Mutex::default(),
+            retired: Mutex::default(),
             next_incarnation: AtomicU64::new(0),
             zeroes: AlignedBuf::zeroed(PREFILL_STEP as usize),
         }
@@ -243,10 +249,12 @@ impl Segments {
     fn look_at(&self, slot: u64, store: [u8; 16]) -> Result<Found> {
         let name = slot_name(slot);
         let file = self.storage.open(&name).map_err(|e| Error::io(format!("opening {name}"), e))?;
-        let header = self.read_header(&file, store)?;
-        let is_doubtful = header.is_none() && self.is_written(&file);
-        let segment = header.map(|header| Arc::new(Segment { file, header }));
-        Ok(Found { slot, segment, is_doubtful })
+        let Some(header) = self.read_header(&file, store)? else {
+            let is_doubtful = self.is_written(&file);
+            return Ok(Found { slot, segment: None, is_doubtful, blank: (!is_doubtful).then_some(file) });
+        };
+        let segment = Some(Arc::new(Segment { file, header }));
+        Ok(Found { slot, segment, is_doubtful: false, blank: None })
     }
 
     /// Whether something was written to the start of a slot; also if that cannot be read.
@@ -306,30 +314,25 @@ impl Segments {
         self.storage.remove(&name).map_err(|e| Error::io(format!("removing {name}"), e))
     }
 
-    /// Has slots removed for good that whoever held them last may still write to: what lands in one whose name a crash or a power
-    /// cut brings back is older than the fence of its log. To remove a filled one can take a tenth of a second, so nobody
-    /// waits for it but who needs the space.
-    pub fn retire(&self, slots: Vec<u64>) {
-        self.pool().retired.extend(slots);
+    /// Takes over files whose names were removed. The file system gives the space of one back when it is closed, which can
+    /// take a tenth of a second, so nobody waits for that but who needs the space.
+    pub fn retire(&self, files: Vec<Arc<dyn File>>) {
+        self.retired().extend(files);
+        // Where there is less than this, at once: who needs little, and RocksDB, do not look for space before.
+        if self.check_space(AMPLE_BYTES).is_err() {
+            self.give_back_retired(usize::MAX);
+        }
     }
 
-    /// Removes at most so many retired slots; says whether there were any.
-    fn remove_retired(&self, most: usize) -> bool {
-        let mut removed = false;
-        for _ in 0..most {
-            let Some(slot) = self.pool().retired.pop() else { break };
-            removed = true;
-            if let Err(error) = self.discard_slot(slot) {
-                tracing::warn!("{error}; the next opening will try it again");
-            }
-        }
-        if removed
-            && self.pool().retired.is_empty()
-            && let Err(error) = self.storage.sync_directory(DIRECTORY)
-        {
-            tracing::warn!("syncing {DIRECTORY}/: {error}; blank files may come back after a power cut");
-        }
-        removed
+    /// Closes at most so many retired files; says whether there were any. Who comes second waits for the first.
+    fn give_back_retired(&self, most: usize) -> bool {
+        let mut retired = self.retired();
+        let left = retired.len().saturating_sub(most);
+        retired.drain(left..).map(drop).count() > 0
+    }
+
+    fn retired(&self) -> MutexGuard<'_, Vec<Arc<dyn File>>> {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes back a blank that its log does not need: nobody has written to it but who has filled it with zeroes.
@@ -482,8 +485,8 @@ impl Segments {
                 }
             });
         }
-        if self.remove_retired(1) {
-            return Ok(PoolStep::Removed);
+        if self.give_back_retired(1) {
+            return Ok(PoolStep::GivenBack);
         }
         match self.prefill() {
             Err(error) if error.kind() == crate::ErrorKind::NoSpace => Ok(PoolStep::Idle),
@@ -590,13 +593,7 @@ impl Segments {
     /// [`crate::ErrorKind::NoSpace`] if not even that is left, or if it cannot be made.
     pub(crate) fn create_of_reserve(&self, capacity: u64) -> Result<Blank> {
         let blank = self.create(capacity)?;
-        match self.reserve(&blank) {
-            Err(error) if error.kind() == crate::ErrorKind::NoSpace && self.remove_retired(usize::MAX) => {
-                let blank = self.create(capacity)?;
-                self.reserve(&blank).map(|()| blank)
-            }
-            reserved => reserved.map(|()| blank),
-        }
+        self.reserve(&blank).map(|()| blank)
     }
 
     /// Makes a slot; its name is durable when this returns, so no flush has to care for it.
@@ -624,7 +621,7 @@ impl Segments {
         let promised = self.promised_bytes()?;
         let wanted = self.reserve_bytes.saturating_add(promised).saturating_add(capacity);
         let mut free_bytes = free()?;
-        if free_bytes < wanted && self.remove_retired(usize::MAX) {
+        if free_bytes < wanted && self.give_back_retired(usize::MAX) {
             free_bytes = free()?;
         }
         if free_bytes < wanted {
@@ -708,7 +705,7 @@ mod tests {
             match segments.step().unwrap() {
                 PoolStep::Idle => return supplied,
                 PoolStep::Supplied(..) => supplied += 1,
-                PoolStep::Filled | PoolStep::Removed | PoolStep::Busy | PoolStep::Refused(..) => {}
+                PoolStep::Filled | PoolStep::GivenBack | PoolStep::Busy | PoolStep::Refused(..) => {}
             }
         }
         panic!("the pool never comes to rest");

@@ -146,7 +146,7 @@ impl Store {
                 Ok(Progress::More)
             }
             PoolStep::Filled => Ok(Progress::Filled),
-            PoolStep::Removed => Ok(Progress::More),
+            PoolStep::GivenBack => Ok(Progress::More),
             PoolStep::Busy => Ok(Progress::Later),
             PoolStep::Refused(volume, error) => {
                 let volumes = self.inner.volumes.read().unwrap_or_else(PoisonError::into_inner);

@@ -22,6 +22,7 @@ use crate::options::StoreOptions;
 use crate::reach::{self, ReachTable, Reached};
 use crate::segments::{self, Segment, Segments};
 use crate::shared::{Bell, Shared};
+use crate::storage::Storage;
 use crate::volume::{Recovered, Volume, first_origin};
 
 /// Fences in one record of the store log.
@@ -60,7 +61,7 @@ impl Opening {
     /// 1. Find the segments, and claim a new generation in a superblock slot, but not in the newest valid one, and sync
     ///    it: one that is newer than any segment's too, in case a dead process's claim landed over a newer one. Crash:
     ///    the claim is lost or it holds; no `Seq`, origin or incarnation of this opening was given out before.
-    /// 2. Have empty slots removed, later: whoever held them last may still write to them, so they are not used again.
+    /// 2. Remove empty slots: whoever held them last may still write to them. Their space is given back later.
     pub(super) fn new(seams: Seams, options: StoreOptions, mode: Mode) -> Result<Self> {
         let storage = &*seams.storage;
         let file = storage.open(SUPERBLOCK).map_err(|e| Error::io("opening superblock", e))?;
@@ -88,16 +89,20 @@ impl Opening {
             segments.start_generation(superblock.generation);
         }
         let mut found: BTreeMap<VolumeId, Vec<(u64, Arc<Segment>)>> = BTreeMap::new();
-        let (mut empty, mut doubtful) = (Vec::new(), Vec::new());
+        let (mut empty, mut blank, mut doubtful) = (Vec::new(), Vec::new(), Vec::new());
         for slot in discovered {
             match slot.segment {
                 Some(segment) => found.entry(segment.header.volume).or_default().push((slot.slot, segment)),
                 None if mode == Mode::Read => {}
                 None if slot.is_doubtful => doubtful.push(slot.slot),
-                None => empty.push(slot.slot),
+                None => {
+                    empty.push(slot.slot);
+                    blank.extend(slot.blank);
+                }
             }
         }
-        segments.retire(empty);
+        discard(&segments, storage, &empty)?;
+        segments.retire(blank);
         for list in found.values_mut() {
             list.sort_by_key(|(_, s)| s.header.incarnation);
         }
@@ -215,7 +220,7 @@ impl Opening {
     /// While a log is damaged, a file without a valid header may be what it lacks.
     fn sort_out_doubtful(&self, is_damaged: bool) -> Result<()> {
         if !is_damaged {
-            return self.discard_doubtful();
+            return discard(&self.segments, &*self.seams.storage, &self.doubtful);
         }
         for name in self.doubtful.iter().map(|slot| segments::slot_name(*slot)) {
             tracing::error!(
@@ -223,16 +228,6 @@ impl Opening {
             );
         }
         Ok(())
-    }
-
-    fn discard_doubtful(&self) -> Result<()> {
-        if self.doubtful.is_empty() {
-            return Ok(());
-        }
-        self.doubtful.iter().try_for_each(|slot| self.segments.discard_slot(*slot))?;
-        // A name that a power cut brought back could bring back what a dead process wrote under it.
-        let synced = self.seams.storage.sync_directory(segments::DIRECTORY);
-        synced.map_err(|e| Error::io(format!("syncing {}/", segments::DIRECTORY), e))
     }
 
     /// Segments of volumes that are no longer there: those of a destroyed volume are adopted, so that they can be given
@@ -390,4 +385,15 @@ impl Opening {
         settle(chain, &recovery, self.mode)?;
         Ok((catalogue, recovery.end, rows))
     }
+}
+
+/// Removes slots for good.
+fn discard(segments: &Segments, storage: &dyn Storage, slots: &[u64]) -> Result<()> {
+    if slots.is_empty() {
+        return Ok(());
+    }
+    slots.iter().try_for_each(|slot| segments.discard_slot(*slot))?;
+    // A name that a power cut brought back could bring back what a dead process wrote under it.
+    let synced = storage.sync_directory(segments::DIRECTORY);
+    synced.map_err(|e| Error::io(format!("syncing {}/", segments::DIRECTORY), e))
 }

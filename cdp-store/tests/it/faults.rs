@@ -287,6 +287,26 @@ fn a_failed_write_ends_where_no_segment_can_be_made_for_its_cut() {
 }
 
 #[test]
+fn the_space_of_what_a_dead_process_had_prepared_is_there_for_the_opening_that_needs_it() {
+    // Of two seeds one has a disk that sets blocks aside.
+    for seed in [4, 5] {
+        let mut bench = Bench::new(seed);
+        bench.write(0, 0, 7).unwrap();
+        while bench.machine.store().pool_step().unwrap() {}
+        let files = bench.machine.disk.files();
+        // Nothing is left, not even the reserve.
+        bench.machine.fill_disk(0);
+        bench.restart(Crash::Kill);
+        let now = bench.machine.disk.files();
+        let blank = files.iter().filter(|name| name.starts_with("segments/") && !now.contains(name)).count();
+        assert!(blank > 0, "a dead process may still write to its blank files: {now:?}");
+        assert_eq!(bench.block(0, 0).unwrap(), 7);
+        bench.write(0, 1, 8).unwrap();
+        assert_eq!(bench.block(0, 1).unwrap(), 8);
+    }
+}
+
+#[test]
 fn a_store_on_a_full_disk_opens_and_destroys() {
     let mut bench = Bench::new(5);
     bench.machine.disk.set_capacity(Some(6 << 20));
