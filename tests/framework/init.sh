@@ -11,7 +11,7 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 while read -r module; do insmod "/modules/$module.ko"; done </modules/order
 # The kernel was told to wake one processor (the builder says why); the others come in now that every device has its place.
-for switch in /sys/devices/system/cpu/cpu*/online; do echo 1 >"$switch"; done
+for switch in /sys/devices/system/cpu/cpu*/online; do [ ! -e "$switch" ] || echo 1 >"$switch"; done
 
 case "$(cat /proc/cmdline)" in
 *hindsight.mode=root*)

@@ -18,12 +18,13 @@ const STORE_FULL: &str = "the store is full; free space on its disk, or destroy 
 /// Why a log has not got the segment that it has ordered.
 #[derive(Debug)]
 pub(super) struct Refused {
-    /// Since when, on the boot clock.
+    /// Since when, and when for the last time, on the boot clock.
     since_ns: u64,
+    latest_ns: u64,
     /// What requests fail with that have waited for too long.
     kind: IoErrorKind,
     why: String,
-    /// One has, so others need not wait as long.
+    /// One has, so others wait only until it has been tried once more.
     has_failed_others: bool,
 }
 
@@ -96,20 +97,22 @@ impl Volume {
                 _ => tracing::error!(volume = %self.id, "{why}; writes wait, then fail"),
             }
         }
+        let latest_ns = self.shared.clock.boot_ns();
         let (since_ns, has_failed_others) = match &*refused {
             Some(before) => (before.since_ns, before.has_failed_others),
-            None => (self.shared.clock.boot_ns(), false),
+            None => (latest_ns, false),
         };
-        *refused = Some(Refused { since_ns, kind, why, has_failed_others });
+        *refused = Some(Refused { since_ns, latest_ns, kind, why, has_failed_others });
     }
 
     /// What a request is to fail with that has had no place in the log since then, on the boot clock: if that is longer than
-    /// requests should wait, or another one has failed already for which there is no place still.
+    /// requests should wait, or another one has failed already and there still was no place when it was tried after that.
     pub(crate) fn starved(&self, since_ns: u64) -> Option<(IoErrorKind, String)> {
         let mut refused = lock(&self.refused);
-        let Refused { since_ns: refused_ns, kind, why, has_failed_others } = refused.as_mut()?;
+        let Refused { since_ns: refused_ns, latest_ns, kind, why, has_failed_others } = refused.as_mut()?;
         let waited = self.shared.clock.boot_ns().saturating_sub(since_ns.max(*refused_ns));
-        let is_over = *has_failed_others || u128::from(waited) >= self.shared.tuning.full_wait.as_nanos();
+        let is_over = u128::from(waited) >= self.shared.tuning.full_wait.as_nanos()
+            || *has_failed_others && *latest_ns > since_ns;
         // It may come yet: what is lacking has been found, and is being filled with zeroes.
         let comes = || self.shared.log.segments.is_supplying(self.id);
         if !is_over || comes() {

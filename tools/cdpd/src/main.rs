@@ -15,7 +15,8 @@ fn main() -> ExitCode {
     limit_arenas();
     cdpd::allow_open_files();
     match run(args) {
-        Ok(()) => ExitCode::SUCCESS,
+        // What is to be durable is. RocksDB's threads may still be ending.
+        Ok(()) => exit_now(0),
         Err(error) => {
             eprintln!("cdpd: {error:#}");
             ExitCode::from(2)
