@@ -449,6 +449,8 @@ fn index(store: &Store) -> Duration {
                 tracing::info!("the time index is being written again");
             }
         }
+        // It was refused since the store is being closed, which writes the index itself.
+        Err(_) if store.inner.shared.is_closing() => {}
         Err(error) => {
             let (why, now) = (one_line(&error), store.inner.shared.clock.boot_ns());
             let is_news = |(told, at_ns): &(String, u64)| {
