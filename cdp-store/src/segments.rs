@@ -317,6 +317,9 @@ impl Segments {
     /// Takes over files whose names were removed. The file system gives the space of one back when it is closed, which can
     /// take a tenth of a second, so nobody waits for that but who needs the space.
     pub fn retire(&self, files: Vec<Arc<dyn File>>) {
+        if files.is_empty() {
+            return;
+        }
         self.retired().extend(files);
         // Where there is less than this, at once: who needs little, and RocksDB, do not look for space before.
         if self.check_space(AMPLE_BYTES).is_err() {

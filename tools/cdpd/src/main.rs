@@ -1,7 +1,6 @@
 //! `cdpd`: serves one store's volumes to guests.
 
 use std::convert::Infallible;
-use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -10,7 +9,7 @@ use cdpd::{Args, Config, Daemon, logging};
 use clap::Parser;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-fn main() -> ExitCode {
+fn main() -> ! {
     let args = Args::parse();
     limit_arenas();
     cdpd::allow_open_files();
@@ -19,7 +18,7 @@ fn main() -> ExitCode {
         Ok(()) => exit_now(0),
         Err(error) => {
             eprintln!("cdpd: {error:#}");
-            ExitCode::from(2)
+            exit_now(2)
         }
     }
 }
